@@ -1,0 +1,1 @@
+"""Adapters on disk: the formats, and what files and directories need whatever the format."""

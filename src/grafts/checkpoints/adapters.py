@@ -1,0 +1,192 @@
+"""`grafts.save` and `grafts.load`: between the adapters of a model and a checkpoint."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from grafts.checkpoints import peft
+from grafts.errors import CheckpointError, did_you_mean
+from grafts.matching import matches
+from grafts.planning import ALL_LINEAR, Plan
+from grafts.registry import attach_parts, parts_of, prepare, registry_of, unwrapped
+from grafts.roles import anatomy
+from grafts.weights import own_parameters
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What `load` did.
+
+    Attributes:
+        name: what the adapter is called in the model.
+        path: where it came from.
+        plan: where its parts went.
+        tensors: how many tensors were read into it.
+        size: bytes of the file.
+        same_as_base: tensors of the file that are the base's own, bit for bit, and so were not needed.
+    """
+
+    name: str
+    path: Path
+    plan: Plan
+    tensors: int
+    size: int
+    same_as_base: tuple[str, ...]
+
+    def __str__(self) -> str:
+        """A few lines for people."""
+        lines = [
+            f"loaded adapter {self.name!r} from {self.path}",
+            f"  {self.plan.summary()}",
+            f"  {self.tensors} tensors, {self.size:,} bytes; every key and shape fits",
+        ]
+        if self.same_as_base:
+            lines.append(f"  not needed, being the base's own: {', '.join(self.same_as_base)}")
+        return "\n".join(lines)
+
+
+def save(model: nn.Module, name: str, path: str | os.PathLike[str]) -> Path:
+    """Write an adapter in the layout of `peft`: ``adapter_config.json``, ``adapter_model.safetensors``, ``README.md``.
+
+    Written whole or not at all: a process killed on the way leaves the old checkpoint or the new one.
+
+    Args:
+        model: the model that carries the adapter.
+        name: which adapter.
+        path: the directory; made if needed, other files in it stay.
+
+    Returns:
+        The directory.
+
+    Raises:
+        AdapterNameError: there is no such adapter.
+        CheckpointError: the directory cannot be written.
+    """
+    inner = unwrapped(model)
+    made = registry_of(inner).require(name)
+    tensors = {
+        f"{target}.{key}".lstrip("."): tensor
+        for target, part in parts_of(inner, name)
+        for key, tensor in part.file_tensors().items()
+    }
+    peft.write(Path(path), file_config(inner, made), tensors)
+    return Path(path)
+
+
+def file_config(model: nn.Module, made: Plan) -> dict[str, Any]:
+    """What ``adapter_config.json`` says: the config with its targets resolved, so that every reader finds the same ones."""
+    body = anatomy(model)
+    own = [target.path for target in made.targets if target.kind == made.method.name]
+    copies = [
+        target.path for target in made.targets if target.kind == "copy" and not any("base_layer" in t for t in target.tensors)
+    ]
+    values = made.config.to_dict() | {"peft_type": made.method.peft_type, "inference_mode": True}
+    if made.config.target_modules in (None, ALL_LINEAR):
+        values["target_modules"] = _shortest_names(own, body.modules)
+    if copies and not made.config.modules_to_save:
+        values["modules_to_save"] = _shortest_names(copies, body.modules)
+    if "fan_in_fan_out" in values:
+        values["fan_in_fan_out"] = any(body.layers[path].kind == "conv1d" for path in own)
+    if values["base_model_name_or_path"] is None:
+        values["base_model_name_or_path"] = getattr(getattr(model, "config", None), "_name_or_path", None) or None
+    if values["task_type"] is None and values["auto_mapping"] is None:
+        cls = type(model)
+        values["auto_mapping"] = {"base_model_class": cls.__name__, "parent_library": cls.__module__}
+    return values
+
+
+def _shortest_names(paths: list[str], modules: Iterable[str]) -> list[str]:
+    """The last names of ``paths`` where they select exactly these modules, else the paths."""
+    names = sorted({path.rpartition(".")[2] for path in paths})
+    return names if {path for path in modules if matches(path, names)} == set(paths) else paths
+
+
+def load(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    name: str = "default",
+    activate: bool = True,
+    train: bool = False,
+    allow_pickle: bool = False,
+) -> LoadReport:
+    """Put an adapter from a checkpoint on ``model``. Every key and shape is checked before the model is touched.
+
+    Args:
+        model: the base model that the adapter was trained for.
+        path: a directory that `save` or `peft` wrote.
+        name: what to call it here.
+        activate: make it the active adapter; False leaves the setup as it is.
+        train: make it the only trainable thing, to go on training it; else it stays frozen.
+        allow_pickle: accept an ``adapter_model.bin``, read with ``torch.load(weights_only=True)``.
+
+    Returns:
+        What was loaded; ``print`` it.
+
+    Raises:
+        CheckpointError: a file is missing or broken, or a tensor is missing, unexpected or misshapen.
+        ConfigError: the config asks for what this library or this model does not have.
+        AdapterNameError: the name is taken.
+        StateError: adapters are merged.
+    """
+    inner = unwrapped(model)
+    checkpoint = peft.read(path, allow_pickle=allow_pickle)
+    replaced, same = _base_weights_in(inner, checkpoint)
+    name, made, parts = prepare(inner, checkpoint.config, name=name, lenient=True, replaced=replaced)
+    tensors = {key: tensor for key, tensor in checkpoint.tensors.items() if key not in same}
+    destinations = {
+        f"{target}.{key}".lstrip("."): tensor for target, part in parts for key, tensor in part.file_tensors().items()
+    }
+    _check(tensors, destinations, f"adapter {name!r} from {str(path)!r} does not fit this {type(inner).__name__}")
+    with torch.no_grad():
+        for key, tensor in tensors.items():
+            destinations[key].copy_(tensor)
+    attach_parts(inner, name, made, parts, activate=activate, train=train)
+    return LoadReport(name, Path(path), made, len(tensors), checkpoint.size, tuple(sorted(same)))
+
+
+def _base_weights_in(model: nn.Module, checkpoint: peft.Checkpoint) -> tuple[list[str], set[str]]:
+    """Base weights of embeddings that `peft` saves beside an adapter: modules that differ here, and keys that do not.
+
+    `peft` adds an embedding's own weight when the embedding is a target or the vocabulary was resized.
+    """
+    named = checkpoint.config.modules_to_save or ()
+    own = own_parameters(model)
+    replaced, same = [], set()
+    for key, tensor in checkpoint.tensors.items():
+        module, _, leaf = key.replace(".base_layer.", ".").rpartition(".")
+        if leaf != "weight" or f"{module}.weight" not in own or matches(module, named):
+            continue
+        here = own[f"{module}.weight"]
+        if here.shape == tensor.shape and torch.equal(here.detach().cpu(), tensor.to(here.dtype)):
+            same.add(key)
+        elif here.shape == tensor.shape:
+            replaced.append(module)
+    return replaced, same
+
+
+def _check(tensors: Mapping[str, Tensor], destinations: Mapping[str, Tensor], context: str) -> None:
+    """Refuse a file whose tensors are not exactly those that the adapter has.
+
+    Raises:
+        CheckpointError: naming the first few of each kind.
+    """
+    problems = [
+        f"unexpected {key!r} in the file; {did_you_mean(key, destinations)}" for key in tensors if key not in destinations
+    ]
+    problems += [f"missing {key!r} in the file" for key in destinations if key not in tensors]
+    problems += [
+        f"{key!r} is {tuple(tensor.shape)} in the file and {tuple(destinations[key].shape)} here"
+        for key, tensor in tensors.items()
+        if key in destinations and tensor.shape != destinations[key].shape
+    ]
+    if problems:
+        more = [f"... and {len(problems) - 6} more"] if len(problems) > 6 else []
+        raise CheckpointError("\n  ".join([f"{context}:", *problems[:6], *more]))

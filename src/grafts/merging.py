@@ -1,0 +1,157 @@
+"""Folding adapters into the base weights, and getting the base back bitwise."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from grafts.errors import MergeError, StateError
+from grafts.registry import Merge, Undo, activate, parts_of, registry_of, unwrapped
+from grafts.sites.module import Part
+from grafts.weights import own_parameters, read, stored
+
+M = TypeVar("M", bound=nn.Module)
+
+
+@torch.no_grad()
+def merge(model: M, names: str | Sequence[str] | None = None, *, untie: bool = False) -> M:
+    """Fold adapters into the base weights, so that the plain model computes what the adapted one did.
+
+    The sum is made in float32 (float64 for a float64 base) whatever the weights are stored in, and rounded once. All
+    modules are merged or none. The originals are kept, so `unmerge` gives the base back bitwise.
+
+    Args:
+        model: the model.
+        names: which adapters, in the order in which they act; the active ones if not given.
+        untie: give a weight that other modules share (an embedding tied to the head) storage of its own first.
+
+    Returns:
+        The same model, computing with these adapters through its weights.
+
+    Raises:
+        AdapterNameError: a name is unknown.
+        StateError: adapters are merged already.
+        MergeError: a module's weights cannot be merged: shared with others, quantized, offloaded, or not finite.
+    """
+    inner = unwrapped(model)
+    registry = registry_of(inner)
+    registry.require_unmerged("merge")
+    before = registry.setup.active
+    wanted = before if names is None else (names,) if isinstance(names, str) else tuple(names)
+    if not wanted:
+        raise MergeError("no adapter is active: name the one to merge")
+    with_parts: dict[str, list[Part]] = defaultdict(list)
+    for name in wanted:
+        if not registry.require(name).method.mergeable:
+            raise MergeError(f"adapter {name!r}: {registry.plans[name].method.title} has no exact merge")
+        for path, part in parts_of(inner, name):
+            with_parts[path].append(part)
+    ready = {path: _merged_tensors(inner, path, parts) for path, parts in with_parts.items()}
+    shared = _shared(inner, ready)
+    if shared and not untie:
+        path, others = next(iter(shared.items()))
+        raise MergeError(
+            f"{path!r} shares its storage with {others}, which merging would change as well: "
+            "leave it out of the adapter's targets, or give it a copy of its own with grafts.merge(..., untie=True)"
+        )
+    activate(model, wanted)
+    undo = [
+        _put(inner, path, name, tensor, f"{path}.{name}" in shared) for path in ready for name, tensor in ready[path].items()
+    ]
+    if shared:
+        undo.append(_untie_config(inner))
+    registry.merge = Merge(undo, before)
+    registry.setup.set(active=wanted, merged=wanted)
+    return model
+
+
+def unmerge(model: M) -> M:
+    """Give the base weights back, bitwise; the inverse of `merge`, down to what was active before it.
+
+    Raises:
+        StateError: nothing is merged.
+    """
+    inner = unwrapped(model)
+    registry = registry_of(inner)
+    merged = registry.merge
+    if merged is None:
+        raise StateError("nothing is merged")
+    for step in merged.undo:
+        step(inner)
+    registry.merge = None
+    registry.setup.set(active=merged.active)
+    return model
+
+
+def _merged_tensors(model: nn.Module, path: str, parts: Sequence[Part]) -> dict[str, Tensor]:
+    """The tensors of one module that the parts change, ready to be put in its place."""
+    module = model.get_submodule(path)
+    try:
+        tensors = read(module)
+        changed: dict[str, Tensor] = {}
+        for part in parts:
+            changed.update(part.merged({**tensors, **changed}))
+        return stored(module, changed)
+    except MergeError as error:
+        raise MergeError(f"cannot merge into {path!r}: {error}") from error
+
+
+def _shared(model: nn.Module, ready: Mapping[str, Mapping[str, Tensor]]) -> dict[str, list[str]]:
+    """Which of the tensors to be changed share storage with others of the model: name -> the others' names."""
+    by_storage: dict[tuple[torch.device, int], list[str]] = defaultdict(list)
+    for name, tensor in own_parameters(model).items():
+        if tensor.device.type != "meta":
+            by_storage[tensor.device, tensor.untyped_storage().data_ptr()].append(name)
+    groups = {name: names for names in by_storage.values() for name in names}
+    changed = [f"{path}.{name}" if path else name for path, tensors in ready.items() for name in tensors]
+    return {name: others for name in changed if (others := [other for other in groups[name] if other != name])}
+
+
+class _Restore:
+    """Puts one tensor back where a merge has replaced it; a class, so that it can be copied and pickled with the model."""
+
+    def __init__(self, path: str, name: str, original: nn.Parameter | Tensor) -> None:
+        self.path, self.name, self.original = path, name, original
+
+    def __call__(self, model: nn.Module) -> None:
+        owner = model.get_submodule(self.path)
+        now = owner.get_parameter(self.name)
+        if isinstance(self.original, nn.Parameter):
+            owner._parameters[self.name] = self.original
+        else:
+            now.data = self.original.to(now.device, now.dtype)
+
+
+class _RestoreConfig:
+    """Says in a model's config again that its embedding and head are tied."""
+
+    def __init__(self, tied: object) -> None:
+        self.tied = tied
+
+    def __call__(self, model: nn.Module) -> None:
+        if self.tied is not None:
+            model.config.tie_word_embeddings = self.tied  # type: ignore[union-attr]
+
+
+def _put(model: nn.Module, path: str, name: str, tensor: Tensor, untie: bool) -> Undo:
+    """Put a merged tensor in its place and say how to get the old one back."""
+    owner_path, _, leaf = f"{path}.{name}".strip(".").rpartition(".")
+    owner = model.get_submodule(owner_path)
+    parameter = owner.get_parameter(leaf)
+    if untie:
+        owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=parameter.requires_grad)
+        return _Restore(owner_path, leaf, parameter)
+    original, parameter.data = parameter.data, tensor
+    return _Restore(owner_path, leaf, original)
+
+
+def _untie_config(model: nn.Module) -> Undo:
+    """Let a `transformers` model's config say that embedding and head are two now."""
+    tied = getattr(getattr(model, "config", None), "tie_word_embeddings", None)
+    if tied is not None:
+        model.config.tie_word_embeddings = False  # type: ignore[union-attr]
+    return _RestoreConfig(tied)

@@ -1,0 +1,275 @@
+"""Resolving a config against a model: pure, printable, and all that `grafts.add` needs to know."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import nn
+
+from grafts.config import AdapterConfig
+from grafts.errors import ConfigError, UnmatchedTargetError, UnsupportedTargetError
+from grafts.extras import BiasOffset, TrainableCopy
+from grafts.matching import collapsed, layer_index, matches, nearest_modules, unmatched, within
+from grafts.methods import Method, method_of
+from grafts.roles import EMBEDDING, HEAD, ROUTER, Anatomy, anatomy
+from grafts.sites.module import CHILD, Part, site_of
+from grafts.weights import Layer, home, own_parameters
+
+ALL_LINEAR = "all-linear"
+
+
+@dataclass(frozen=True)
+class Target:
+    """One module that gets a part of the adapter.
+
+    Attributes:
+        path: the module's path in the base model.
+        kind: what is put there: the method's name, ``"copy"`` (`modules_to_save`) or ``"bias"``.
+        role: what the module is there for in the model.
+        shape: the module's sizes, for people.
+        tensors: name in the checkpoint (after the module's path) -> shape of each tensor that the part holds.
+        build: makes the part for the module, on the default device.
+    """
+
+    path: str
+    kind: str
+    role: str
+    shape: str
+    tensors: Mapping[str, torch.Size]
+    build: Callable[[nn.Module], Part] = field(repr=False, compare=False)
+
+    @property
+    def parameters(self) -> int:
+        """How many parameters the part holds."""
+        return sum(math.prod(shape) for shape in self.tensors.values())
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What adding an adapter would do; nothing has been touched.
+
+    Attributes:
+        model_name: class of the base model.
+        base_parameters: how many parameters the base holds.
+        config: the config that was resolved.
+        method: its method.
+        targets: every part that would be made, in the model's order.
+    """
+
+    model_name: str
+    base_parameters: int
+    config: AdapterConfig
+    method: Method
+    targets: tuple[Target, ...]
+
+    @property
+    def parameters(self) -> int:
+        """How many parameters the adapter would hold."""
+        return sum(target.parameters for target in self.targets)
+
+    def rows(self) -> list[tuple[str, str, str, str, int, int]]:
+        """The targets with repeated layers as one row: module, role, shape, kind, how many, parameters in all."""
+        groups: dict[tuple[str, str, str, str, int], int] = {}
+        for target in self.targets:
+            key = (collapsed(target.path), target.role, target.shape, target.kind, target.parameters)
+            groups[key] = groups.get(key, 0) + 1
+        return [(*key[:4], count, key[4] * count) for key, count in groups.items()]
+
+    def summary(self) -> str:
+        """One line of totals."""
+        share = self.parameters / max(self.base_parameters, 1)
+        return (
+            f"{self.method.title}: {self.parameters:,} trainable parameters in {len(self.targets)} modules, "
+            f"{share:.2%} of {self.model_name}'s {self.base_parameters:,}"
+        )
+
+    def __str__(self) -> str:
+        """The plan as a table in plain text."""
+        head = ("module", "role", "shape", "part", "count", "parameters")
+        rows = [head, *((*row[:4], str(row[4]), f"{row[5]:,}") for row in self.rows())]
+        widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
+        lines = [
+            "  ".join(cell.rjust(w) if i >= 4 else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
+            for row in rows
+        ]
+        return "\n".join([lines[0].rstrip(), "  ".join("-" * w for w in widths), *map(str.rstrip, lines[1:]), self.summary()])
+
+
+def plan(model: nn.Module, config: AdapterConfig) -> Plan:
+    """Resolve ``config`` against ``model`` without touching either.
+
+    Modules inside those of ``modules_to_save`` are trained as a whole and so are no targets.
+
+    Args:
+        model: the base model, with or without adapters.
+        config: what to add.
+
+    Returns:
+        The plan; ``print`` it for a table.
+
+    Raises:
+        UnmatchedTargetError: a pattern selects no module, or nothing is selected at all; names the nearest.
+        UnsupportedTargetError: a selected module is of a kind that the method cannot serve.
+    """
+    return resolve(model, config)
+
+
+def resolve(model: nn.Module, config: AdapterConfig, *, lenient: bool = False, replaced: Sequence[str] = ()) -> Plan:
+    """`plan`, with what reading a file needs.
+
+    Args:
+        model: the base model.
+        config: what to add.
+        lenient: let patterns that select nothing pass: the file's tensors are checked one by one.
+        replaced: paths of modules whose base weights the file brings along (a resized embedding); the adapter gets a copy
+            of each, beneath its own part if it has one.
+    """
+    method = method_of(config)
+    body = anatomy(model)
+    copied = _copied_modules(body, config, lenient)
+    chosen = _chosen(body, config, method, copied, lenient)
+    targets = [_copy_target(body, path) for path in copied]
+    targets += [_copy_target(body, path, "base_layer." if path in chosen else "") for path in replaced]
+    targets += [_method_target(body, path, config, method) for path in chosen]
+    targets += _bias_targets(body, getattr(config, "bias", "none"), chosen, copied)
+    order = {path: index for index, path in enumerate(body.modules)}
+    for target in targets:
+        _check_child_name(body.modules[target.path], target.path)
+    return Plan(
+        model_name=body.name,
+        base_parameters=sum(p.numel() for p in {id(p): p for p in own_parameters(model).values()}.values()),
+        config=config,
+        method=method,
+        targets=tuple(sorted(targets, key=lambda target: order[target.path])),
+    )
+
+
+def _chosen(body: Anatomy, config: AdapterConfig, method: Method, copied: Sequence[str], lenient: bool) -> list[str]:
+    """Paths of the modules that get the method's part."""
+    wanted = config.target_modules
+    free = {path: role for path, role in body.roles.items() if not within(path, copied)}
+    if wanted is None:
+        paths = [path for path, role in free.items() if role in method.default_roles]
+        if not paths:
+            raise UnmatchedTargetError(
+                f"{body.name} has no modules that are recognised as {' or '.join(method.default_roles)}: "
+                f"name them in target_modules; candidates: {body.candidates()}"
+            )
+    elif wanted == ALL_LINEAR:
+        paths = [path for path, role in free.items() if role not in (HEAD, ROUTER, EMBEDDING)]
+    else:
+        paths = _matched(body, "target_modules", wanted, lenient, apart_from=copied)
+    excluded = _matched(body, "exclude_modules", config.exclude_modules or (), lenient)
+    paths = _in_layers([path for path in paths if path not in excluded], config)
+    if not paths and not (lenient and copied):
+        raise UnmatchedTargetError(
+            f"{type(config).__name__} selects no module of {body.name} "
+            f"(target_modules={wanted!r}, exclude_modules={config.exclude_modules!r}); candidates: {body.candidates()}"
+        )
+    for path in paths:
+        if path not in body.layers or body.layers[path].kind not in method.layers:
+            raise UnsupportedTargetError(
+                f"{path!r} is a {type(body.modules[path]).__name__}, which {method.title} cannot stand beside; "
+                f"it takes {', '.join(sorted(method.layers))} layers: {body.candidates()}"
+            )
+    return paths
+
+
+def _matched(
+    body: Anatomy, option: str, patterns: str | Sequence[str], lenient: bool, *, apart_from: Sequence[str] = ()
+) -> list[str]:
+    """Paths of the modules that ``patterns`` select, those inside of ``apart_from`` left out.
+
+    Raises:
+        UnmatchedTargetError: one of them selects nothing; names the nearest. Not if ``lenient``.
+    """
+    free = [path for path in body.modules if path and not within(path, apart_from)]
+    missing = [] if lenient else unmatched(free, patterns)
+    if missing:
+        outside = f" outside modules_to_save={list(apart_from)}" if unmatched(body.modules, patterns) != missing else ""
+        raise UnmatchedTargetError(
+            f"no module matches {option}={missing[0]!r} in {body.name}{outside}\n"
+            f"  nearest names: {nearest_modules(missing[0], free)}\n"
+            "  see all targets with: grafts inspect <model>"
+        )
+    return [path for path in free if matches(path, patterns)]
+
+
+def _in_layers(paths: list[str], config: AdapterConfig) -> list[str]:
+    """Those of ``paths`` that lie in the layers asked for."""
+    wanted = getattr(config, "layers_to_transform", None)
+    if wanted is None:
+        return paths
+    indices = (wanted,) if isinstance(wanted, int) else wanted
+    pattern = getattr(config, "layers_pattern", None) or ()
+    found = {path: layer_index(path, (pattern,) if isinstance(pattern, str) else pattern) for path in paths}
+    if missing := [index for index in indices if index not in found.values()]:
+        there = sorted({index for index in found.values() if index is not None})
+        raise UnmatchedTargetError(f"no target lies in layers_to_transform={missing}; targets lie in layers {there}")
+    return [path for path, index in found.items() if index in indices]
+
+
+def _copied_modules(body: Anatomy, config: AdapterConfig, lenient: bool) -> list[str]:
+    """Paths of the modules of which the adapter keeps a trainable copy; containers stand for what they hold."""
+    paths = _matched(body, "modules_to_save", config.modules_to_save or (), lenient)
+    if config.task_type in ("SEQ_CLS", "TOKEN_CLS") and not config.modules_to_save:
+        paths = list(body.heads)
+    outermost = [path for path in paths if not within(path, [other for other in paths if other != path])]
+    return [leaf for path in outermost for leaf in _callable_parts(path, body.modules)]
+
+
+def _callable_parts(path: str, modules: Mapping[str, nn.Module]) -> list[str]:
+    """The modules with parameters that ``path`` stands for: itself, or what a container holds.
+
+    A site is a child of its module, and a child added to a container would be run or counted as one of its members.
+    """
+    module = modules[path]
+    if not isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
+        return [path] if own_parameters(module) else []
+    children = [f"{path}.{name}" for name, _ in module.named_children()]
+    return [leaf for child in children for leaf in _callable_parts(child, modules)]
+
+
+def _method_target(body: Anatomy, path: str, config: AdapterConfig, method: Method) -> Target:
+    build = partial(_method_part, method, config, path, body.layers[path])
+    with torch.device("meta"):
+        part = build(body.modules[path])
+    shapes = {name: tensor.shape for name, tensor in part.file_tensors().items()}
+    return Target(path, method.name, body.roles[path], _sizes(body.layers[path]), shapes, build)
+
+
+def _method_part(method: Method, config: AdapterConfig, path: str, layer: Layer, host: nn.Module) -> Part:
+    return method.build(config, path, layer, host).to(dtype=home(host)[1])
+
+
+def _copy_target(body: Anatomy, path: str, prefix: str = "") -> Target:
+    module = body.modules[path]
+    shapes = {f"{prefix}{name}": tensor.shape for name, tensor in own_parameters(module).items()}
+    shape = _sizes(body.layers[path]) if path in body.layers else type(module).__name__
+    return Target(path, "copy", body.roles.get(path, HEAD), shape, shapes, partial(TrainableCopy, file_prefix=prefix))
+
+
+def _bias_targets(body: Anatomy, wanted: str, chosen: Sequence[str], copied: Sequence[str]) -> list[Target]:
+    """The trainable biases that ``config.bias`` asks for; the file names those of targets after their ``base_layer``."""
+    targets = []
+    for path, module in body.modules.items():
+        bias = module._parameters.get("bias")
+        if wanted == "none" or bias is None or within(path, copied) or (wanted == "lora_only" and path not in chosen):
+            continue
+        name = "base_layer.bias" if path in chosen else "bias"
+        shape = _sizes(body.layers[path]) if path in body.layers else type(module).__name__
+        targets.append(Target(path, "bias", "bias", shape, {name: bias.shape}, partial(BiasOffset, file_name=name)))
+    return targets
+
+
+def _check_child_name(module: nn.Module, path: str) -> None:
+    if hasattr(module, CHILD) and site_of(module) is None:
+        raise ConfigError(f"{path!r} has an attribute {CHILD!r} of its own, which is the name that adapters need there")
+
+
+def _sizes(layer: Layer) -> str:
+    return f"{layer.in_features} -> {layer.out_features}"

@@ -1,0 +1,382 @@
+"""The adapters of one model: what is attached, active and trainable. Every face and the command line delegate to here."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+from weakref import WeakKeyDictionary
+
+from torch import nn
+
+from grafts.composition import Setup
+from grafts.config import AdapterConfig
+from grafts.errors import AdapterNameError, ConfigError, GraftsError, StateError, did_you_mean
+from grafts.planning import Plan, resolve
+from grafts.sites.module import ModuleSite, Part, site_of, sites_in
+from grafts.weights import home, own_parameters
+
+M = TypeVar("M", bound=nn.Module)
+Undo = Callable[[nn.Module], None]
+
+
+@dataclass
+class Merge:
+    """What a merge has done, so that it can be undone.
+
+    Attributes:
+        undo: one step per changed tensor; each takes the model.
+        active: the setup before the merge.
+    """
+
+    undo: list[Undo]
+    active: tuple[str, ...]
+
+
+class Registry:
+    """What one model carries. All its sites point to it through their setup, so copies of the model have their own.
+
+    Attributes:
+        setup: which adapters run.
+        plans: adapter name -> the plan that was applied, in the order of adding.
+        requires_grad: what each base parameter's ``requires_grad`` was before the first adapter came.
+        merge: what was merged, or None.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.setup = RegisteredSetup(self)
+        self.plans: dict[str, Plan] = {}
+        self.requires_grad = {name: p.requires_grad for name, p in own_parameters(model).items()}
+        self.merge: Merge | None = None
+
+    def require(self, name: str) -> Plan:
+        """The plan of an adapter.
+
+        Raises:
+            AdapterNameError: there is none of that name; names the nearest.
+        """
+        if name not in self.plans:
+            raise AdapterNameError(f"no adapter is called {name!r}; {did_you_mean(str(name), self.plans)}")
+        return self.plans[name]
+
+    def require_unmerged(self, verb: str) -> None:
+        """Refuse ``verb`` while adapters are merged.
+
+        Raises:
+            StateError: naming them and the way out.
+        """
+        if self.merge is not None:
+            raise StateError(f"cannot {verb} while {list(self.setup.merged)} is merged: call grafts.unmerge(model) first")
+
+
+class RegisteredSetup(Setup):
+    """The setup of one model, with the way from a site to the model's registry."""
+
+    def __init__(self, registry: Registry) -> None:
+        super().__init__()
+        self.registry = registry
+
+
+_known: WeakKeyDictionary[nn.Module, Registry] = WeakKeyDictionary()
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The user's model inside a `torch.compile` or `DistributedDataParallel` wrapper."""
+    while True:
+        if "_orig_mod" in model._modules:
+            inner = model._modules["_orig_mod"]
+        elif isinstance(model, nn.parallel.DistributedDataParallel):
+            inner = model.module
+        else:
+            return model
+        assert isinstance(inner, nn.Module)
+        model = inner
+
+
+def find_registry(model: nn.Module) -> Registry | None:
+    """The registry of ``model``, or None where nothing is attached; after the first look one dictionary access."""
+    if model in _known:
+        return _known[model]
+    found = next((site.setup for _, site in sites_in(model)), None)
+    if not isinstance(found, RegisteredSetup):
+        return None
+    registry = found.registry
+    paths = {target.path for applied in registry.plans.values() for target in applied.targets}
+    if any(not _has_site(model, path) for path in paths):
+        raise StateError(
+            f"this {type(model).__name__} is not the module that adapters were added to, but a part or an owner of it: "
+            "call the verbs on that module"
+        )
+    _known[model] = registry
+    return registry
+
+
+def _has_site(model: nn.Module, path: str) -> bool:
+    try:
+        return site_of(model.get_submodule(path)) is not None
+    except AttributeError:
+        return False
+
+
+def registry_of(model: nn.Module) -> Registry:
+    """The registry of ``model``.
+
+    Raises:
+        StateError: nothing is attached.
+    """
+    registry = find_registry(model)
+    if registry is None:
+        raise StateError(f"this {type(model).__name__} has no adapters: grafts.add(model, config) attaches one")
+    return registry
+
+
+def parts_of(model: nn.Module, name: str) -> list[tuple[str, Part]]:
+    """The path and the part of each target of adapter ``name``, in the order of its plan."""
+    seen: dict[str, Iterator[Part]] = {}
+    found = []
+    for target in registry_of(model).require(name).targets:
+        if target.path not in seen:
+            site = site_of(model.get_submodule(target.path))
+            assert site is not None
+            seen[target.path] = iter(site.parts(name))
+        found.append((target.path, next(seen[target.path])))
+    return found
+
+
+def add(model: M, config: AdapterConfig, *, name: str = "default", activate: bool = True, train: bool = True) -> M:
+    """Put a new adapter on ``model``, in place.
+
+    Args:
+        model: any module; its class, its own parameter names and tensors stay what they are.
+        config: what to add.
+        name: what to call it.
+        activate: make it the active adapter; False leaves the setup as it is.
+        train: make it the only trainable thing in the model; False leaves it frozen.
+
+    Returns:
+        The same model. Base parameters are frozen until `detach`.
+
+    Raises:
+        ConfigError: the config does not fit the model; nothing was touched.
+        AdapterNameError: the name is taken.
+        StateError: adapters are merged.
+    """
+    return attach_parts(model, *prepare(model, config, name=name), activate=activate, train=train)
+
+
+def prepare(
+    model: nn.Module, config: AdapterConfig, *, name: str, lenient: bool = False, replaced: Sequence[str] = ()
+) -> tuple[str, Plan, list[tuple[str, Part]]]:
+    """Everything that adding an adapter needs, made without touching the model: its name, its plan, its parts by path."""
+    model = unwrapped(model)
+    registry = find_registry(model)
+    if not isinstance(name, str) or not name:
+        raise AdapterNameError(f"an adapter's name is a string that is not empty, not {name!r}")
+    if registry is not None:
+        registry.require_unmerged(f"add {name!r}")
+        if name in registry.plans:
+            raise AdapterNameError(f"an adapter is called {name!r} already: grafts.delete(model, {name!r}) removes it")
+    try:
+        made = resolve(model, config, lenient=lenient, replaced=replaced)
+    except ConfigError as error:
+        raise type(error)(f"adapter {name!r}: {error}") from error
+    return name, made, [(target.path, build_part(model, made, name, index)) for index, target in enumerate(made.targets)]
+
+
+def build_part(model: nn.Module, made: Plan, name: str, index: int) -> Part:
+    """The part for one target, on its module's device and in its module's mode."""
+    target = made.targets[index]
+    host = model.get_submodule(target.path)
+    try:
+        with home(host)[0]:
+            return target.build(host).train(host.training)
+    except GraftsError as error:
+        raise type(error)(f"adapter {name!r}: {target.path!r}: {error}") from error
+
+
+def attach_parts(model: M, name: str, made: Plan, parts: Sequence[tuple[str, Part]], *, activate: bool, train: bool) -> M:
+    """Hang prepared parts on the model; nothing in here can fail halfway."""
+    outer, model_ = model, unwrapped(model)
+    registry = find_registry(model_)
+    if registry is None:
+        registry = _known[model_] = Registry(model_)
+        for parameter in own_parameters(model_).values():
+            parameter.requires_grad_(False)
+    for path, part in parts:
+        host = model_.get_submodule(path)
+        site = site_of(host)
+        if site is None:
+            site = ModuleSite(registry.setup)
+            site.attach(host)
+        site.append(name, part.requires_grad_(False))
+    registry.plans[name] = made
+    if activate:
+        registry.setup.set(active=(name,))
+    if train:
+        train_only(model_, name)
+    return outer
+
+
+def delete(model: M, name: str) -> M:
+    """Remove an adapter; the inverse of `add`. When the last one goes, the model is as before the first came.
+
+    Raises:
+        AdapterNameError: there is none of that name.
+        StateError: adapters are merged.
+    """
+    inner = unwrapped(model)
+    registry = registry_of(inner)
+    registry.require(name)
+    registry.require_unmerged(f"delete {name!r}")
+    registry.setup.set(active=tuple(other for other in registry.setup.active if other != name))
+    for path in {target.path for target in registry.plans.pop(name).targets}:
+        host = inner.get_submodule(path)
+        site = site_of(host)
+        assert site is not None
+        site.remove(name)
+        if not site.adapters:
+            site.detach(host)
+    if not registry.plans:
+        _restore(inner, registry)
+    return model
+
+
+def detach(model: M, *, keep_merged: bool = False) -> M:
+    """Remove everything: keys, tensors, hooks and ``requires_grad`` are as before the first `add`.
+
+    Args:
+        model: the model.
+        keep_merged: keep the weights as they are now, with what is merged; the way to a plain merged model.
+
+    Raises:
+        StateError: adapters are merged and ``keep_merged`` does not say what to do with them.
+    """
+    inner = unwrapped(model)
+    registry = registry_of(inner)
+    if registry.merge is not None and not keep_merged:
+        raise StateError(
+            f"{list(registry.setup.merged)} is merged: call grafts.unmerge(model) first to get the base back, "
+            "or grafts.detach(model, keep_merged=True) to keep the merged weights"
+        )
+    for host, site in sites_in(inner):
+        site.detach(host)
+    registry.setup.set(active=())
+    _restore(inner, registry)
+    return model
+
+
+def _restore(model: nn.Module, registry: Registry) -> None:
+    for name, parameter in own_parameters(model).items():
+        parameter.requires_grad_(registry.requires_grad.get(name, parameter.requires_grad))
+    _known.pop(model, None)
+
+
+def activate(model: M, names: str | Sequence[str]) -> M:
+    """Make these adapters, and no others, what the model computes with; the inverse is `deactivate`.
+
+    Args:
+        model: the model.
+        names: one name, or several that act one after the other at each site (LoRA updates add up).
+
+    Raises:
+        AdapterNameError: a name is unknown or stands twice.
+        StateError: adapters are merged.
+    """
+    registry = registry_of(unwrapped(model))
+    wanted = (names,) if isinstance(names, str) else tuple(names)
+    for name in wanted:
+        registry.require(name)
+    if len(set(wanted)) < len(wanted):
+        raise AdapterNameError(f"a name stands twice in {list(wanted)}")
+    registry.require_unmerged(f"activate {list(wanted)}")
+    registry.setup.set(active=wanted)
+    return model
+
+
+def deactivate(model: M) -> M:
+    """Let the model compute as the bare base; adapters stay attached, and trainable what was trainable.
+
+    Raises:
+        StateError: adapters are merged.
+    """
+    return activate(model, ())
+
+
+@contextlib.contextmanager
+def active(model: M, names: str | Sequence[str]) -> Iterator[M]:
+    """`activate` for the length of a ``with`` block; what was active before is active again after it, come what may.
+
+    >>> with grafts.active(model, "en"):  # doctest: +SKIP
+    ...     model(**batch)
+    """
+    before = registry_of(unwrapped(model)).setup.active
+    activate(model, names)
+    try:
+        yield model
+    finally:
+        registry_of(unwrapped(model)).setup.set(active=before)
+
+
+def train_only(model: M, names: str | Sequence[str] = ()) -> M:
+    """Make the parameters of these adapters the only ones that get gradients; with no names, freeze them all.
+
+    Being active and being trainable are separate: an adapter that is trained but not active gets no gradient.
+
+    Raises:
+        AdapterNameError: a name is unknown.
+        StateError: an adapter to train is merged, or has no parameters.
+    """
+    inner = unwrapped(model)
+    registry = registry_of(inner)
+    wanted = (names,) if isinstance(names, str) else tuple(names)
+    for name in wanted:
+        if not registry.require(name).parameters:
+            raise StateError(f"adapter {name!r} has no parameters to train")
+        if name in registry.setup.merged:
+            registry.require_unmerged(f"train {name!r}")
+    for name in registry.plans:
+        for _, part in parts_of(inner, name):
+            part.requires_grad_(name in wanted)
+    return model
+
+
+@dataclass(frozen=True)
+class AdapterStatus:
+    """One adapter of a model: its method's title, how large it is, and what it is doing."""
+
+    name: str
+    method: str
+    config: AdapterConfig
+    modules: int
+    parameters: int
+    active: bool
+    trainable: bool
+    merged: bool
+
+    def __str__(self) -> str:
+        """One line."""
+        doing = [word for word in ("active", "trainable", "merged") if getattr(self, word)]
+        size = f"{self.parameters:,} parameters in {self.modules} modules"
+        return f"{self.name}: {self.method}, {size}; {', '.join(doing) or 'idle'}"
+
+
+def adapters(model: nn.Module) -> dict[str, AdapterStatus]:
+    """The adapters of ``model`` by name, in the order of adding; empty where there are none."""
+    inner = unwrapped(model)
+    registry = find_registry(inner)
+    if registry is None:
+        return {}
+    return {
+        name: AdapterStatus(
+            name=name,
+            method=made.method.title,
+            config=made.config,
+            modules=len({target.path for target in made.targets}),
+            parameters=made.parameters,
+            active=name in registry.setup.active,
+            trainable=any(p.requires_grad for _, part in parts_of(inner, name) for p in part.parameters()),
+            merged=name in registry.setup.merged,
+        )
+        for name, made in registry.plans.items()
+    }

@@ -1,0 +1,152 @@
+"""What each layer of a model is there for, worked out from how the model is built.
+
+Roles are read off the module tree: which linears are siblings, how their names divide into words, which sizes they have,
+and what a `transformers` model says about its own head. No list of model types.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import nn
+
+from grafts.matching import collapsed, within
+from grafts.sites.module import CHILD
+from grafts.weights import Layer, describe
+
+QUERY, KEY, VALUE, KEY_VALUE, FUSED = "query", "key", "value", "key+value", "query+key+value"
+ATTENTION_OUT, HEAD, ROUTER, EMBEDDING, LINEAR = "attention out", "head", "router", "embedding", "linear"
+FFN_IN, FFN_GATE, FFN_OUT = "ffn in", "ffn gate", "ffn out"
+
+_WORDS = {
+    QUERY: {"q", "wq", "query", "queries"},
+    KEY: {"k", "wk", "key", "keys"},
+    VALUE: {"v", "wv", "value", "values"},
+    KEY_VALUE: {"kv", "wkv"},
+    FUSED: {"qkv", "wqkv"},
+}
+_FUSED_NAMES = {"c_attn", "att_proj", "attn_proj", "in_proj", "W_pack"}
+_ROUTER_NAMES = {"gate", "router", "wg", "gating", "shared_expert_gate"}
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """A base model as adapters see it; paths are those of `nn.Module.named_modules`, without adapters' own.
+
+    Attributes:
+        name: the model's class.
+        modules: every module by path.
+        layers: every module that an adapter can stand beside, by path.
+        heads: paths of the modules that make the output from the hidden states.
+        roles: what each layer is there for, by path.
+    """
+
+    name: str
+    modules: Mapping[str, nn.Module]
+    layers: Mapping[str, Layer]
+    heads: tuple[str, ...]
+    roles: Mapping[str, str]
+
+    def candidates(self) -> str:
+        """The layers as a list for messages, repeated ones once."""
+        counts = Counter(collapsed(path) for path in self.layers)
+        return ", ".join(f"{path!r} ({count})" for path, count in counts.items()) or "none"
+
+
+def anatomy(model: nn.Module) -> Anatomy:
+    """Look at how ``model`` is built; nothing is run."""
+    modules = {path: module for path, module in model.named_modules() if CHILD not in path.split(".")}
+    layers = {path: layer for path, module in modules.items() if (layer := describe(module)) is not None}
+    heads = _heads(model, modules, layers)
+    attention = _attention_roles(layers)
+    roles = {
+        path: HEAD if within(path, heads) else attention.get(path) or _other_role(path, layer, modules)
+        for path, layer in layers.items()
+    }
+    return Anatomy(type(model).__name__, modules, layers, heads, roles)
+
+
+def _heads(model: nn.Module, modules: Mapping[str, nn.Module], layers: Mapping[str, Layer]) -> tuple[str, ...]:
+    """Paths of the modules that make the model's output from its hidden states.
+
+    A `transformers` model names its output embeddings; where it has none, everything with parameters outside its base
+    model is head (a classifier). Elsewhere a linear outside the repeated layers that has the shape of the token embedding.
+    """
+    output_embeddings = getattr(model, "get_output_embeddings", None)
+    named = output_embeddings() if callable(output_embeddings) else None
+    if named is not None:
+        return tuple(path for path, module in modules.items() if module is named)
+    base = getattr(model, "base_model", model)
+    if isinstance(base, nn.Module) and base is not model:
+        children = [(path, child) for path, child in modules.items() if path and "." not in path]
+        return tuple(path for path, child in children if child is not base and next(child.parameters(), None) is not None)
+    vocabularies = {(x.in_features, x.out_features) for x in layers.values() if x.kind == "embedding"}
+    return tuple(
+        path
+        for path, layer in layers.items()
+        if layer.kind != "embedding"
+        and (layer.out_features, layer.in_features) in vocabularies
+        and not re.search(r"(^|\.)\d+\.", path)
+    )
+
+
+def _words(name: str) -> set[str]:
+    """The words of a module's name: ``q_proj`` -> q, proj; ``queryProj`` -> query, proj; ``Wqkv`` -> wqkv."""
+    return {word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", name)}
+
+
+def _projection(name: str) -> str | None:
+    """Which projection of attention a linear's name speaks of; None for none."""
+    words = _words(name)
+    said = [role for role, known in _WORDS.items() if words & known]
+    if {QUERY, KEY, VALUE} <= set(said) or FUSED in said or name in _FUSED_NAMES:
+        return FUSED
+    if {KEY, VALUE} <= set(said) or KEY_VALUE in said:
+        return KEY_VALUE
+    return said[0] if said else None
+
+
+def _attention_roles(layers: Mapping[str, Layer]) -> dict[str, str]:
+    """The roles of linears that stand in attention: siblings that project queries and values, or one fused linear."""
+    siblings: dict[str, dict[str, str]] = defaultdict(dict)
+    for path, layer in layers.items():
+        if layer.kind != "embedding":
+            parent, _, name = path.rpartition(".")
+            siblings[parent][name] = path
+    result = {}
+    for parent, children in siblings.items():
+        said = {name: role for name in children if (role := _projection(name)) is not None}
+        for name in [n for n, role in said.items() if role == FUSED]:
+            layer = layers[children[name]]
+            in_attention = "att" in parent.lower() or _words(name) & (_WORDS[FUSED] | _WORDS[QUERY])
+            if layer.out_features <= layer.in_features or not in_attention:
+                del said[name]
+        split = QUERY in said.values() and ({VALUE, KEY_VALUE} & set(said.values()))
+        if not split and FUSED not in said.values():
+            continue
+        result.update({children[name]: role for name, role in said.items()})
+        outputs = siblings.get(f"{parent.rpartition('.')[0]}.output", {}) if parent.endswith(".self") else children
+        result.update({path: ATTENTION_OUT for name, path in outputs.items() if name not in said})
+    return result
+
+
+def _other_role(path: str, layer: Layer, modules: Mapping[str, nn.Module]) -> str:
+    if layer.kind == "embedding":
+        return EMBEDDING
+    parent, _, name = path.rpartition(".")
+    if "router" in path.split(".") or (name in _ROUTER_NAMES and _has_experts(modules[parent])):
+        return ROUTER
+    if not re.search(r"(^|\.)\d+(\.|$)", path):
+        return LINEAR
+    if "gate" in _words(name):
+        return FFN_GATE
+    if layer.out_features > layer.in_features:
+        return FFN_IN
+    return FFN_OUT if layer.out_features < layer.in_features else LINEAR
+
+
+def _has_experts(module: nn.Module) -> bool:
+    return any("expert" in name.lower() for name, _ in module.named_children())

@@ -1,0 +1,1 @@
+"""The places where adapters run. Nothing in here knows a method."""

@@ -1,0 +1,141 @@
+"""What kind of layer a module is, and how its weights are read and written, one entry per kind.
+
+Sites never need this: they only use a module's input and output. Planning needs the kinds and sizes, merging the weights.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from grafts.errors import MergeError
+from grafts.sites.module import CHILD
+
+LayerKind = Literal["linear", "conv1d", "embedding"]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A module that adapters can stand beside, described by its sizes.
+
+    Attributes:
+        kind: ``"linear"``, ``"conv1d"`` (the transposed linear of GPT-2) or ``"embedding"``.
+        in_features: size of the last input dimension; for an embedding the number of rows.
+        out_features: size of the last output dimension.
+        bias: whether the module adds a bias.
+        class_name: the module's class, for people.
+    """
+
+    kind: LayerKind
+    in_features: int
+    out_features: int
+    bias: bool
+    class_name: str
+
+
+def describe(module: nn.Module) -> Layer | None:
+    """The layer that ``module`` is, or None where no adapter of the module site knows its kind.
+
+    A linear is anything with ``in_features`` and ``out_features`` that derives from `nn.Linear` or is called a linear
+    (quantizers bring their own classes). An embedding is an `nn.Embedding` that looks up its input as it is: subclasses
+    that compute other indices in ``forward`` are not understood, those that scale the rows are.
+    """
+    name = type(module).__name__
+    has_bias = getattr(module, "bias", None) is not None
+    if isinstance(module, nn.Embedding):
+        if type(module).forward is not nn.Embedding.forward and not hasattr(module, "embed_scale"):
+            return None
+        return Layer("embedding", module.num_embeddings, module.embedding_dim, has_bias, name)
+    sizes = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    if isinstance(sizes[0], int) and isinstance(sizes[1], int) and (isinstance(module, nn.Linear) or "Linear" in name):
+        return Layer("linear", sizes[0], sizes[1], has_bias, name)
+    if _is_conv1d(module):
+        rows, columns = module.weight.shape  # type: ignore[misc]
+        return Layer("conv1d", rows, columns, has_bias, name)
+    return None
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    """Whether this is `transformers.pytorch_utils.Conv1D`; where that was never imported, nothing is one."""
+    loaded = sys.modules.get("transformers.pytorch_utils")
+    return loaded is not None and isinstance(module, loaded.Conv1D)
+
+
+def row_scale(embedding: nn.Module) -> float:
+    """The factor that an embedding's ``forward`` puts on its rows (Gemma, BART); 1 for most."""
+    return float(getattr(embedding, "scalar_embed_scale", getattr(embedding, "embed_scale", 1.0)))
+
+
+def home(module: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Where an adapter beside ``module`` lives, and the dtype in which it is stored.
+
+    The device is that of the module's own tensors; for a module whose tensors `accelerate` keeps elsewhere between calls,
+    the device on which it computes. The dtype is float32, or float64 beside a float64 module.
+    """
+    tensor = next((p for p in (*module.parameters(), *module.buffers()) if p.is_floating_point()), None)
+    device = tensor.device if tensor is not None else torch.device("cpu")
+    if device.type == "meta" and (execution := _execution_device(module)) is not None:
+        device = execution
+    wide = tensor is not None and tensor.dtype == torch.float64
+    return device, torch.float64 if wide else torch.float32
+
+
+def _execution_device(module: nn.Module) -> torch.device | None:
+    hook = getattr(module, "_hf_hook", None)
+    hooks = [hook, *getattr(hook, "hooks", ())]
+    devices = [d for h in hooks if (d := getattr(h, "execution_device", None)) is not None]
+    return torch.device(devices[0]) if devices else None
+
+
+def own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The base parameters of ``module`` and below, by name, without those of adapters."""
+    return {
+        name: parameter for name, parameter in module.named_parameters(remove_duplicate=False) if CHILD not in name.split(".")
+    }
+
+
+def read(module: nn.Module) -> dict[str, Tensor]:
+    """The module's parameters for merging: at least float32, the weight of a Conv1D as ``(out_features, in_features)``.
+
+    Raises:
+        MergeError: a tensor is not here (offloaded), or is stored in a form that cannot be written back (quantized).
+    """
+    tensors = {}
+    for name, parameter in own_parameters(module).items():
+        if parameter.device.type == "meta":
+            raise MergeError(f"its {name!r} is on the meta device (offloaded): load the model without offloading first")
+        if type(parameter) is not nn.Parameter or parameter.dtype not in _DENSE:
+            raise MergeError(
+                f"its {name!r} is stored as {type(parameter).__name__} of {parameter.dtype}, which has no exact merge: "
+                "dequantize the base first, or use the adapter unmerged"
+            )
+        wide = parameter.detach().to(torch.promote_types(parameter.dtype, torch.float32))
+        tensors[name] = wide.T if name == "weight" and _is_conv1d(module) else wide
+    layer = describe(module)
+    if layer is not None and "weight" not in tensors:
+        raise MergeError(f"a {layer.class_name} keeps no dense weight: dequantize the base first, or use the adapter unmerged")
+    return tensors
+
+
+_DENSE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def stored(module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of `read`: merged tensors in the dtype and layout of the module's own.
+
+    Raises:
+        MergeError: a value is not finite, or does not fit the storage dtype.
+    """
+    parameters = own_parameters(module)
+    ready = {}
+    for name, tensor in tensors.items():
+        laid_out = tensor.T if name == "weight" and _is_conv1d(module) else tensor
+        ready[name] = laid_out.to(parameters[name].dtype).contiguous()
+        if not bool(torch.isfinite(ready[name]).all()):
+            raise MergeError(f"its merged {name!r} holds NaN or infinity in {ready[name].dtype}")
+    return ready
