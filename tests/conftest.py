@@ -1,0 +1,60 @@
+"""Fixtures for all tests. One thread, so that two workers do not fight over two cores, and no network."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+
+import pytest
+import torch
+from bases import BY_NAME, Base
+from torch import nn
+
+import grafts
+from grafts.methods import Method, methods
+from grafts.registry import parts_of
+
+torch.set_num_threads(1)
+
+
+def randomise(model: nn.Module, name: str, seed: int = 5, scale: float = 0.3) -> None:
+    """Give an adapter values as training would: nothing is zero any more, and the output moves."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for _, part in parts_of(model, name):
+            for parameter in part.parameters():
+                parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter) * scale)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """`method` runs over every registered method, `base` over every base model unless a test chooses its own."""
+    if "method" in metafunc.fixturenames:
+        metafunc.parametrize("method", methods(), ids=lambda known: known.name)
+    if "base" in metafunc.fixturenames and not any(
+        "base" in str(m.args[0]) for m in metafunc.definition.iter_markers("parametrize")
+    ):
+        metafunc.parametrize("base", BY_NAME.values(), ids=lambda base: base.name)
+
+
+@pytest.fixture
+def config(method: Method) -> grafts.AdapterConfig:
+    """The method's config for any model: every linear, defaults otherwise."""
+    return method.config(target_modules="all-linear")
+
+
+@pytest.fixture
+def model(base: Base) -> nn.Module:
+    """A fresh base model."""
+    return base.model()
+
+
+@pytest.fixture
+def adapted(model: nn.Module, config: grafts.AdapterConfig) -> nn.Module:
+    """The base with an adapter "en" that has values as after training, active and trainable."""
+    grafts.add(model, config, name="en")
+    randomise(model, "en")
+    return model
