@@ -11,10 +11,10 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 import pytest
 import torch
-from bases import BY_NAME, Base
 from torch import nn
 
 import grafts
+from bases import BY_NAME, Base
 from grafts.methods import Method, methods
 from grafts.registry import parts_of
 

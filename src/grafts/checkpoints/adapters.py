@@ -13,11 +13,10 @@ from torch import Tensor, nn
 
 from grafts.checkpoints import peft
 from grafts.errors import CheckpointError, did_you_mean
-from grafts.matching import matches
+from grafts.matching import matches, within
 from grafts.planning import ALL_LINEAR, Plan
 from grafts.registry import attach_parts, parts_of, prepare, registry_of, unwrapped
-from grafts.roles import anatomy
-from grafts.weights import own_parameters
+from grafts.roles import EMBEDDING, HEAD, anatomy
 
 
 @dataclass(frozen=True)
@@ -153,22 +152,22 @@ def load(
 
 
 def _base_weights_in(model: nn.Module, checkpoint: peft.Checkpoint) -> tuple[list[str], set[str]]:
-    """Base weights of embeddings that `peft` saves beside an adapter: modules that differ here, and keys that do not.
+    """Base weights that `peft` saves beside an adapter: modules whose own differ here, and keys of those that do not.
 
-    `peft` adds an embedding's own weight when the embedding is a target or the vocabulary was resized.
+    `peft` adds an embedding's and a head's own weight when one of them is a target or the vocabulary was resized.
     """
-    named = checkpoint.config.modules_to_save or ()
-    own = own_parameters(model)
+    body = anatomy(model)
+    saved = [path for path in body.modules if matches(path, checkpoint.config.modules_to_save or ())]
     replaced, same = [], set()
     for key, tensor in checkpoint.tensors.items():
-        module, _, leaf = key.replace(".base_layer.", ".").rpartition(".")
-        if leaf != "weight" or f"{module}.weight" not in own or matches(module, named):
+        path, _, leaf = key.replace(".base_layer.", ".").rpartition(".")
+        if leaf != "weight" or body.roles.get(path) not in (EMBEDDING, HEAD) or within(path, saved):
             continue
-        here = own[f"{module}.weight"]
+        here = body.modules[path].get_parameter("weight")
         if here.shape == tensor.shape and torch.equal(here.detach().cpu(), tensor.to(here.dtype)):
             same.add(key)
-        elif here.shape == tensor.shape:
-            replaced.append(module)
+        else:
+            replaced.append(path)
     return replaced, same
 
 

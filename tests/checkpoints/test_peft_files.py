@@ -1,0 +1,223 @@
+"""Files and outputs against `peft` 0.21, in both directions, in float32."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+import bases
+import grafts
+from bases import BY_NAME, Base
+from conftest import randomise
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning"),  # `peft` asks for a deprecated name
+    pytest.mark.filterwarnings("ignore::UserWarning:peft"),
+    pytest.mark.filterwarnings("ignore:.*BOS.*|.*fan_in_fan_out.*:UserWarning"),
+]
+
+TIED_LLAMA = Base("tied-llama", lambda: bases.llama(tie_word_embeddings=True), BY_NAME["llama"].inputs)
+ROBERTA = Base("roberta", bases.roberta, BY_NAME["bert"].inputs)
+
+CASES = {
+    "llama-default": (BY_NAME["llama"], {"task_type": "CAUSAL_LM"}),
+    "llama-all-linear": (BY_NAME["llama"], {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}),
+    "llama-regex": (BY_NAME["llama"], {"target_modules": r".*layers\.0\.self_attn\.(q|v)_proj"}),
+    "llama-rslora-patterns": (
+        BY_NAME["llama"],
+        {
+            "target_modules": ["q_proj", "v_proj"],
+            "use_rslora": True,
+            "rank_pattern": {"^model.layers.1.self_attn.v_proj": 6, "q_proj": 2},
+            "alpha_pattern": {"q_proj": 16},
+        },
+    ),
+    "llama-layers": (
+        BY_NAME["llama"],
+        {"target_modules": ["q_proj", "up_proj"], "layers_to_transform": [1], "layers_pattern": "layers"},
+    ),
+    "llama-excluded": (BY_NAME["llama"], {"target_modules": ["q_proj", "v_proj"], "exclude_modules": r".*\.0\..*"}),
+    "llama-embedding": (BY_NAME["llama"], {"target_modules": ["embed_tokens", "q_proj"]}),
+    "llama-head": (BY_NAME["llama"], {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
+    "llama-head-and-embedding": (
+        BY_NAME["llama"],
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "embed_tokens"]},
+    ),
+    "llama-gaussian": (BY_NAME["llama"], {"init_lora_weights": "gaussian", "target_modules": ["o_proj", "up_proj"]}),
+    "gpt2-default": (BY_NAME["gpt2"], {"task_type": "CAUSAL_LM"}),
+    "gpt2-all-linear": (BY_NAME["gpt2"], {"target_modules": "all-linear"}),
+    "gpt2-embedding": (BY_NAME["gpt2"], {"target_modules": ["wpe", "c_fc"]}),
+    "gpt2-bias-all": (BY_NAME["gpt2"], {"target_modules": ["c_attn"], "bias": "all"}),
+    "gpt2-bias-lora-only": (BY_NAME["gpt2"], {"target_modules": ["c_attn"], "bias": "lora_only"}),
+    "bert-classification": (BY_NAME["bert"], {"task_type": "SEQ_CLS", "target_modules": "all-linear"}),
+    "bert-default": (BY_NAME["bert"], {"task_type": "SEQ_CLS"}),
+    "roberta-composite-head": (ROBERTA, {"task_type": "SEQ_CLS", "target_modules": ["query", "dense"]}),
+    "t5-default": (BY_NAME["t5"], {"task_type": "SEQ_2_SEQ_LM"}),
+    "t5-all-linear": (BY_NAME["t5"], {"target_modules": "all-linear"}),
+    "conv-container-head": (BY_NAME["conv"], {"target_modules": ["classifier.1"], "bias": "all"}),
+    "vit": (BY_NAME["vit"], {"target_modules": "all-linear", "modules_to_save": ["classifier"]}),
+    "tied-llama": (TIED_LLAMA, {"target_modules": "all-linear"}),
+}
+each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+SIZES = {"r": 4, "lora_alpha": 8}
+
+
+def randomised(model: nn.Module) -> nn.Module:
+    """A `peft` model with values as after training."""
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    return model
+
+
+def explicit(base: Base, options: dict[str, object]) -> dict[str, object]:
+    """Options for `peft`, which has no structure to infer targets from on plain or tiny models without a known type."""
+    return dict(options) | SIZES
+
+
+@each_case
+def test_peft_loads_what_we_write_and_gives_our_output(case: tuple[Base, dict[str, object]], tmp_path: Path) -> None:
+    base, options = case
+    model = base.model()
+    bare = base.output(model)
+    grafts.add(model, grafts.LoraConfig(**options, **SIZES), name="en")
+    randomise(model, "en")
+    expected = base.output(model)
+    grafts.save(model, "en", tmp_path)
+
+    theirs = peft.PeftModel.from_pretrained(base.model(), tmp_path).eval()
+    torch.testing.assert_close(base.output(theirs), expected, rtol=1e-5, atol=1e-5)
+    assert (expected - bare).abs().max() > 1e-3
+
+
+@each_case
+def test_we_load_what_peft_writes_and_give_its_output(case: tuple[Base, dict[str, object]], tmp_path: Path) -> None:
+    base, options = case
+    theirs = randomised(peft.get_peft_model(base.model(), peft.LoraConfig(**explicit(base, options)))).eval()
+    expected = base.output(theirs)
+    theirs.save_pretrained(tmp_path)
+
+    model = base.model()
+    bare = base.output(model)
+    report = grafts.load(model, tmp_path, name="en")
+    torch.testing.assert_close(base.output(model), expected, rtol=1e-5, atol=1e-5)
+    assert (expected - bare).abs().max() > 1e-3
+    assert report.tensors > 0
+    assert torch.equal(base.output(grafts.detach(model)), bare)
+
+
+@each_case
+def test_keys_and_shapes_are_those_of_peft(case: tuple[Base, dict[str, object]], tmp_path: Path) -> None:
+    base, options = case
+    model = grafts.add(base.model(), grafts.LoraConfig(**options, **SIZES))
+    grafts.save(model, "default", tmp_path / "ours")
+    theirs = peft.get_peft_model(base.model(), peft.LoraConfig(**explicit(base, options)))
+    theirs.save_pretrained(tmp_path / "theirs", save_embedding_layers=False)
+    ours, reference = (load_file(tmp_path / who / "adapter_model.safetensors") for who in ("ours", "theirs"))
+    assert {key: x.shape for key, x in ours.items()} == {key: x.shape for key, x in reference.items()}
+
+
+@pytest.mark.parametrize("targets", [["q_proj"], ["q_proj", "embed_tokens"]], ids=["beside", "beneath"])
+def test_resized_embedding_that_peft_saves_beside_the_adapter_comes_along(targets: list[str], tmp_path: Path) -> None:
+    """`peft` writes the base's own embedding when the vocabulary has grown; its new rows differ in the next process."""
+    base = BY_NAME["llama"]
+
+    def grown(seed: int) -> nn.Module:
+        model = base.model()
+        torch.manual_seed(seed)
+        model.resize_token_embeddings(53, mean_resizing=False)
+        if "embed_tokens" in targets:  # the head is not written then
+            torch.manual_seed(1)
+            nn.init.normal_(model.lm_head.weight)
+        return model
+
+    theirs = randomised(peft.get_peft_model(grown(1), peft.LoraConfig(**SIZES, target_modules=targets))).eval()
+    ids = {"input_ids": torch.tensor([[50, 51, 52, 3]])}
+    expected = theirs(**ids).logits
+    theirs.save_pretrained(tmp_path, save_embedding_layers=True)
+
+    fresh = grown(2)
+    bare = fresh(**ids).logits
+    grafts.load(fresh, tmp_path)
+    torch.testing.assert_close(fresh(**ids).logits, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(grafts.merge(fresh)(**ids).logits, expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(grafts.detach(grafts.unmerge(fresh))(**ids).logits, bare)
+
+
+def test_written_config_names_every_target_so_that_any_reader_finds_the_same(tmp_path: Path) -> None:
+    model = grafts.add(BY_NAME["llama"].model(), grafts.LoraConfig(r=4))
+    grafts.save(model, "default", tmp_path)
+    data = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert data["target_modules"] == ["q_proj", "v_proj"]
+    assert data["peft_type"] == "LORA"
+    assert data["inference_mode"] is True
+    assert data["auto_mapping"]["base_model_class"] == "LlamaForCausalLM"
+
+
+def test_default_head_for_classification_includes_all_of_it(tmp_path: Path) -> None:
+    """`peft` takes only modules called classifier or score; DistilBERT's pre_classifier stays random there."""
+    from transformers import DistilBertConfig, DistilBertForSequenceClassification
+
+    config = DistilBertConfig(vocab_size=50, dim=16, hidden_dim=24, n_layers=1, n_heads=2, max_position_embeddings=32)
+    model = DistilBertForSequenceClassification(config)
+    made = grafts.plan(model, grafts.LoraConfig(task_type="SEQ_CLS"))
+    assert [target.path for target in made.targets if target.kind == "copy"] == ["pre_classifier", "classifier"]
+
+
+def test_bin_file_is_refused_with_the_way_to_convert_and_read_on_request(tmp_path: Path) -> None:
+    base = BY_NAME["llama"]
+    theirs = randomised(peft.get_peft_model(base.model(), peft.LoraConfig(**SIZES, target_modules=["q_proj"])))
+    tensors = peft.get_peft_model_state_dict(theirs)
+    theirs.peft_config["default"].save_pretrained(tmp_path)
+    torch.save(tensors, tmp_path / "adapter_model.bin")
+    model = base.model()
+    with pytest.raises(grafts.CheckpointError, match="To convert it, load it once with"):
+        grafts.load(model, tmp_path)
+    assert grafts.adapters(model) == {}
+    grafts.load(model, tmp_path, allow_pickle=True)
+    torch.testing.assert_close(base.output(model), base.output(theirs.eval()), rtol=1e-5, atol=1e-5)
+
+
+class Exploit:
+    def __reduce__(self) -> tuple[object, ...]:
+        return (Path.touch, (Path("exploited"),))
+
+
+def test_bin_file_with_code_runs_none_even_on_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = grafts.add(BY_NAME["llama"].model(), grafts.LoraConfig())
+    grafts.save(model, "default", tmp_path)
+    (tmp_path / "adapter_model.safetensors").unlink()
+    torch.save({"base_model.model.x": Exploit()}, tmp_path / "adapter_model.bin")
+    with pytest.raises(grafts.CheckpointError, match="more than tensors"):
+        grafts.load(BY_NAME["llama"].model(), tmp_path, allow_pickle=True)
+    assert not (tmp_path / "exploited").exists()
+
+
+def test_option_that_is_not_here_is_an_error_and_not_dropped(tmp_path: Path) -> None:
+    model = grafts.add(BY_NAME["llama"].model(), grafts.LoraConfig())
+    grafts.save(model, "default", tmp_path)
+    file = tmp_path / "adapter_config.json"
+    data = json.loads(file.read_text())
+    for name, value in (("use_quantum", True), ("init_lora_weights", "pisa")):
+        file.write_text(json.dumps(data | {name: value}))
+        with pytest.raises(grafts.ConfigError, match=name):
+            grafts.load(BY_NAME["llama"].model(), tmp_path)
+    file.write_text(json.dumps(data | {"use_quantum": None, "megatron_core": "megatron.core", "qalora_group_size": 16}))
+    grafts.load(BY_NAME["llama"].model(), tmp_path)
+
+
+def test_their_config_fields_are_all_known_or_unused(tmp_path: Path) -> None:
+    theirs = peft.LoraConfig(**SIZES).to_dict()
+    theirs.pop("peft_type")
+    theirs.pop("peft_version")
+    assert grafts.LoraConfig.from_dict(copy.deepcopy(theirs)).r == 4
