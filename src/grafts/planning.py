@@ -187,7 +187,8 @@ def _matched(
     Raises:
         UnmatchedTargetError: one of them selects nothing; names the nearest. Not if ``lenient``.
     """
-    free = [path for path in body.modules if path and not within(path, apart_from)]
+    root = not isinstance(patterns, str) and "" in patterns
+    free = [path for path in body.modules if (path or root) and not within(path, apart_from)]
     missing = [] if lenient else unmatched(free, patterns)
     if missing:
         outside = f" outside modules_to_save={list(apart_from)}" if unmatched(body.modules, patterns) != missing else ""

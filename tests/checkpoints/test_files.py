@@ -217,7 +217,7 @@ def test_broken_and_absent_files_are_named(saved: Path, tmp_path: Path) -> None:
     with pytest.raises(grafts.CheckpointError, match="not a whole safetensors file"):
         grafts.load(model, saved)
     (saved / "adapter_model.safetensors").unlink()
-    with pytest.raises(grafts.CheckpointError, match="holds no adapter_model.safetensors"):
+    with pytest.raises(grafts.CheckpointError, match=r"holds no adapter_model\.safetensors"):
         grafts.load(model, saved)
     with pytest.raises(grafts.CheckpointError, match="no such directory"):
         grafts.load(model, tmp_path / "nowhere")
@@ -237,5 +237,5 @@ def test_config_is_data_and_imports_nothing(saved: Path) -> None:
 def test_report_prints_where_what_and_how_much(saved: Path) -> None:
     text = str(grafts.load(BY_NAME["llama"].model(), saved, name="en"))
     assert f"loaded adapter 'en' from {saved}" in text
-    assert "896 trainable parameters" not in text or "LoRA" in text
+    assert "LoRA: 448 trainable parameters in 4 modules" in text
     assert "8 tensors" in text

@@ -1,0 +1,131 @@
+"""The package's face: names, laziness, registration from other packages, import order."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from torch import Tensor, nn
+
+import grafts
+from grafts.config import config as as_config
+from grafts.methods import _registered, method, method_named, method_names, methods
+from grafts.sites.module import Part
+
+SOURCE = Path(grafts.__file__).parent
+
+
+def test_public_names_are_sorted_and_all_there() -> None:
+    assert sorted(grafts.__all__) == grafts.__all__
+    for name in grafts.__all__:
+        assert getattr(grafts, name).__doc__
+    with pytest.raises(AttributeError):
+        _ = grafts.nothing
+
+
+def test_config_of_every_method_is_found_by_its_name() -> None:
+    for known in methods():
+        assert getattr(grafts, known.config.__name__) is known.config
+
+
+def test_import_loads_neither_torch_nor_transformers_nor_a_method() -> None:
+    code = (
+        "import sys, grafts; "
+        "assert not {'torch', 'transformers', 'grafts.methods.lora'} & set(sys.modules); "
+        "grafts.add; grafts.LoraConfig; "
+        "assert 'transformers' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_every_option_of_every_method_is_documented() -> None:
+    import dataclasses
+
+    for known in methods():
+        for field in dataclasses.fields(known.config):
+            assert field.metadata.get("help"), f"{known.name}: {field.name}"
+
+
+def test_method_from_another_package_is_used_like_a_built_in_one(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    @as_config
+    class ShiftConfig(grafts.AdapterConfig):
+        start: float = 0.0
+
+    class Shift(Part):
+        def __init__(self, config: ShiftConfig, size: int) -> None:
+            super().__init__()
+            self.shift = nn.Parameter(Tensor([config.start] * size))
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return y + self.shift
+
+        def merged(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+            return {"bias": tensors["bias"] + self.shift}
+
+    record = {"title": "Shift", "peft_type": "SHIFT", "layers": {"linear"}, "default_roles": ("head",)}
+    register = method("shift", config=ShiftConfig, inert=True, mergeable=True, source="none", **record)
+    register(lambda config, path, layer, host: Shift(config, layer.out_features))
+    request.addfinalizer(lambda: _registered.pop("shift"))
+    with pytest.raises(grafts.ConfigError, match="registered already"):
+        register(lambda *args: None)
+    assert "shift" in method_names()
+
+    import torch
+
+    model, x = nn.Linear(3, 2), torch.ones(1, 3)
+    before = model(x)
+    grafts.add(model, ShiftConfig(start=1.0, target_modules="all-linear"))
+    torch.testing.assert_close(model(x), before + 1)
+    grafts.save(model, "default", tmp_path)
+    torch.testing.assert_close(grafts.merge(model)(x), before + 1)
+    again = nn.Linear(3, 2)
+    grafts.load(again, tmp_path)
+    assert torch.equal(again.grafts.parts("default")[0].shift, torch.ones(2))
+
+
+def test_unknown_method_names_the_nearest() -> None:
+    with pytest.raises(grafts.ConfigError, match="did you mean 'lora'"):
+        method_named("lorra")
+    with pytest.raises(grafts.ConfigError, match="AdapterConfig is not the config of a method"):
+        grafts.plan(nn.Linear(2, 2), grafts.AdapterConfig())
+
+
+def own_imports(path: Path) -> set[str]:
+    """Modules of the package that a file imports when it is imported itself."""
+    found = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("grafts"):
+            found |= {str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found
+
+
+def test_imports_run_one_way_and_none_hides_in_a_function() -> None:
+    files = {
+        ".".join(["grafts", *p.relative_to(SOURCE).with_suffix("").parts]).removesuffix(".__init__"): p
+        for p in SOURCE.rglob("*.py")
+    }
+    graph = {name: own_imports(path) & files.keys() - {name} for name, path in files.items()}
+    done: set[str] = set()
+    while ready := [name for name in graph if name not in done and graph[name] <= done]:
+        done |= set(ready)
+    assert done == set(graph), f"import cycle among {sorted(set(graph) - done)}"
+    for path in files.values():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                hidden = [n for n in ast.walk(node) if isinstance(n, ast.ImportFrom) and (n.module or "").startswith("grafts")]
+                assert not hidden, f"{path}: {node.name}"
+
+
+def test_core_knows_no_method_by_name() -> None:
+    core = [
+        path for path in SOURCE.rglob("*.py") if path.parent.name not in ("methods", "demo") and path.name != "__init__.py"
+    ]
+    names = {word for known in methods() for word in (known.peft_type, f"grafts.methods.{known.name}", known.config.__name__)}
+    for path in core:
+        words = {
+            n.value for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Constant) and isinstance(n.value, str)
+        }
+        assert not words & names, path
