@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from grafts.checkpoints import peft
+from grafts.checkpoints.files import write_all
 from grafts.errors import CheckpointError, did_you_mean
 from grafts.matching import matches, within
 from grafts.planning import ALL_LINEAR, Plan
@@ -68,6 +69,16 @@ def save(model: nn.Module, name: str, path: str | os.PathLike[str]) -> Path:
         AdapterNameError: there is no such adapter.
         CheckpointError: the directory cannot be written.
     """
+    write_all(Path(path), checkpoint_files(model, name))
+    return Path(path)
+
+
+def checkpoint_files(model: nn.Module, name: str) -> dict[str, bytes]:
+    """The files of an adapter's checkpoint, by name.
+
+    Raises:
+        AdapterNameError: there is no such adapter.
+    """
     inner = unwrapped(model)
     made = registry_of(inner).require(name)
     tensors = {
@@ -75,8 +86,7 @@ def save(model: nn.Module, name: str, path: str | os.PathLike[str]) -> Path:
         for target, part in parts_of(inner, name)
         for key, tensor in part.file_tensors().items()
     }
-    peft.write(Path(path), file_config(inner, made), tensors)
-    return Path(path)
+    return peft.files_of(file_config(inner, made), tensors)
 
 
 def file_config(model: nn.Module, made: Plan) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
-from grafts.checkpoints.files import find, write_all
+from grafts.checkpoints.files import find
 from grafts.config import AdapterConfig
 from grafts.errors import CheckpointError, ConfigError
 from grafts.methods import method_named
@@ -41,26 +41,19 @@ class Checkpoint:
     size: int
 
 
-def write(directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Write an adapter, whole or not at all.
+def files_of(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, bytes]:
+    """The files of a checkpoint, by name.
 
     Args:
-        directory: made if it is not there; other files in it stay.
         config: what goes into ``adapter_config.json``.
         tensors: by the module's path and the tensor's own name.
-
-    Raises:
-        CheckpointError: the directory cannot be written.
     """
     keyed = {f"{PREFIX}{name}": tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_all(
-        directory,
-        {
-            TENSOR_FILE: safetensors_bytes(_own_storage(keyed), metadata={"format": "pt"}),
-            CONFIG_FILE: (json.dumps(dict(config), indent=2, sort_keys=True) + "\n").encode(),
-            "README.md": _card(config).encode(),
-        },
-    )
+    return {
+        TENSOR_FILE: safetensors_bytes(_own_storage(keyed), metadata={"format": "pt"}),
+        CONFIG_FILE: (json.dumps(dict(config), indent=2, sort_keys=True) + "\n").encode(),
+        "README.md": _card(config).encode(),
+    }
 
 
 def _own_storage(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

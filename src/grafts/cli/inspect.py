@@ -1,0 +1,91 @@
+"""``grafts inspect``: what an adapter would do to a model, or what an adapter's folder holds."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from grafts.checkpoints import peft
+from grafts.checkpoints.files import find
+from grafts.cli.console import out, quiet
+from grafts.cli.options import adapter_options, adapter_parameters, with_signature
+from grafts.matching import collapsed
+from grafts.methods import method_named, method_of
+from grafts.planning import Plan, plan
+
+NAME = "inspect"
+
+
+def inspect(
+    source: Annotated[str, typer.Argument(help="A model (folder or hub id), or an adapter's folder.")],
+    method: Annotated[str, typer.Option(help="The kind of adapter to plan.")] = "lora",
+    task: Annotated[str | None, typer.Option(help="Plan for the model with this task's head.")] = None,
+    **values: Any,
+) -> None:
+    """Show a plan for a model (which modules, which shapes, how many parameters), or the contents of an adapter's folder."""
+    directory = Path(source)
+    if directory.is_dir() and find(directory, peft.CONFIG_FILE) is not None:
+        show_adapter(directory)
+        return
+    quiet()
+    bases, tasks = (importlib.import_module(f"grafts.training.{name}") for name in ("bases", "saved"))
+    wanted = tasks.task_named(task) if task else None
+    options = adapter_options(values)
+    if wanted is not None:
+        options["task_type"] = wanted.task_type
+    config = method_named(method).config
+    config.check_names(options)
+    show_plan(plan(bases.skeleton(source, wanted), config(**options)))
+
+
+def show_plan(made: Plan) -> None:
+    """The plan as a table."""
+    table = _table("module", "role", "shape", "part", ">count", ">parameters")
+    for module, role, shape, part, count, parameters in made.rows():
+        table.add_row(module, role, shape, part, str(count), f"{parameters:,}")
+    table.add_section()
+    table.add_row("total", "", "", "", str(len(made.targets)), f"{made.parameters:,}", style="bold")
+    out.print(table)
+    out.print(made.summary(), highlight=False, soft_wrap=True)
+
+
+def show_adapter(directory: Path) -> None:
+    """An adapter's config and tensors."""
+    checkpoint = peft.read(directory)
+    known = method_of(checkpoint.config)
+    settings = _table("option", "value", title=f"{known.title} in {directory}")
+    for name, value in checkpoint.config.to_dict().items():
+        if value not in (None, {}, [], False):
+            settings.add_row(name, ", ".join(map(str, value)) if isinstance(value, list) else str(value))
+    out.print(settings)
+    groups: dict[tuple[str, str, str], list[int]] = {}
+    for name, tensor in checkpoint.tensors.items():
+        shape = " x ".join(map(str, tensor.shape))
+        groups.setdefault((collapsed(name), shape, str(tensor.dtype).removeprefix("torch.")), []).append(tensor.numel())
+    tensors = _table("tensor", "shape", "type", ">count", ">parameters")
+    for key, sizes in groups.items():
+        tensors.add_row(*key, str(len(sizes)), f"{sum(sizes):,}")
+    tensors.add_section()
+    total = sum(map(sum, groups.values()))
+    tensors.add_row("total", "", "", str(len(checkpoint.tensors)), f"{total:,}", style="bold")
+    out.print(tensors)
+    out.print(f"{checkpoint.size:,} bytes", highlight=False)
+
+
+def _table(*columns: str, title: str | None = None) -> Table:
+    """A table; a column whose name begins with > is of numbers."""
+    table = Table(title=title, title_justify="left", header_style="bold", box=None, pad_edge=False)
+    for column in columns:
+        right = column.startswith(">")
+        table.add_column(column.removeprefix(">"), justify="right" if right else "left", no_wrap=right, overflow="fold")
+    return table
+
+
+def command() -> Callable[..., None]:
+    """The function with a flag for every adapter option."""
+    return with_signature(inspect, adapter_parameters())
