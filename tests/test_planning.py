@@ -45,7 +45,7 @@ def small(config_class: str, model_class: str, **sizes: object) -> nn.Module:
         (
             "WhisperConfig",
             "WhisperModel",
-            {"d_model": 24, "encoder_layers": 1, "decoder_layers": 1, "pad_token_id": 0},
+            {"hidden_size": 24, "encoder_layers": 1, "decoder_layers": 1, "pad_token_id": 0},
             {"q_proj", "v_proj"},
         ),
         ("DebertaV2Config", "DebertaV2Model", {}, {"query_proj", "value_proj"}),

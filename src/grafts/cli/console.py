@@ -5,11 +5,12 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import sys
 import warnings
 
 from rich.console import Console
 
-out = Console(soft_wrap=False)
+out = Console(width=None if sys.stdout.isatty() else 160)
 err = Console(stderr=True)
 
 

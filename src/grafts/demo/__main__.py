@@ -130,7 +130,7 @@ def _probe(settings: RunSettings, console: Console) -> Metrics:
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
     for x, y in islice(chain.from_iterable(repeat(batches)), steps):
         optimizer.zero_grad()
-        torch.nn.functional.cross_entropy(head(x), y).backward()
+        torch.nn.functional.cross_entropy(head(x), y).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         schedule.step()
     choices = head(features["test"]).argmax(-1).numpy()

@@ -22,7 +22,8 @@ def load_base(source: str, task: Task, labels: list[str] | None, dtype: str = "f
     options: dict[str, Any] = {"dtype": getattr(torch, dtype)}
     if labels:
         options |= {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}
-        options |= {"num_labels": len(labels)}
+        # a head for other labels is no use: the adapter trains one of its own
+        options |= {"num_labels": len(labels), "ignore_mismatched_sizes": True}
     model: nn.Module = _loaded(getattr(transformers, task.auto_class), source, **options)
     return model.eval()
 

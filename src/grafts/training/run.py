@@ -70,6 +70,7 @@ def run(settings: RunSettings, console: Console) -> Metrics:
         RunError, GraftsError: one sentence on what is wrong; nothing was written.
     """
     task = task_named(settings.task)
+    config = settings.adapter_config(task.task_type)
     output = Path(settings.output_dir)
     _require_free(output, settings.overwrite)
     files = {"train": settings.train_file, "validation": settings.validation_file, "test": settings.test_file}
@@ -80,7 +81,7 @@ def run(settings: RunSettings, console: Console) -> Metrics:
     model = load_base(settings.model, task, settings.labels, settings.dtype)
     tokenizer = load_tokenizer(settings.model, model)
     encoded = {split: task.encode(some, str(files[split]), tokenizer, settings) for split, some in rows.items()}
-    grafts.add(model, settings.adapter_config(task.task_type))
+    grafts.add(model, config)
     plan = registry_of(model).require("default")
     if _is_first():
         console.print(plan.summary(), highlight=False)

@@ -1,0 +1,282 @@
+"""How fast a LoRA step and the verbs are, as ratios to the frozen base, to the limit, and to `peft`, in one run.
+
+    python -m benchmarks.speed [--rounds 15] [--sizes small medium large]
+
+- floor: the frozen base's own forward, and forward + backward down to its input embeddings.
+- limit: the floor plus the adapter's own floating-point work: its six matrix products a target, on the same shapes.
+- grafts, peft: the same model with LoRA r=16 on every linear, no dropout.
+
+Every round measures all of them, in an order that rotates, and a figure is the median of the rounds' ratios. On a CPU one
+thread and the process's CPU time; on a GPU device events. Writes benchmarks/results/DATE-speed-DEVICE.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import datetime
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import peft
+import torch
+import transformers
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import grafts
+from grafts.registry import parts_of
+
+RANK = 16
+SIZES = {
+    "small": {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 4, "num_attention_heads": 8, "rows": 4},
+    "medium": {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 3, "num_attention_heads": 16, "rows": 4},
+    "large": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 2, "num_attention_heads": 16, "rows": 2},
+}
+LENGTH, VOCABULARY = 128, 1000
+CUDA = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if CUDA else "cpu")
+DTYPE = torch.bfloat16 if CUDA else torch.float32
+Step = Callable[[], object]
+
+
+def cost(step: Step, repeat: int = 1) -> float:
+    """Seconds of one call: device events on a GPU, CPU time of the process elsewhere."""
+    if CUDA:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(repeat):
+            step()
+        end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end) / 1e3 / repeat
+    before = time.process_time()
+    for _ in range(repeat):
+        step()
+    return (time.process_time() - before) / repeat
+
+
+def interleaved(steps: dict[str, Step], rounds: int, repeat: int = 1) -> dict[str, list[float]]:
+    """The cost of each step in each round; the order rotates from round to round."""
+    names = list(steps)
+    for step in steps.values():
+        step()
+    found: dict[str, list[float]] = {name: [] for name in names}
+    for number in range(rounds):
+        for name in names[number % len(names) :] + names[: number % len(names)]:
+            found[name].append(cost(steps[name], repeat))
+    return found
+
+
+def ratio(found: dict[str, list[float]], name: str, to: str) -> float:
+    return statistics.median(a / b for a, b in zip(found[name], found[to], strict=True))
+
+
+def llama(size: str) -> nn.Module:
+    sizes = {key: value for key, value in SIZES[size].items() if key != "rows"}
+    torch.manual_seed(0)
+    config = LlamaConfig(**sizes, vocab_size=VOCABULARY, num_key_value_heads=sizes["num_attention_heads"])
+    return LlamaForCausalLM(config).to(DEVICE, DTYPE).requires_grad_(False)
+
+
+def config(library: object) -> object:
+    return library.LoraConfig(r=RANK, lora_alpha=RANK, lora_dropout=0.0, target_modules="all-linear")  # type: ignore[attr-defined]
+
+
+def forward(model: nn.Module, embeddings: Tensor) -> Step:
+    def step() -> None:
+        with torch.no_grad():
+            model(inputs_embeds=embeddings)
+
+    return step
+
+
+def training(model: nn.Module, embeddings: Tensor) -> Step:
+    trained = [p for p in model.parameters() if p.requires_grad]
+
+    def step() -> None:
+        embeddings.grad = None
+        for parameter in trained:
+            parameter.grad = None
+        model(inputs_embeds=embeddings).logits.sum().backward()
+
+    return step
+
+
+def products(model: nn.Module, rows: int, *, backward: bool) -> Step:
+    """The adapter's matrix products alone, into buffers that are there: two a target forward, four more backward."""
+    jobs: list[tuple[Tensor, Tensor, Tensor]] = []
+    for _, part in parts_of(model, "default"):
+        a, b = (p.detach().to(DTYPE) for p in (part.lora_A, part.lora_B))
+        x, y = (torch.randn(rows * LENGTH, width, device=DEVICE, dtype=DTYPE) for width in (a.shape[1], b.shape[0]))
+        u = torch.randn(rows * LENGTH, RANK, device=DEVICE, dtype=DTYPE)
+        pairs = [(x, a.T), (u, b.T)]
+        if backward:
+            pairs += [(y, b), (y.T, u), (u, a), (u.T, x)]
+        jobs += [
+            (left, right, torch.empty(left.shape[0], right.shape[1], device=DEVICE, dtype=DTYPE)) for left, right in pairs
+        ]
+
+    def step() -> None:
+        for left, right, result in jobs:
+            torch.mm(left, right, out=result)
+
+    return step
+
+
+def peak_bytes(step: Step) -> int:
+    """The most that one step holds beyond what was there before it."""
+    step()
+    if CUDA:
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        step()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+def steps(size: str, rounds: int) -> dict[str, float]:
+    base = llama(size)
+    ours = grafts.add(copy.deepcopy(base), config(grafts))
+    theirs = peft.get_peft_model(copy.deepcopy(base), config(peft))
+    rows = SIZES[size]["rows"]
+    embeddings = torch.randn(rows, LENGTH, SIZES[size]["hidden_size"], device=DEVICE, dtype=DTYPE, requires_grad=True)
+    result: dict[str, float] = {}
+    models = {"floor": base, "grafts": ours, "peft": theirs}
+    for kind, make in (("forward", forward), ("training", training)):
+        measured: dict[str, Step] = {name: make(model, embeddings) for name, model in models.items()}
+        idle = grafts.deactivate(copy.deepcopy(ours))
+        measured["work"] = products(ours, rows, backward=kind == "training")
+        measured["idle"] = make(idle, embeddings)
+        found = interleaved(measured, rounds)
+        found["limit"] = [a + b for a, b in zip(found["floor"], found["work"], strict=True)]
+        result |= {f"{kind} limit / floor": ratio(found, "limit", "floor")}
+        result |= {f"{kind} {name} / floor": ratio(found, name, "floor") for name in ("grafts", "peft", "idle")}
+        result |= {
+            f"{kind} grafts / limit": ratio(found, "grafts", "limit"),
+            f"{kind} peft / limit": ratio(found, "peft", "limit"),
+        }
+        result[f"{kind} grafts / peft"] = ratio(found, "grafts", "peft")
+        if kind == "training":
+            result |= {f"peak MiB {name}": peak_bytes(measured[name]) / 2**20 for name in models}
+    return result
+
+
+def verbs(rounds: int) -> dict[str, float]:
+    """Milliseconds of each verb, with `peft`'s counterpart, on the small model."""
+    size = "small"
+    base = llama(size)
+    ours, theirs = copy.deepcopy(base), peft.get_peft_model(copy.deepcopy(base), config(peft))
+    grafts.add(ours, config(grafts), name="default")
+    grafts.add(ours, config(grafts), name="other")
+    theirs.add_adapter("other", config(peft))
+    toggles = {"grafts": 0, "peft": 0}
+
+    def switch(library: str) -> None:
+        toggles[library] += 1
+        name = ("default", "other")[toggles[library] % 2]
+        grafts.activate(ours, name) if library == "grafts" else theirs.set_adapter(name)
+
+    with tempfile.TemporaryDirectory() as folder:
+        paths = {library: f"{folder}/{library}" for library in ("grafts", "peft")}
+        grafts.save(ours, "default", paths["grafts"])
+        theirs.save_pretrained(paths["peft"], selected_adapters=["default"])
+        fresh = {"grafts": copy.deepcopy(base), "peft": theirs}
+
+        def load(library: str) -> None:
+            if library == "grafts":
+                grafts.load(fresh["grafts"], paths["grafts"], name="loaded")
+                grafts.delete(fresh["grafts"], "loaded")
+            else:
+                theirs.load_adapter(paths["peft"], "loaded")
+                theirs.delete_adapter("loaded")
+
+        def add(library: str) -> None:
+            if library == "grafts":
+                grafts.detach(grafts.add(fresh["grafts"], config(grafts)))
+            else:
+                theirs.add_adapter("added", config(peft))
+                theirs.delete_adapter("added")
+
+        def merge(library: str) -> None:
+            if library == "grafts":
+                grafts.unmerge(grafts.merge(ours, "default"))
+            else:
+                theirs.merge_adapter(["default"])
+                theirs.unmerge_adapter()
+
+        def save(library: str) -> None:
+            if library == "grafts":
+                grafts.save(ours, "default", paths["grafts"])
+            else:
+                theirs.save_pretrained(paths["peft"], selected_adapters=["default"])
+
+        result = {}
+        works = {"add and remove": add, "activate": switch, "save": save, "load and delete": load, "merge and unmerge": merge}
+        for name, work in works.items():
+            found = interleaved({library: lambda w=work, b=library: w(b) for library in ("grafts", "peft")}, rounds)  # type: ignore[misc]
+            result |= {f"{name} {library} ms": statistics.median(found[library]) * 1e3 for library in found}
+    for library in ("grafts", "peft"):
+        code = f"import time; t = time.process_time(); import {library}; print(time.process_time() - t)"
+        seconds = [
+            float(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout) for _ in range(3)
+        ]
+        result[f"import {library} ms"] = statistics.median(seconds) * 1e3
+    return result
+
+
+def machine() -> dict[str, str]:
+    return {
+        "device": torch.cuda.get_device_name() if CUDA else f"{platform.machine()} CPU, one thread, process CPU time",
+        "dtype": str(DTYPE),
+        "python": platform.python_version(),
+        **{lib.__name__: lib.__version__ for lib in (grafts, peft, torch, transformers)},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["small", "medium", "large"])
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore")
+    console = Console(width=110)
+    result: dict[str, object] = {"machine": machine(), "rank": RANK, "rounds": given.rounds, "steps": {}, "verbs": {}}
+    measured = {size: steps(size, given.rounds) for size in given.sizes}
+    table = Table(box=None, header_style="bold")
+    table.add_column("LoRA r=16, all-linear")
+    for size in measured:
+        table.add_column(f"{size} ({SIZES[size]['hidden_size']})", justify="right")
+    for row in next(iter(measured.values())):
+        table.add_row(row, *(f"{measured[size][row]:.3f}" for size in measured))
+    console.print(table)
+    times = verbs(given.rounds)
+    for name, value in times.items():
+        console.print(f"{name:<32}{value:>12.3f}", highlight=False)
+    result |= {"steps": measured, "verbs": times}
+    kind = "cuda" if CUDA else "cpu"
+    file = Path(__file__).parent / "results" / f"{datetime.date.today()}-speed-{kind}.json"
+    file.write_text(json.dumps(result, indent=2) + "\n")
+    console.print(f"written to {file}")
+
+
+if __name__ == "__main__":
+    main()
