@@ -221,3 +221,32 @@ def test_their_config_fields_are_all_known_or_unused(tmp_path: Path) -> None:
     theirs.pop("peft_type")
     theirs.pop("peft_version")
     assert grafts.LoraConfig.from_dict(copy.deepcopy(theirs)).r == 4
+
+
+@pytest.mark.parametrize("name", ["bert", "llama", "gpt2"])
+def test_training_from_the_same_start_takes_the_course_of_peft(name: str, tmp_path: Path) -> None:
+    """Same data, same optimizer, same random numbers (the base has dropout): the same losses and the same adapter."""
+    base = BY_NAME[name]
+    options = SIZES | {"target_modules": "all-linear"} | ({"task_type": "SEQ_CLS"} if name == "bert" else {})
+    theirs = peft.get_peft_model(base.model(), peft.LoraConfig(**options))
+    theirs.save_pretrained(tmp_path / "start")
+    ours = base.model()
+    grafts.load(ours, tmp_path / "start", name="en", train=True)
+
+    def course(model: nn.Module) -> list[float]:
+        model.train()
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        losses = []
+        for _ in range(8):
+            loss = base.output(model).logsumexp(-1).mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        return losses
+
+    first, second = course(ours), course(theirs)
+    assert first[0] - first[-1] > 1e-3
+    torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-5)
+    theirs.eval()
+    torch.testing.assert_close(base.output(ours.eval()), base.output(theirs), rtol=1e-3, atol=1e-4)
