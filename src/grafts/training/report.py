@@ -6,6 +6,7 @@ import dataclasses
 import html
 import io
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -55,8 +56,9 @@ def loss_picture(losses: Losses, validation: Validation, format: str = "png") ->
 def report_page(settings: RunSettings, plan: Plan, metrics: Mapping[str, Any], losses: Losses, validation: Validation) -> str:
     """One HTML page on a run, with nothing to fetch: figures, loss curve, classes, adapter, settings."""
     curve = loss_picture(losses, validation, "svg").decode()
+    title = f"{plan.method.title} on {'/'.join(Path(settings.model).parts[-2:])}"
     parts = [
-        f"<h1>{_text(plan.method.title)} on {_text(settings.model)}</h1>",
+        f"<h1>{_text(title)}</h1>",
         f'<p class="soft">{_text(settings.task)}, trained on {_text(settings.train_file)}</p>',
         _cards(plan, metrics),
         f"<h2>Loss</h2><figure>{curve[curve.index('<svg') :]}</figure>",
@@ -69,7 +71,6 @@ def report_page(settings: RunSettings, plan: Plan, metrics: Mapping[str, Any], l
         "<h2>Versions</h2>",
         _table(("package", "version"), metrics["versions"].items()),
     ]
-    title = f"{plan.method.title} on {settings.model}"
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{_text(title)}</title>'
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{_STYLE}</style></head>\n'

@@ -57,6 +57,11 @@ class Fitted:
     seconds: float
     trainer: Trainer
 
+    def last_loss(self) -> float | None:
+        """The mean training loss over the last tenth of the run."""
+        last = [loss for _, loss in self.losses[-max(1, len(self.losses) // 10) :]]
+        return sum(last) / len(last) if last else None
+
 
 def run(settings: RunSettings, console: Console) -> Metrics:
     """Fine-tune as the settings say and write ``settings.output_dir``, whole or not at all.
@@ -87,7 +92,7 @@ def run(settings: RunSettings, console: Console) -> Metrics:
         console.print(plan.summary(), highlight=False)
     fitted = fit(model, task, encoded, tokenizer, settings, ProgressBar(console, "training"))
     metrics: Metrics = {
-        "train": {"loss": fitted.losses[-1][1] if fitted.losses else None, "rows": len(encoded["train"])},
+        "train": {"loss": fitted.last_loss(), "rows": len(encoded["train"])},
         "parameters": {"trainable": plan.parameters, "base": plan.base_parameters},
         "seconds": round(fitted.seconds, 2),
         "versions": {"grafts": grafts.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
