@@ -234,7 +234,8 @@ def verbs(rounds: int) -> dict[str, float]:
             found = interleaved({library: lambda w=work, b=library: w(b) for library in ("grafts", "peft")}, rounds)  # type: ignore[misc]
             result |= {f"{name} {library} ms": statistics.median(found[library]) * 1e3 for library in found}
     for library, used in (("grafts", "grafts.add"), ("peft", "peft.get_peft_model")):
-        code = f"import time; t = time.process_time(); import {library}; {used}; {library}.LoraConfig; print(time.process_time() - t)"
+        use = f"import {library}; {used}; {library}.LoraConfig"
+        code = f"import time; t = time.process_time(); {use}; print(time.process_time() - t)"
         seconds = [
             float(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout) for _ in range(3)
         ]

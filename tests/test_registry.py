@@ -156,3 +156,13 @@ def test_module_with_an_attribute_of_our_name_is_refused() -> None:
     model.out.grafts = "mine"
     with pytest.raises(grafts.ConfigError, match="attribute 'grafts' of its own"):
         grafts.add(model, grafts.LoraConfig(target_modules=["out"]))
+
+
+def test_base_can_be_saved_and_loaded_while_adapters_are_attached(model: nn.Module, tmp_path: object) -> None:
+    from transformers import LlamaForCausalLM
+
+    bare = LLAMA.output(grafts.deactivate(model))
+    model.save_pretrained(f"{tmp_path}/base")
+    again = LlamaForCausalLM.from_pretrained(f"{tmp_path}/base")
+    assert torch.equal(LLAMA.output(again), bare)
+    assert {name.split(".grafts.")[0] for name in model.state_dict() if ".grafts." in name} <= set(dict(again.named_modules()))

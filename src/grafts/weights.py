@@ -77,11 +77,11 @@ def home(module: nn.Module) -> tuple[torch.device, torch.dtype]:
     The device is that of the module's own tensors; for a module whose tensors `accelerate` keeps elsewhere between calls,
     the device on which it computes. The dtype is float32, or float64 beside a float64 module.
     """
-    tensor = next((p for p in (*module.parameters(), *module.buffers()) if p.is_floating_point()), None)
-    device = tensor.device if tensor is not None else torch.device("cpu")
+    tensors = (*module.parameters(), *module.buffers())
+    device = tensors[0].device if tensors else torch.device("cpu")
     if device.type == "meta" and (execution := _execution_device(module)) is not None:
         device = execution
-    wide = tensor is not None and tensor.dtype == torch.float64
+    wide = any(tensor.dtype == torch.float64 for tensor in tensors)
     return device, torch.float64 if wide else torch.float32
 
 

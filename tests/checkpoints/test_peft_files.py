@@ -163,6 +163,16 @@ def test_written_config_names_every_target_so_that_any_reader_finds_the_same(tmp
     assert data["auto_mapping"]["base_model_class"] == "LlamaForCausalLM"
 
 
+def test_layers_of_a_bare_model_are_written_as_names_because_peft_would_not_find_their_indices(tmp_path: Path) -> None:
+    model = BY_NAME["llama"].model().model
+    grafts.add(model, grafts.LoraConfig(target_modules=["q_proj"], layers_to_transform=1))
+    grafts.save(model, "default", tmp_path)
+    data = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (data["target_modules"], data["layers_to_transform"]) == (["layers.1.self_attn.q_proj"], None)
+    fresh = peft.PeftModel.from_pretrained(BY_NAME["llama"].model().model, tmp_path)
+    assert sum("lora_A" in name for name, _ in fresh.named_parameters()) == 1
+
+
 def test_default_head_for_classification_includes_all_of_it(tmp_path: Path) -> None:
     """`peft` takes only modules called classifier or score; DistilBERT's pre_classifier stays random there."""
     from transformers import DistilBertConfig, DistilBertForSequenceClassification

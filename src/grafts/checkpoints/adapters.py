@@ -97,8 +97,9 @@ def file_config(model: nn.Module, made: Plan) -> dict[str, Any]:
         target.path for target in made.targets if target.kind == "copy" and not any("base_layer" in t for t in target.tensors)
     ]
     values = made.config.to_dict() | {"peft_type": made.method.peft_type, "inference_mode": True}
-    if made.config.target_modules in (None, ALL_LINEAR):
+    if made.config.target_modules in (None, ALL_LINEAR) or values.get("layers_to_transform") is not None:
         values["target_modules"] = _shortest_names(own, body.modules)
+        values |= {name: None for name in ("layers_to_transform", "layers_pattern") if name in values}
     if copies and not made.config.modules_to_save:
         values["modules_to_save"] = _shortest_names(copies, body.modules)
     if "fan_in_fan_out" in values:
