@@ -114,10 +114,18 @@ class LoraLinear(Part):
         Returns:
             ``y + scaling * B A x``, ``(*batch, out_features)``  (Hu et al. 2021, eq. 3).
         """
+        return add_scaled(y, self._down(x, y), self.lora_B, self.scaling)
+
+    def forward_(self, x: Tensor, y: Tensor) -> Tensor:
+        """`forward`, written into ``y``."""
+        return add_scaled_(y, self._down(x, y), self.lora_B, self.scaling)
+
+    def _down(self, x: Tensor, y: Tensor) -> Tensor:
+        """``A x``, ``(*batch, r)``."""
         x = x.to(y.device)
         if self.dropout is not None:
             x = self.dropout(x)
-        return add_scaled(y, F.linear(x, self.lora_A.to(x.dtype)), self.lora_B, self.scaling)
+        return F.linear(x, self.lora_A.to(x.dtype))
 
     def file_tensors(self) -> Mapping[str, Tensor]:
         """The two matrices, as two linear layers."""
@@ -159,8 +167,15 @@ class LoraEmbedding(Part):
         Returns:
             ``y`` plus the update, scaled as the embedding scales its rows.
         """
-        rows = F.embedding(x, self.lora_A.T.to(y.dtype))
-        return add_scaled(y, rows, self.lora_B, self.scaling * self.row_scale)
+        return add_scaled(y, self._rows(x, y), self.lora_B, self.scaling * self.row_scale)
+
+    def forward_(self, x: Tensor, y: Tensor) -> Tensor:
+        """`forward`, written into ``y``."""
+        return add_scaled_(y, self._rows(x, y), self.lora_B, self.scaling * self.row_scale)
+
+    def _rows(self, x: Tensor, y: Tensor) -> Tensor:
+        """The looked-up columns of A, ``(*batch, r)``."""
+        return F.embedding(x, self.lora_A.T.to(y.dtype))
 
     def file_tensors(self) -> Mapping[str, Tensor]:
         """The two matrices under the names that embeddings have in files."""
@@ -187,8 +202,20 @@ def add_scaled(y: Tensor, u: Tensor, b: Tensor, scaling: float) -> Tensor:
     """
     if u.dtype != y.dtype:
         return y + (scaling * F.linear(u, b.to(u.dtype))).to(y.dtype)
+    # one pass over y: the product is added as it is made
     flat = torch.addmm(y.reshape(-1, y.shape[-1]), u.reshape(-1, u.shape[-1]), b.to(u.dtype).T, alpha=scaling)
     return flat.view(y.shape)
+
+
+def add_scaled_(y: Tensor, u: Tensor, b: Tensor, scaling: float) -> Tensor:
+    """`add_scaled` into ``y`` itself where that is one operation on it: no copy, and no second tensor of its size."""
+    if u.dtype != y.dtype or y.dim() not in (2, 3):
+        return add_scaled(y, u, b, scaling)
+    b_T = b.to(u.dtype).T
+    if y.dim() == 2:
+        return y.addmm_(u, b_T, alpha=scaling)
+    # not through a view of two dimensions: autograd would copy every gradient of y on its way back
+    return y.baddbmm_(u, b_T.expand(y.shape[0], -1, -1), alpha=scaling)
 
 
 @method(

@@ -34,6 +34,10 @@ class Part(nn.Module, abc.ABC):
 
     when: Literal["before", "after", "instead"] = "after"
 
+    def forward_(self, x: Tensor, y: Tensor) -> Tensor:
+        """``forward`` of a part that acts after the module, free to write into ``y``, which nobody else holds."""
+        return cast(Tensor, self(x, y))
+
     def file_tensors(self) -> Mapping[str, Tensor]:
         """The tensors that a checkpoint holds, by their name after the module's path.
 
@@ -124,12 +128,31 @@ class ModuleSite(nn.Module):
         return (args, kwargs) if changed else None
 
     def _after(self, host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        for part in self.running():
+        parts = self.running()
+        owned = bool(parts) and _is_fresh(host, output)
+        for part in parts:
             if part.when == "after":
-                output = part(_first_input(args, kwargs), output)
+                x = _first_input(args, kwargs)
+                output = part.forward_(x, output) if owned else part(x, output)
             elif part.when == "instead":
                 output = part(*args, **kwargs)
         return output
+
+
+def _is_fresh(host: nn.Module, output: Any) -> bool:
+    """Whether the host's output is memory that nobody else can hold: not a hook, not the graph of the backward pass.
+
+    That is so where the host is known to do one product or one look-up with a plain weight and nothing stands between it
+    and the site. There a part may add into the output, which saves a pass over it and its memory once more.
+    """
+    return (
+        type(host).forward in (nn.Linear.forward, nn.Embedding.forward)
+        and "forward" not in host.__dict__
+        and type(output) is Tensor
+        and type(host._parameters.get("weight")) is nn.Parameter
+        and len(host._forward_hooks) == 1
+        and not nn.modules.module._global_forward_hooks
+    )
 
 
 def _first_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
