@@ -89,7 +89,10 @@ def test_method_from_another_package_is_used_like_a_built_in_one(tmp_path: Path,
 def test_unknown_method_names_the_nearest() -> None:
     with pytest.raises(grafts.ConfigError, match="did you mean 'lora'"):
         method_named("lorra")
-    with pytest.raises(grafts.ConfigError, match="AdapterConfig is not the config of a method"):
+    with pytest.raises(
+        grafts.ConfigError,
+        match=r"grafts\.config\.AdapterConfig is not the config of a method; known: .*grafts\.methods\.lora\.LoraConfig",
+    ):
         grafts.plan(nn.Linear(2, 2), grafts.AdapterConfig())
 
 

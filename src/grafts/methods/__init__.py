@@ -120,6 +120,7 @@ def method_of(config: AdapterConfig) -> Method:
     for known in _registered.values():
         if type(config) is known.config:
             return known
+    known_configs = ", ".join(f"{known.config.__module__}.{known.config.__name__}" for known in methods())
     raise ConfigError(
-        f"{type(config).__name__} is not the config of a method; known: {', '.join(m.config.__name__ for m in methods())}"
+        f"{type(config).__module__}.{type(config).__name__} is not the config of a method; known: {known_configs}"
     )

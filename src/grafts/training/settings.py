@@ -114,7 +114,7 @@ class RunSettings:
                 raise RunError(f"{str(file)!r} holds an unknown key {key!r}; {did_you_mean(str(key), fields)}")
         if not isinstance(values.get("adapter"), (dict, type(None))):
             raise RunError(f"{str(file)!r}: adapter is {values['adapter']!r}; it must be options by name")
-        values |= {key: value for key, value in flags.items() if value is not None}
+        values |= {key: value for key, value in flags.items() if value not in (None, [])}
         values["adapter"] = (values.get("adapter") or {}) | {k: v for k, v in adapter_flags.items() if v is not None}
         hints = typing.get_type_hints(cls)
         return cls(**{key: as_type(key, value, hints[key]) for key, value in values.items()})
