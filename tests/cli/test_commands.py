@@ -131,6 +131,30 @@ def test_run_yaml_makes_the_same_run_again(models: Path, data: Path, tmp_path: P
     assert json.loads((tmp_path / "one" / "adapter_config.json").read_text())["rank_pattern"] == {"query": 2}
 
 
+def test_mixed_precision_checkpointing_accumulation_and_given_labels_work_together(
+    models: Path, data: Path, tmp_path: Path
+) -> None:
+    more = ["--precision", "bf16", "--gradient-checkpointing", "--gradient-accumulation-steps", 2, "--labels", "quick,lazy"]
+    train(models, data, tmp_path / "run", "--epochs", 2, "--dtype", "bfloat16", *more)
+    assert yaml.safe_load((tmp_path / "run" / "run.yaml").read_text())["labels"] == ["quick", "lazy"]
+
+
+def test_adapter_of_peft_is_used_with_the_base_and_labels_named(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import peft
+    from transformers import AutoModelForSequenceClassification
+
+    base = AutoModelForSequenceClassification.from_pretrained(models / "bert")
+    peft.get_peft_model(base, peft.LoraConfig(task_type="SEQ_CLS", target_modules=["query"])).save_pretrained(
+        tmp_path / "theirs"
+    )
+    call("predict", tmp_path / "theirs", "the cat", status=1)
+    assert "does not name its labels" in printed(capsys)
+    call("predict", tmp_path / "theirs", "the cat", "--labels", "a,b,c")
+    assert json.loads(capsys.readouterr().out)["label"] in {"a", "b", "c"}
+
+
 def test_trained_adapter_loads_from_python(models: Path, data: Path, tmp_path: Path) -> None:
     train(models, data, tmp_path / "run", "--max-steps", 2)
     from transformers import AutoModelForSequenceClassification

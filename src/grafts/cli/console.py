@@ -21,7 +21,7 @@ def quiet() -> None:
     datasets, transformers = (importlib.import_module(name) for name in ("datasets", "transformers"))
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    datasets.logging.set_verbosity_error()
+    datasets.logging.set_verbosity(logging.CRITICAL)  # its errors come back as exceptions
     datasets.disable_progress_bars()
     for name in ("accelerate", "datasets", "torch.distributed", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -39,7 +39,8 @@ def settings_parameters(cls: type[Any], without: Iterable[str] = ()) -> list[ins
         hint = hints[field.name]
         options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
         default = "" if field.default in (None, "") else f" [dim](default: {field.default})[/dim]"
-        made.append(parameter(field.name, options[0], field.metadata["help"] + default, field.metadata["panel"]))
+        kind = str if typing.get_origin(options[0]) is list else options[0]
+        made.append(parameter(field.name, kind, field.metadata["help"] + default, field.metadata["panel"]))
     return made
 
 

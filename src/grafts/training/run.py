@@ -169,7 +169,7 @@ def _arguments(settings: RunSettings, scratch: str, *, evaluates: bool, predicts
         gradient_checkpointing_kwargs={"use_reentrant": False} if settings.gradient_checkpointing else None,
         bf16=settings.precision == "bf16",
         fp16=settings.precision == "fp16",
-        use_cpu=settings.device == "cpu",
+        use_cpu=settings.device == "cpu" or not torch.accelerator.is_available(),
         seed=settings.seed,
         eval_strategy="epoch" if evaluates else "no",
         prediction_loss_only=not predicts,

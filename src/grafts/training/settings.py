@@ -40,7 +40,9 @@ class RunSettings:
     text_pair_column: str | None = setting(None, DATA, "Column of a second text, for classifying pairs.")
     label_column: str | None = setting(None, DATA, "Column of the label: 'label', for token-classification 'tags'.")
     target_column: str | None = setting(None, DATA, "Column of the output text for seq2seq-lm: 'target'.")
-    labels: list[str] | None = setting(None, DATA, "The labels in order; found in the training data if not given.")
+    labels: list[str] | None = setting(
+        None, DATA, "The labels in order, with commas; found in the training data if not given."
+    )
     max_length: int = setting(128, DATA, "Tokens of an input; what is longer is cut.")
     max_target_length: int = setting(128, DATA, "Tokens of an output text; what is longer is cut.")
     pack: bool = setting(True, DATA, "For causal-lm: join the texts and cut blocks of max_length, instead of one text a row.")
@@ -114,7 +116,7 @@ class RunSettings:
                 raise RunError(f"{str(file)!r} holds an unknown key {key!r}; {did_you_mean(str(key), fields)}")
         if not isinstance(values.get("adapter"), (dict, type(None))):
             raise RunError(f"{str(file)!r}: adapter is {values['adapter']!r}; it must be options by name")
-        values |= {key: value for key, value in flags.items() if value not in (None, [])}
+        values |= {key: value for key, value in flags.items() if value is not None}
         values["adapter"] = (values.get("adapter") or {}) | {k: v for k, v in adapter_flags.items() if v is not None}
         hints = typing.get_type_hints(cls)
         return cls(**{key: as_type(key, value, hints[key]) for key, value in values.items()})
@@ -161,6 +163,8 @@ def as_type(name: str, value: Any, hint: Any) -> Any:
             pass
     if kind is list and isinstance(value, list) and all(isinstance(item, (str, int)) for item in value):
         return [str(item) for item in value]
+    if kind is list and isinstance(value, str):
+        return [item.strip() for item in value.split(",")]
     if isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
         return value
     raise RunError(f"{name} is {value!r}; it must be of type {kind.__name__}")
