@@ -23,6 +23,6 @@ def quiet() -> None:
     transformers.logging.disable_progress_bar()
     datasets.logging.set_verbosity(logging.CRITICAL)  # its errors come back as exceptions
     datasets.disable_progress_bars()
-    for name in ("accelerate", "datasets", "torch.distributed", "huggingface_hub"):
+    for name in ("accelerate", "torch.distributed", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
