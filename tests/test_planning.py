@@ -168,3 +168,10 @@ def test_plan_prints_as_a_table_with_totals() -> None:
         lines[-1] == "LoRA: 3,712 trainable parameters in 14 modules, 60.67% of LlamaForCausalLM's 6,118"
         or "LoRA: " in lines[-1]
     )
+
+
+def test_head_is_copied_beside_the_modules_that_are_named() -> None:
+    """Naming another module must not leave a fresh classifier frozen at random."""
+    config = grafts.LoraConfig(task_type="SEQ_CLS", modules_to_save=["pooler"])
+    made = grafts.plan(BY_NAME["bert"].model(), config)
+    assert [target.path for target in made.targets if target.kind == "copy"] == ["bert.pooler", "classifier"]

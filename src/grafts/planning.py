@@ -217,8 +217,8 @@ def _in_layers(paths: list[str], config: AdapterConfig) -> list[str]:
 def _copied_modules(body: Anatomy, config: AdapterConfig, lenient: bool) -> list[str]:
     """Paths of the modules of which the adapter keeps a trainable copy; containers stand for what they hold."""
     paths = _matched(body, "modules_to_save", config.modules_to_save or (), lenient)
-    if config.task_type in ("SEQ_CLS", "TOKEN_CLS") and not config.modules_to_save:
-        paths = list(body.heads)
+    if config.task_type in ("SEQ_CLS", "TOKEN_CLS") and not lenient:  # a file names its heads itself
+        paths += [path for path in body.heads if path not in paths]
     outermost = [path for path in paths if not within(path, [other for other in paths if other != path])]
     return [leaf for path in outermost for leaf in _callable_parts(path, body.modules)]
 

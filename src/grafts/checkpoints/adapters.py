@@ -100,8 +100,9 @@ def file_config(model: nn.Module, made: Plan) -> dict[str, Any]:
     if made.config.target_modules in (None, ALL_LINEAR) or values.get("layers_to_transform") is not None:
         values["target_modules"] = _shortest_names(own, body.modules)
         values |= {name: None for name in ("layers_to_transform", "layers_pattern") if name in values}
-    if copies and not made.config.modules_to_save:
-        values["modules_to_save"] = _shortest_names(copies, body.modules)
+    named = list(made.config.modules_to_save or ())
+    if unnamed := [path for path in copies if not within(path, (owner for owner in body.modules if matches(owner, named)))]:
+        values["modules_to_save"] = named + _shortest_names(unnamed, body.modules)
     if "fan_in_fan_out" in values:
         values["fan_in_fan_out"] = any(body.layers[path].kind == "conv1d" for path in own)
     if values["base_model_name_or_path"] is None:
