@@ -53,6 +53,12 @@ def test_active_and_trainable_are_separate(model: nn.Module) -> None:
     assert [status.active for status in grafts.adapters(model).values()] == [True, False]
 
 
+def test_train_only_freezes_also_what_was_thawed_by_hand(model: nn.Module) -> None:
+    model.requires_grad_(True)
+    grafts.train_only(model, "en")
+    assert {".grafts.adapters.en." in name for name, p in model.named_parameters() if p.requires_grad} == {True}
+
+
 def test_active_block_restores_what_was_active_also_after_an_exception(model: nn.Module) -> None:
     expected = LLAMA.output(model)
     with grafts.active(model, "en") as same:

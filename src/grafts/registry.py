@@ -319,7 +319,7 @@ def active(model: M, names: str | Sequence[str]) -> Iterator[M]:
 
 
 def train_only(model: M, names: str | Sequence[str] = ()) -> M:
-    """Make the parameters of these adapters the only ones that get gradients; with no names, freeze them all.
+    """Make the parameters of these adapters the only ones of the model that get gradients; with no names, freeze all.
 
     Being active and being trainable are separate: an adapter that is trained but not active gets no gradient.
 
@@ -335,9 +335,10 @@ def train_only(model: M, names: str | Sequence[str] = ()) -> M:
             raise StateError(f"adapter {name!r} has no parameters to train")
         if name in registry.setup.merged:
             registry.require_unmerged(f"train {name!r}")
-    for name in registry.plans:
-        for _, part in parts_of(inner, name):
-            part.requires_grad_(name in wanted)
+    trained = {id(p) for name in wanted for _, part in parts_of(inner, name) for p in part.parameters()}
+    for parameter in inner.parameters():
+        if parameter.requires_grad != (id(parameter) in trained):
+            parameter.requires_grad_(not parameter.requires_grad)
     return model
 
 
