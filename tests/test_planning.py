@@ -175,3 +175,18 @@ def test_head_is_copied_beside_the_modules_that_are_named() -> None:
     config = grafts.LoraConfig(task_type="SEQ_CLS", modules_to_save=["pooler"])
     made = grafts.plan(BY_NAME["bert"].model(), config)
     assert [target.path for target in made.targets if target.kind == "copy"] == ["bert.pooler", "classifier"]
+
+
+def test_projection_that_its_owner_never_calls_is_no_target() -> None:
+    """`nn.MultiheadAttention` reads the weight of its ``out_proj``; an adapter beside it would silently do nothing."""
+    model = nn.Sequential(nn.Linear(8, 8), nn.MultiheadAttention(8, 2))
+    assert targets(model, target_modules="all-linear") == ["0"]
+    with pytest.raises(grafts.UnsupportedTargetError, match=r"'1\.out_proj' is a NonDynamicallyQuantizableLinear"):
+        targets(model, target_modules=["out_proj"])
+
+
+def test_convolution_is_refused_with_the_kinds_that_are_taken() -> None:
+    with pytest.raises(
+        grafts.UnsupportedTargetError, match=r"is a Conv1d, .* takes embedding, linear, transposed-linear layers"
+    ):
+        targets(nn.Sequential(nn.Conv1d(4, 4, 1)), target_modules=["0"])

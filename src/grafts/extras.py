@@ -45,7 +45,7 @@ class TrainableCopy(Part):
 
     def merged(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """The copy in place of the module."""
-        transposed = (layer := describe(self.module)) is not None and layer.kind == "conv1d"
+        transposed = (layer := describe(self.module)) is not None and layer.kind == "transposed-linear"
         own = {name: p.detach().to(tensors[name].dtype) for name, p in self.module.named_parameters()}
         return {name: p.T.clone() if transposed and name == "weight" else p.clone() for name, p in own.items()}
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from grafts.errors import MergeError
 from grafts.sites.module import CHILD
 
-LayerKind = Literal["linear", "conv1d", "embedding"]
+LayerKind = Literal["linear", "transposed-linear", "embedding"]
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Layer:
     """A module that adapters can stand beside, described by its sizes.
 
     Attributes:
-        kind: ``"linear"``, ``"conv1d"`` (the transposed linear of GPT-2) or ``"embedding"``.
+        kind: ``"linear"``, ``"transposed-linear"`` (`Conv1D` of `transformers`, as in GPT-2) or ``"embedding"``.
         in_features: size of the last input dimension; for an embedding the number of rows.
         out_features: size of the last output dimension.
         bias: whether the module adds a bias.
@@ -43,7 +43,8 @@ def describe(module: nn.Module) -> Layer | None:
 
     A linear is anything with ``in_features`` and ``out_features`` that derives from `nn.Linear` or is called a linear
     (quantizers bring their own classes). An embedding is an `nn.Embedding` that looks up its input as it is: subclasses
-    that compute other indices in ``forward`` are not understood, those that scale the rows are.
+    that compute other indices in ``forward`` are not understood, those that scale the rows are. A module that its owner
+    never calls is no layer: what stands beside it would silently do nothing.
     """
     name = type(module).__name__
     has_bias = getattr(module, "bias", None) is not None
@@ -51,12 +52,14 @@ def describe(module: nn.Module) -> Layer | None:
         if type(module).forward is not nn.Embedding.forward and not hasattr(module, "embed_scale"):
             return None
         return Layer("embedding", module.num_embeddings, module.embedding_dim, has_bias, name)
+    if type(module) is nn.modules.linear.NonDynamicallyQuantizableLinear:
+        return None  # the output projection of nn.MultiheadAttention, which reads its weight and never calls it
     sizes = getattr(module, "in_features", None), getattr(module, "out_features", None)
     if isinstance(sizes[0], int) and isinstance(sizes[1], int) and (isinstance(module, nn.Linear) or "Linear" in name):
         return Layer("linear", sizes[0], sizes[1], has_bias, name)
     if _is_conv1d(module):
         rows, columns = module.weight.shape  # type: ignore[misc]
-        return Layer("conv1d", rows, columns, has_bias, name)
+        return Layer("transposed-linear", rows, columns, has_bias, name)
     return None
 
 

@@ -207,3 +207,17 @@ def test_output_is_written_into_only_where_nobody_else_holds_it() -> None:
         assert not torch.allclose(moved, bare)
         assert all(torch.equal(y, bare) for y in kept), how
         assert len(kept) == (how != "plain")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_fused_encoder_of_pytorch_does_not_pass_the_adapter_by() -> None:
+    """In evaluation without gradients `nn.TransformerEncoder` reads weights and calls no linear, unless there are hooks."""
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0)
+    model, x = nn.TransformerEncoder(layer, 2).eval(), torch.randn(2, 5, 8)
+    with torch.no_grad():
+        bare = model(x)
+    adapted(model, target_modules=["linear1", "linear2"])
+    with torch.no_grad():
+        without = model(x)
+    torch.testing.assert_close(without, model(x).detach())
+    assert not torch.allclose(without, bare, atol=1e-3)

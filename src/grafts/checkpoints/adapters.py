@@ -104,7 +104,7 @@ def file_config(model: nn.Module, made: Plan) -> dict[str, Any]:
     if unnamed := [path for path in copies if not within(path, (owner for owner in body.modules if matches(owner, named)))]:
         values["modules_to_save"] = named + _shortest_names(unnamed, body.modules)
     if "fan_in_fan_out" in values:
-        values["fan_in_fan_out"] = any(body.layers[path].kind == "conv1d" for path in own)
+        values["fan_in_fan_out"] = any(body.layers[path].kind == "transposed-linear" for path in own)
     if values["base_model_name_or_path"] is None:
         values["base_model_name_or_path"] = getattr(getattr(model, "config", None), "_name_or_path", None) or None
     if values["task_type"] is None and values["auto_mapping"] is None:

@@ -223,7 +223,7 @@ def add_scaled_(y: Tensor, u: Tensor, b: Tensor, scaling: float) -> Tensor:
     title="LoRA",
     peft_type="LORA",
     config=LoraConfig,
-    layers={"linear", "conv1d", "embedding"},
+    layers={"linear", "transposed-linear", "embedding"},
     default_roles=(QUERY, VALUE, KEY_VALUE, FUSED),
     inert=True,
     mergeable=True,
