@@ -36,7 +36,11 @@ class TrainableCopy(Part):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The copy's output for the module's own arguments."""
-        cast = {name: p.to(self.dtypes[name]) for name, p in self.module.named_parameters() if p.dtype != self.dtypes[name]}
+        cast = {
+            name: p.to(self.dtypes[name])
+            for name, p in self.module.named_parameters()
+            if p.dtype.itemsize > self.dtypes[name].itemsize  # not where the whole model was made narrower since
+        }
         return torch.func.functional_call(self.module, cast, args, kwargs) if cast else self.module(*args, **kwargs)
 
     def file_tensors(self) -> Mapping[str, Tensor]:

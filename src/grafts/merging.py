@@ -60,7 +60,7 @@ def merge(model: M, names: str | Sequence[str] | None = None, *, untie: bool = F
         )
     activate(model, wanted)
     undo = [
-        _put(inner, path, name, tensor, f"{path}.{name}" in shared) for path in ready for name, tensor in ready[path].items()
+        _put(inner, name, tensor, name in shared) for path in ready for name, tensor in _full_names(path, ready[path]).items()
     ]
     if shared:
         undo.append(_untie_config(inner))
@@ -107,7 +107,7 @@ def _shared(model: nn.Module, ready: Mapping[str, Mapping[str, Tensor]]) -> dict
         if tensor.device.type != "meta":
             by_storage[tensor.device, tensor.untyped_storage().data_ptr()].append(name)
     groups = {name: names for names in by_storage.values() for name in names}
-    changed = [f"{path}.{name}" if path else name for path, tensors in ready.items() for name in tensors]
+    changed = [name for path, tensors in ready.items() for name in _full_names(path, tensors)]
     return {name: others for name in changed if (others := [other for other in groups[name] if other != name])}
 
 
@@ -137,9 +137,14 @@ class _RestoreConfig:
             model.config.tie_word_embeddings = self.tied  # type: ignore[union-attr]
 
 
-def _put(model: nn.Module, path: str, name: str, tensor: Tensor, untie: bool) -> Undo:
+def _full_names(path: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A module's tensors by their names in the whole model."""
+    return {f"{path}.{name}" if path else name: tensor for name, tensor in tensors.items()}
+
+
+def _put(model: nn.Module, name: str, tensor: Tensor, untie: bool) -> Undo:
     """Put a merged tensor in its place and say how to get the old one back."""
-    owner_path, _, leaf = f"{path}.{name}".strip(".").rpartition(".")
+    owner_path, _, leaf = name.rpartition(".")
     owner = model.get_submodule(owner_path)
     parameter = owner.get_parameter(leaf)
     if untie:

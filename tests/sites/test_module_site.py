@@ -221,3 +221,9 @@ def test_fused_encoder_of_pytorch_does_not_pass_the_adapter_by() -> None:
         without = model(x)
     torch.testing.assert_close(without, model(x).detach())
     assert not torch.allclose(without, bare, atol=1e-3)
+
+
+def test_model_made_narrower_after_adding_still_runs() -> None:
+    bert = BY_NAME["bert"]
+    model = adapted(bert.model(), task_type="SEQ_CLS").to(torch.bfloat16)
+    assert bert.output(model).dtype == torch.bfloat16
