@@ -43,7 +43,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.fixture
 def config(method: Method) -> grafts.AdapterConfig:
     """The method's config for any model: every linear, defaults otherwise."""
-    return method.config(target_modules="all-linear")
+    needed = {"total_step": 100} if "total_step" in method.config.field_names() else {}
+    return method.config(target_modules="all-linear", **needed)
 
 
 @pytest.fixture

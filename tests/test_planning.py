@@ -185,8 +185,7 @@ def test_projection_that_its_owner_never_calls_is_no_target() -> None:
         targets(model, target_modules=["out_proj"])
 
 
-def test_convolution_is_refused_with_the_kinds_that_are_taken() -> None:
-    with pytest.raises(
-        grafts.UnsupportedTargetError, match=r"is a Conv1d, .* takes embedding, linear, transposed-linear layers"
-    ):
-        targets(nn.Sequential(nn.Conv1d(4, 4, 1)), target_modules=["0"])
+def test_layer_of_an_unknown_kind_is_refused_with_the_kinds_that_are_taken() -> None:
+    message = r"is a ConvTranspose1d, .* takes attention, convolution, embedding"
+    with pytest.raises(grafts.UnsupportedTargetError, match=message):
+        targets(nn.Sequential(nn.ConvTranspose1d(4, 4, 1)), target_modules=["0"])

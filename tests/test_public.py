@@ -6,6 +6,7 @@ import ast
 import subprocess
 import sys
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 from torch import Tensor, nn
@@ -53,6 +54,7 @@ def test_method_from_another_package_is_used_like_a_built_in_one(tmp_path: Path,
     @as_config
     class ShiftConfig(grafts.AdapterConfig):
         start: float = 0.0
+        peft_type: ClassVar[str] = "SHIFT"
 
     class Shift(Part):
         def __init__(self, config: ShiftConfig, size: int) -> None:
@@ -62,12 +64,12 @@ def test_method_from_another_package_is_used_like_a_built_in_one(tmp_path: Path,
         def forward(self, x: Tensor, y: Tensor) -> Tensor:
             return y + self.shift
 
-        def merged(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        def merged(self, tensors: dict[str, Tensor], base: dict[str, Tensor]) -> dict[str, Tensor]:
             return {"bias": tensors["bias"] + self.shift}
 
-    record = {"title": "Shift", "peft_type": "SHIFT", "layers": {"linear"}, "default_roles": ("head",)}
+    record = {"title": "Shift", "layers": {"linear"}, "default_roles": ({"head"},)}
     register = method("shift", config=ShiftConfig, inert=True, mergeable=True, source="none", **record)
-    register(lambda config, path, layer, host: Shift(config, layer.out_features))
+    register(lambda config, place: Shift(config, place.layer.out_features))
     request.addfinalizer(lambda: _registered.pop("shift"))
     with pytest.raises(grafts.ConfigError, match="registered already"):
         register(lambda *args: None)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from grafts.checkpoints.adapters import LoadReport, load, save
+    from grafts.combining import combine
     from grafts.config import AdapterConfig
     from grafts.errors import (
         AdapterNameError,
@@ -23,7 +24,10 @@ if TYPE_CHECKING:
         UnmatchedTargetError,
         UnsupportedTargetError,
     )
-    from grafts.merging import merge, unmerge
+    from grafts.faces.peft import IA3Model
+    from grafts.merging import MergeReport, merge, unmerge, verify_merge
+    from grafts.methods.adalora import AdaLoraConfig, RankAllocator, rank_allocator
+    from grafts.methods.ia3 import IA3Config
     from grafts.methods.lora import LoraConfig
     from grafts.planning import Plan, plan
     from grafts.registry import (
@@ -42,6 +46,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "grafts.checkpoints.adapters": ("LoadReport", "load", "save"),
+    "grafts.combining": ("combine",),
     "grafts.config": ("AdapterConfig",),
     "grafts.errors": (
         "AdapterNameError",
@@ -53,7 +58,10 @@ _HOMES = {
         "UnmatchedTargetError",
         "UnsupportedTargetError",
     ),
-    "grafts.merging": ("merge", "unmerge"),
+    "grafts.faces.peft": ("IA3Model",),
+    "grafts.merging": ("MergeReport", "merge", "unmerge", "verify_merge"),
+    "grafts.methods.adalora": ("AdaLoraConfig", "RankAllocator", "rank_allocator"),
+    "grafts.methods.ia3": ("IA3Config",),
     "grafts.methods.lora": ("LoraConfig",),
     "grafts.planning": ("Plan", "plan"),
     "grafts.registry": (
@@ -71,16 +79,21 @@ _HOMES = {
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "AdaLoraConfig",
     "AdapterConfig",
     "AdapterNameError",
     "AdapterStatus",
     "CheckpointError",
     "ConfigError",
     "GraftsError",
+    "IA3Config",
+    "IA3Model",
     "LoadReport",
     "LoraConfig",
     "MergeError",
+    "MergeReport",
     "Plan",
+    "RankAllocator",
     "StateError",
     "UnmatchedTargetError",
     "UnsupportedTargetError",
@@ -88,15 +101,18 @@ __all__ = [
     "active",
     "adapters",
     "add",
+    "combine",
     "deactivate",
     "delete",
     "detach",
     "load",
     "merge",
     "plan",
+    "rank_allocator",
     "save",
     "train_only",
     "unmerge",
+    "verify_merge",
 ]
 
 

@@ -1,17 +1,22 @@
-"""Parts that an adapter of any method may have beside its own: trainable copies of modules, and trainable biases."""
+"""Parts that an adapter of any method may have beside its own: trainable copies of modules, trainable biases and tokens.
+
+And the one that lets a method's parts act through the weights of `nn.MultiheadAttention`.
+"""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from grafts.composition import CHILD
 from grafts.errors import ConfigError, UnsupportedTargetError
-from grafts.sites.module import CHILD, Part, sites_in
-from grafts.weights import describe
+from grafts.sites.module import Part, sites_in
+from grafts.weights import describe, read, row_scale
 
 
 class TrainableCopy(Part):
@@ -47,10 +52,19 @@ class TrainableCopy(Part):
         """The copy's parameters under the module's own names."""
         return {f"{self.file_prefix}{name}": p for name, p in self.module.named_parameters(remove_duplicate=False)}
 
-    def merged(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    def tied(self, host: nn.Module) -> TrainableCopy:
+        """A copy of a module that shares this one's weight, sharing it as well."""
+        twin = TrainableCopy(host, self.file_prefix)
+        weight = self.module.get_parameter("weight")
+        if twin.module.get_parameter("weight").shape != weight.shape:
+            raise ConfigError("only modules whose weights have one shape can share a trained copy")
+        twin.module._parameters["weight"] = weight
+        return twin
+
+    def merged(self, tensors: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """The copy in place of the module."""
         transposed = (layer := describe(self.module)) is not None and layer.kind == "transposed-linear"
-        own = {name: p.detach().to(tensors[name].dtype) for name, p in self.module.named_parameters()}
+        own = {name: p.to(tensors[name].dtype) for name, p in self.module.named_parameters()}
         return {name: p.T.clone() if transposed and name == "weight" else p.clone() for name, p in own.items()}
 
 
@@ -97,7 +111,146 @@ class BiasOffset(Part):
         """The bias, under the name that the file format gives it."""
         return {self.file_name: self.value}
 
-    def merged(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    def merged(self, tensors: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """The base's bias, moved as far as this one has moved."""
-        moved = self.value.detach() - self.base
+        moved = self.value - self.base
         return {"bias": tensors["bias"] + moved.to(tensors["bias"].dtype)}
+
+
+class TrainableTokens(Part):
+    """Trainable values of some rows of an embedding (``trainable_token_indices``), and of the same rows of a tied head.
+
+    Attributes:
+        trainable_tokens_delta: the rows' values, not their differences, ``(tokens, dim)``; the name is that of the files.
+        tokens: which rows, ``(tokens,)``.
+        slots: row -> its place among `tokens`, or -1; ``(rows,)``.
+    """
+
+    tokens: Tensor
+    slots: Tensor
+
+    def __init__(self, host: nn.Module, tokens: Sequence[int]) -> None:
+        super().__init__()
+        layer = describe(host)
+        if layer is None or layer.kind not in ("embedding", "linear"):
+            raise UnsupportedTargetError(f"a {type(host).__name__} has no rows for trainable_token_indices")
+        self.embeds = layer.kind == "embedding"
+        self.scale = row_scale(host) if self.embeds else 1.0
+        rows, dim = (layer.in_features, layer.out_features) if self.embeds else (layer.out_features, layer.in_features)
+        if max(tokens) >= rows:
+            raise ConfigError(
+                f"trainable_token_indices has {max(tokens)}, and there are {rows} rows: "
+                "enlarge the vocabulary first (resize_token_embeddings)"
+            )
+        self.trainable_tokens_delta = nn.Parameter(torch.zeros(len(tokens), dim))
+        self.indices, self.rows = tuple(tokens), rows
+        self.reads_base = not self.embeds
+        self.follows = False
+        self.register_buffer("tokens", torch.tensor(self.indices), persistent=False)
+        self.register_buffer("slots", torch.full((rows,), -1), persistent=False)
+
+    def from_base(self, host: nn.Module, *, fresh: bool) -> None:
+        """Start with the base's rows."""
+        device = self.trainable_tokens_delta.device
+        self.tokens = torch.tensor(self.indices, device=device)
+        self.slots = torch.full((self.rows,), -1, device=device)
+        self.slots[self.tokens] = torch.arange(len(self.indices), device=device)
+        if fresh:
+            with torch.no_grad():
+                self.trainable_tokens_delta.copy_(read(host)["weight"].to(device)[self.tokens])
+
+    def forward(self, x: Tensor, y: Tensor, *base: nn.Module) -> Tensor:
+        """Put the rows' own values where the base's were.
+
+        Args:
+            x: token ids, ``(*batch)``; for a head hidden states, ``(*batch, dim)``.
+            y: embeddings, ``(*batch, dim)``; for a head logits, ``(*batch, rows)``.
+            base: the head, whose bias stays; not given for an embedding.
+
+        Returns:
+            ``y`` with the embeddings, or the logits, of these tokens.
+        """
+        if base:
+            bias = base[0]._parameters.get("bias")
+            logits = F.linear(x, self.trainable_tokens_delta.to(x.dtype), None if bias is None else bias[self.tokens])
+            return y.index_copy(-1, self.tokens, logits.to(y.dtype))
+        slot = self.slots[x]
+        values = (self.trainable_tokens_delta * self.scale).to(y.dtype)
+        return torch.where((slot >= 0)[..., None], F.embedding(slot.clamp_min(0), values), y)
+
+    def file_tensors(self) -> Mapping[str, Tensor]:
+        """The values, under the name that the file format gives them; a head that follows an embedding adds none."""
+        if self.follows:
+            return {}
+        return {"token_adapter.trainable_tokens_delta": self.trainable_tokens_delta}
+
+    def merged(self, tensors: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """The weight with these rows."""
+        weight = tensors["weight"]
+        return {"weight": weight.index_copy(0, self.tokens, self.trainable_tokens_delta.to(weight.dtype))}
+
+    def tied(self, host: nn.Module) -> TrainableTokens:
+        """The same values as rows of a head."""
+        twin = TrainableTokens(host, self.indices)
+        twin.follows = True
+        twin.trainable_tokens_delta = self.trainable_tokens_delta
+        return twin
+
+
+class AttentionPart(Part):
+    """A method's parts for the projections inside `nn.MultiheadAttention`, which reads its weights and calls no layer.
+
+    Attributes:
+        in_proj: the part for the fused projection of queries, keys and values.
+        out_proj: the part for the output projection.
+    """
+
+    when = "weights"
+    routable = False
+
+    def __init__(self, in_proj: Part, out_proj: Part) -> None:
+        super().__init__()
+        self.in_proj, self.out_proj = in_proj, out_proj
+        for part in (in_proj, out_proj):
+            if part.when != "after" or any(isinstance(module, nn.Dropout) for module in part.modules()):
+                raise ConfigError("nn.MultiheadAttention is adapted through its weights, where there is no place for dropout")
+
+    @staticmethod
+    def projections(host: nn.Module) -> tuple[nn.Linear, nn.Linear]:
+        """The two projections as linears that share the host's parameters.
+
+        Raises:
+            UnsupportedTargetError: queries, keys and values have different sizes, and so separate weights.
+        """
+        assert isinstance(host, nn.MultiheadAttention)
+        if host.in_proj_weight is None:
+            raise UnsupportedTargetError("nn.MultiheadAttention with other sizes of keys or values has no fused projection")
+        fused = nn.Linear(host.embed_dim, 3 * host.embed_dim, bias=host.in_proj_bias is not None, device="meta")
+        fused._parameters.update(weight=host.in_proj_weight, bias=host.in_proj_bias)
+        return fused, host.out_proj
+
+    def pieces(self) -> Mapping[str, Part]:
+        """The two parts, by the prefix of their names in files."""
+        return {"": self.in_proj, "base_layer.out_proj.": self.out_proj}
+
+    def from_base(self, host: nn.Module, *, fresh: bool) -> None:
+        """For each projection."""
+        for part, projection in zip((self.in_proj, self.out_proj), self.projections(host), strict=True):
+            part.from_base(projection, fresh=fresh)
+
+    def file_tensors(self) -> Mapping[str, Tensor]:
+        """Those of both."""
+        return {
+            prefix + name: tensor for prefix, part in self.pieces().items() for name, tensor in part.file_tensors().items()
+        }
+
+    def merged(self, tensors: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Each projection's weight and bias with its part folded in."""
+        result = {}
+        for part, form in ((self.in_proj, "in_proj_{}"), (self.out_proj, "out_proj.{}")):
+            here, there = (
+                {name: given[form.format(name)] for name in ("weight", "bias") if form.format(name) in given}
+                for given in (tensors, base)
+            )
+            result.update({form.format(name): tensor for name, tensor in part.merged(here, there).items()})
+        return result

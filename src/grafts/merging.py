@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import TypeVar
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from grafts.errors import MergeError, StateError
-from grafts.registry import Merge, Undo, activate, parts_of, registry_of, unwrapped
-from grafts.sites.module import Part
+from grafts.registry import Merge, Undo, activate, deactivate, parts_of, registry_of, unwrapped
+from grafts.sites.module import Part, fold
 from grafts.weights import own_parameters, read, stored
 
 M = TypeVar("M", bound=nn.Module)
@@ -52,6 +54,8 @@ def merge(model: M, names: str | Sequence[str] | None = None, *, untie: bool = F
             with_parts[path].append(part)
     ready = {path: _merged_tensors(inner, path, parts) for path, parts in with_parts.items()}
     shared = _shared(inner, ready)
+    if not untie:
+        shared = {name: others for name, others in shared.items() if not _alike(ready, name, others)}
     if shared and not untie:
         path, others = next(iter(shared.items()))
         raise MergeError(
@@ -59,9 +63,8 @@ def merge(model: M, names: str | Sequence[str] | None = None, *, untie: bool = F
             "leave it out of the adapter's targets, or give it a copy of its own with grafts.merge(..., untie=True)"
         )
     activate(model, wanted)
-    undo = [
-        _put(inner, name, tensor, name in shared) for path in ready for name, tensor in _full_names(path, ready[path]).items()
-    ]
+    tensors = {name: tensor for path in ready for name, tensor in _full_names(path, ready[path]).items()}
+    undo = [_put(inner, name, tensor, name in shared) for name, tensor in _once_each(inner, tensors, shared).items()]
     if shared:
         undo.append(_untie_config(inner))
     registry.merge = Merge(undo, before)
@@ -87,15 +90,11 @@ def unmerge(model: M) -> M:
     return model
 
 
-def _merged_tensors(model: nn.Module, path: str, parts: Sequence[Part]) -> dict[str, Tensor]:
+def _merged_tensors(model: nn.Module, path: str, parts: list[Part]) -> dict[str, Tensor]:
     """The tensors of one module that the parts change, ready to be put in its place."""
     module = model.get_submodule(path)
     try:
-        tensors = read(module)
-        changed: dict[str, Tensor] = {}
-        for part in parts:
-            changed.update(part.merged({**tensors, **changed}))
-        return stored(module, changed)
+        return stored(module, fold(read(module), parts))
     except MergeError as error:
         raise MergeError(f"cannot merge into {path!r}: {error}") from error
 
@@ -109,6 +108,24 @@ def _shared(model: nn.Module, ready: Mapping[str, Mapping[str, Tensor]]) -> dict
     groups = {name: names for names in by_storage.values() for name in names}
     changed = [name for path, tensors in ready.items() for name in _full_names(path, tensors)]
     return {name: others for name in changed if (others := [other for other in groups[name] if other != name])}
+
+
+def _alike(ready: Mapping[str, Mapping[str, Tensor]], name: str, others: Sequence[str]) -> bool:
+    """Whether all modules that share a tensor are merged, and to the same values: then they can go on sharing it."""
+    tensors = {key: tensor for path in ready for key, tensor in _full_names(path, ready[path]).items()}
+    return all(other in tensors and torch.equal(tensors[other], tensors[name]) for other in others)
+
+
+def _once_each(model: nn.Module, tensors: Mapping[str, Tensor], untied: Mapping[str, object]) -> dict[str, Tensor]:
+    """``tensors`` without those whose parameter stands there under another name already and stays shared."""
+    seen: set[int] = set()
+    result = {}
+    for name, tensor in tensors.items():
+        parameter = model.get_parameter(name)
+        if name in untied or id(parameter) not in seen:
+            result[name] = tensor
+        seen.add(id(parameter))
+    return result
 
 
 class _Restore:
@@ -160,3 +177,85 @@ def _untie_config(model: nn.Module) -> Undo:
     if tied is not None:
         model.config.tie_word_embeddings = False  # type: ignore[union-attr]
     return _RestoreConfig(tied)
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What merging costs on given inputs.
+
+    Attributes:
+        names: the adapters, in the order in which they act.
+        max_error: the largest difference between an output unmerged and merged.
+        mean_error: the mean of these differences.
+        effect: the largest difference that the adapters make to the base's outputs.
+        scale: the largest magnitude in the unmerged outputs.
+    """
+
+    names: tuple[str, ...]
+    max_error: float
+    mean_error: float
+    effect: float
+    scale: float
+
+    def __str__(self) -> str:
+        """Two lines for people."""
+        share = self.max_error / self.effect if self.effect else float("inf")
+        return (
+            f"merging {', '.join(self.names)}: outputs differ by at most {self.max_error:.2g} (mean {self.mean_error:.2g}), "
+            f"{self.max_error / max(self.scale, 1e-30):.1e} of their size\n"
+            f"  the adapters themselves move them by {self.effect:.2g}, so the merge costs {share:.1e} of their effect"
+        )
+
+
+@torch.no_grad()
+def verify_merge(model: nn.Module, inputs: Any, names: str | Sequence[str] | None = None) -> MergeReport:
+    """Measure what merging costs: run the model bare, unmerged and merged, and compare. The model is left as it was.
+
+    Args:
+        model: the model; dropout is off while it runs.
+        inputs: what to call it with: a tensor, a tuple of arguments or a dictionary of keyword arguments.
+        names: which adapters; the active ones if not given.
+
+    Returns:
+        The report; ``print`` it.
+
+    Raises:
+        MergeError: what `merge` raises, and outputs without any floating-point tensor.
+    """
+    registry = registry_of(unwrapped(model))
+    registry.require_unmerged("verify a merge")
+    before, training = registry.setup.active, [module for module in model.modules() if module.training]
+    wanted = before if names is None else (names,) if isinstance(names, str) else tuple(names)
+
+    def outputs() -> list[Tensor]:
+        called = (
+            model(**inputs) if isinstance(inputs, Mapping) else model(*(inputs if isinstance(inputs, tuple) else (inputs,)))
+        )
+        leaves = tree_leaves(dict(called) if isinstance(called, Mapping) else called)
+        return [x.double() for x in leaves if isinstance(x, Tensor) and x.is_floating_point()]
+
+    try:
+        model.eval()
+        deactivate(model)
+        bare = outputs()
+        activate(model, wanted)
+        unmerged = outputs()
+        merge(model, wanted)
+        try:
+            merged = outputs()
+        finally:
+            unmerge(model)
+    finally:
+        registry.setup.set(active=before)
+        for module in training:
+            module.training = True
+    if not unmerged:
+        raise MergeError("the model's output holds no floating-point tensor to compare")
+    errors = [(a - b).abs() for a, b in zip(unmerged, merged, strict=True)]
+    return MergeReport(
+        names=wanted,
+        max_error=max(float(e.max()) for e in errors),
+        mean_error=float(torch.cat([e.flatten() for e in errors]).mean()),
+        effect=max(float((a - b).abs().max()) for a, b in zip(unmerged, bare, strict=True)),
+        scale=max(float(a.abs().max()) for a in unmerged),
+    )

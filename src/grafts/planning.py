@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
 from torch import nn
 
+from grafts.composition import CHILD
 from grafts.config import AdapterConfig
 from grafts.errors import ConfigError, UnmatchedTargetError, UnsupportedTargetError
-from grafts.extras import BiasOffset, TrainableCopy
+from grafts.extras import AttentionPart, BiasOffset, TrainableCopy, TrainableTokens
 from grafts.matching import collapsed, layer_index, matches, nearest_modules, unmatched, within
-from grafts.methods import Method, method_of
+from grafts.methods import Method, Place, method_of
 from grafts.roles import EMBEDDING, HEAD, ROUTER, Anatomy, anatomy
-from grafts.sites.module import CHILD, Part, site_of
+from grafts.sites.module import Part, site_of
 from grafts.weights import Layer, home, own_parameters
 
 ALL_LINEAR = "all-linear"
@@ -33,6 +34,7 @@ class Target:
         shape: the module's sizes, for people.
         tensors: name in the checkpoint (after the module's path) -> shape of each tensor that the part holds.
         build: makes the part for the module, on the default device.
+        tied_to: the path of the module whose part of the same kind this one shares, or None.
     """
 
     path: str
@@ -41,11 +43,12 @@ class Target:
     shape: str
     tensors: Mapping[str, torch.Size]
     build: Callable[[nn.Module], Part] = field(repr=False, compare=False)
+    tied_to: str | None = None
 
     @property
     def parameters(self) -> int:
-        """How many parameters the part holds."""
-        return sum(math.prod(shape) for shape in self.tensors.values())
+        """How many parameters of its own the part holds."""
+        return 0 if self.tied_to is not None else sum(math.prod(shape) for shape in self.tensors.values())
 
 
 @dataclass(frozen=True)
@@ -132,10 +135,15 @@ def resolve(model: nn.Module, config: AdapterConfig, *, lenient: bool = False, r
     body = anatomy(model)
     copied = _copied_modules(body, config, lenient)
     chosen = _chosen(body, config, method, copied, lenient)
+    if method.check is not None:
+        method.check(config, [_place(body, path) for path in chosen])
+    tokens = _token_rows(body, config)
     targets = [_copy_target(body, path) for path in copied]
     targets += [_copy_target(body, path, "base_layer." if path in chosen else "") for path in replaced]
     targets += [_method_target(body, path, config, method) for path in chosen]
+    targets += [_token_target(body, path, rows, chosen) for path, rows in tokens.items()]
     targets += _bias_targets(body, getattr(config, "bias", "none"), chosen, copied)
+    targets = _with_tied(body, targets, everything=bool(getattr(config, "ensure_weight_tying", False)))
     order = {path: index for index, path in enumerate(body.modules)}
     for target in targets:
         _check_child_name(body.modules[target.path], target.path)
@@ -153,19 +161,21 @@ def _chosen(body: Anatomy, config: AdapterConfig, method: Method, copied: Sequen
     wanted = config.target_modules
     free = {path: role for path, role in body.roles.items() if not within(path, copied)}
     if wanted is None:
-        paths = [path for path, role in free.items() if role in method.default_roles]
-        if not paths:
-            raise UnmatchedTargetError(
-                f"{body.name} has no modules that are recognised as {' or '.join(method.default_roles)}: "
-                f"name them in target_modules; candidates: {body.candidates()}"
-            )
+        for roles in method.default_roles:
+            if not roles & set(free.values()):
+                raise UnmatchedTargetError(
+                    f"{body.name} has no modules that are recognised as {' or '.join(sorted(roles))}: "
+                    f"name them in target_modules; candidates: {body.candidates()}"
+                )
+        paths = [path for path, role in free.items() if any(role in roles for roles in method.default_roles)]
     elif wanted == ALL_LINEAR:
-        paths = [path for path, role in free.items() if role not in (HEAD, ROUTER, EMBEDDING)]
+        paths = [path for path, role in free.items() if body.layers[path].is_linear and role not in (HEAD, ROUTER)]
     else:
         paths = _matched(body, "target_modules", wanted, lenient, apart_from=copied)
     excluded = _matched(body, "exclude_modules", config.exclude_modules or (), lenient)
     paths = _in_layers([path for path in paths if path not in excluded], config)
-    if not paths and not (lenient and copied):
+    extras = getattr(config, "trainable_token_indices", None) is not None and wanted == ()
+    if not paths and not (lenient and copied) and not extras:
         raise UnmatchedTargetError(
             f"{type(config).__name__} selects no module of {body.name} "
             f"(target_modules={wanted!r}, exclude_modules={config.exclude_modules!r}); candidates: {body.candidates()}"
@@ -177,6 +187,65 @@ def _chosen(body: Anatomy, config: AdapterConfig, method: Method, copied: Sequen
                 f"it takes {', '.join(sorted(method.layers))} layers: {body.candidates()}"
             )
     return paths
+
+
+def _token_rows(body: Anatomy, config: AdapterConfig) -> dict[str, Sequence[int]]:
+    """Which rows of which embeddings the adapter trains, by path."""
+    wanted = getattr(config, "trainable_token_indices", None)
+    if not wanted:
+        return {}
+    if not isinstance(wanted, dict):
+        path = body.input_embedding
+        if path is None:
+            raise UnmatchedTargetError(
+                f"{body.name} names no input embedding: give trainable_token_indices as a dictionary of names; "
+                f"candidates: {body.candidates()}"
+            )
+        return {path: tuple(wanted)}
+    by_weight: dict[int, tuple[str, tuple[int, ...]]] = {}
+    for name, rows in wanted.items():
+        for path in _matched(body, "trainable_token_indices", [name], False):
+            weight = body.modules[path]._parameters.get("weight")
+            first, there = by_weight.setdefault(id(weight if weight is not None else path), (path, tuple(rows)))
+            if there != tuple(rows):
+                raise ConfigError(f"trainable_token_indices: {first!r} and {path!r} share one weight; give both the same rows")
+    return dict(by_weight.values())
+
+
+def _with_tied(body: Anatomy, targets: Sequence[Target], *, everything: bool) -> list[Target]:
+    """``targets``, and those of modules that share a target's weight and have to follow: trained tokens always.
+
+    A target that follows comes after the one that it follows, and stands in its own place if it was chosen itself.
+    """
+    sharing: dict[int, list[str]] = {}
+    for path, layer in body.layers.items():
+        weight = body.modules[path]._parameters.get("weight")
+        if weight is not None and layer.kind != "convolution":
+            sharing.setdefault(id(weight), []).append(path)
+    result: dict[tuple[str, str], Target] = {}
+    for target in targets:
+        if (target.path, target.kind) in result:
+            continue
+        result[target.path, target.kind] = target
+        if target.kind == "bias" or not (everything or target.kind == "tokens"):
+            continue
+        for other in sharing.get(id(body.modules[target.path]._parameters.get("weight")), []):
+            if other != target.path:
+                result[other, target.kind] = _tied_target(body, target, other)
+    return list(result.values())
+
+
+def _tied_target(body: Anatomy, target: Target, path: str) -> Target:
+    with torch.device("meta"):
+        twin = target.build(body.modules[target.path]).tied(body.modules[path])
+    return replace(
+        target,
+        path=path,
+        role=body.roles[path],
+        shape=_sizes(body.layers[path]),
+        tensors={name: tensor.shape for name, tensor in twin.file_tensors().items()},
+        tied_to=target.path,
+    )
 
 
 def _matched(
@@ -235,16 +304,49 @@ def _callable_parts(path: str, modules: Mapping[str, nn.Module]) -> list[str]:
     return [leaf for child in children for leaf in _callable_parts(child, modules)]
 
 
+def _place(body: Anatomy, path: str) -> Place:
+    return Place(path, body.layers[path], body.roles[path], body.modules[path])
+
+
 def _method_target(body: Anatomy, path: str, config: AdapterConfig, method: Method) -> Target:
-    build = partial(_method_part, method, config, path, body.layers[path])
+    place = _place(body, path)
+    build = partial(_method_part, method, config, path, place.layer, place.role)
     with torch.device("meta"):
-        part = build(body.modules[path])
+        part = build(place.host)
     shapes = {name: tensor.shape for name, tensor in part.file_tensors().items()}
-    return Target(path, method.name, body.roles[path], _sizes(body.layers[path]), shapes, build)
+    return Target(path, method.name, place.role, _sizes(place.layer), shapes, build)
 
 
-def _method_part(method: Method, config: AdapterConfig, path: str, layer: Layer, host: nn.Module) -> Part:
-    return method.build(config, path, layer, host).to(dtype=home(host)[1])
+def _method_part(method: Method, config: AdapterConfig, path: str, layer: Layer, role: str, host: nn.Module) -> Part:
+    place = Place(path, layer, role, host)
+    if layer.kind == "attention":
+        part: Part = AttentionPart(*(_projection(method, config, place, linear) for linear in AttentionPart.projections(host)))
+    else:
+        part = method.build(config, place)
+    return part.to(dtype=home(host)[1])
+
+
+def _projection(method: Method, config: AdapterConfig, place: Place, linear: nn.Linear) -> Part:
+    """The part for a projection inside an attention module."""
+    layer = Layer("linear", linear.in_features, linear.out_features, linear.bias is not None, "Linear")
+    return method.build(config, Place(place.path, layer, place.role, linear))
+
+
+def _token_target(body: Anatomy, path: str, rows: Sequence[int], chosen: Sequence[str]) -> Target:
+    if path in chosen:
+        raise ConfigError(
+            f"trainable_token_indices and target_modules both name {path!r}: its rows are trained one way or the other"
+        )
+    module = body.modules[path]
+    with torch.device("meta"):
+        part = TrainableTokens(module, rows)
+    shapes = {name: tensor.shape for name, tensor in part.file_tensors().items()}
+    build = partial(_token_part, rows)
+    return Target(path, "tokens", body.roles.get(path, EMBEDDING), _sizes(body.layers[path]), shapes, build)
+
+
+def _token_part(rows: Sequence[int], host: nn.Module) -> Part:
+    return TrainableTokens(host, rows).to(dtype=home(host)[1])
 
 
 def _copy_target(body: Anatomy, path: str, prefix: str = "") -> Target:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 from weakref import WeakKeyDictionary
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from grafts.composition import Setup
+from grafts.composition import Rows, Setup
 from grafts.config import AdapterConfig
 from grafts.errors import AdapterNameError, ConfigError, GraftsError, StateError, did_you_mean
-from grafts.planning import Plan, resolve
+from grafts.planning import Plan, Target, resolve
+from grafts.sites.model import ModelSite
 from grafts.sites.module import ModuleSite, Part, site_of, sites_in
 from grafts.weights import home, own_parameters
 
@@ -40,6 +42,9 @@ class Registry:
     Attributes:
         setup: which adapters run.
         plans: adapter name -> the plan that was applied, in the order of adding.
+        parts: adapter name -> the path and the part of each of its targets, in the order of the plan.
+        trained: names of the adapters that were thawed last.
+        site: the model site.
         requires_grad: what each base parameter's ``requires_grad`` was before the first adapter came.
         merge: what was merged, or None.
     """
@@ -47,6 +52,9 @@ class Registry:
     def __init__(self, model: nn.Module) -> None:
         self.setup = RegisteredSetup(self)
         self.plans: dict[str, Plan] = {}
+        self.parts: dict[str, list[tuple[str, Part]]] = {}
+        self.trained: tuple[str, ...] = ()
+        self.site = ModelSite(self.setup, self.choose_rows)
         self.requires_grad = {name: p.requires_grad for name, p in own_parameters(model).items()}
         self.merge: Merge | None = None
 
@@ -59,6 +67,28 @@ class Registry:
         if name not in self.plans:
             raise AdapterNameError(f"no adapter is called {name!r}; {did_you_mean(str(name), self.plans)}")
         return self.plans[name]
+
+    def own_parts(self, name: str) -> dict[str, Part]:
+        """The parts of adapter ``name`` that its method has made, by path; not copies, biases and tokens."""
+        made = self.plans[name]
+        placed = zip(made.targets, self.parts[name], strict=True)
+        return {path: part for target, (path, part) in placed if target.kind == made.method.name and target.tied_to is None}
+
+    def choose_rows(self, names: Sequence[str | None]) -> Rows:
+        """Which adapter each row of a batch wants, checked.
+
+        Raises:
+            AdapterNameError: a name is unknown.
+            StateError: adapters are merged, or a method cannot act on some rows only.
+        """
+        if isinstance(names, str) or not all(name is None or isinstance(name, str) for name in names):
+            raise AdapterNameError(f"adapter_names is a list with a name or None for each row, not {names!r}")
+        for name in dict.fromkeys(names):
+            if name is not None and not self.require(name).method.routable:
+                title = self.plans[name].method.title
+                raise StateError(f"adapter_names: {title} ({name!r}) acts on all rows of a batch at once")
+        self.require_unmerged("choose adapters by row")
+        return Rows(names)
 
     def require_unmerged(self, verb: str) -> None:
         """Refuse ``verb`` while adapters are merged.
@@ -133,15 +163,9 @@ def registry_of(model: nn.Module) -> Registry:
 
 def parts_of(model: nn.Module, name: str) -> list[tuple[str, Part]]:
     """The path and the part of each target of adapter ``name``, in the order of its plan."""
-    seen: dict[str, Iterator[Part]] = {}
-    found = []
-    for target in registry_of(model).require(name).targets:
-        if target.path not in seen:
-            site = site_of(model.get_submodule(target.path))
-            assert site is not None
-            seen[target.path] = iter(site.parts(name))
-        found.append((target.path, next(seen[target.path])))
-    return found
+    registry = registry_of(model)
+    registry.require(name)
+    return registry.parts[name]
 
 
 def add(model: M, config: AdapterConfig, *, name: str = "default", activate: bool = True, train: bool = True) -> M:
@@ -169,6 +193,14 @@ def prepare(
     model: nn.Module, config: AdapterConfig, *, name: str, lenient: bool = False, replaced: Sequence[str] = ()
 ) -> tuple[str, Plan, list[tuple[str, Part]]]:
     """Everything that adding an adapter needs, made without touching the model: its name, its plan, its parts by path."""
+    made = prepare_plan(model, config, name=name, lenient=lenient, replaced=replaced)
+    return name, made, build_parts(unwrapped(model), made, name)
+
+
+def prepare_plan(
+    model: nn.Module, config: AdapterConfig, *, name: str, lenient: bool = False, replaced: Sequence[str] = ()
+) -> Plan:
+    """The plan of an adapter that could be added under this name now."""
     model = unwrapped(model)
     registry = find_registry(model)
     if not isinstance(name, str) or not name:
@@ -178,21 +210,62 @@ def prepare(
         if name in registry.plans:
             raise AdapterNameError(f"an adapter is called {name!r} already: grafts.delete(model, {name!r}) removes it")
     try:
-        made = resolve(model, config, lenient=lenient, replaced=replaced)
+        return resolve(model, config, lenient=lenient, replaced=replaced)
     except ConfigError as error:
         raise type(error)(f"adapter {name!r}: {error}") from error
-    return name, made, [(target.path, build_part(model, made, name, index)) for index, target in enumerate(made.targets)]
 
 
-def build_part(model: nn.Module, made: Plan, name: str, index: int) -> Part:
+def build_parts(
+    model: nn.Module, made: Plan, name: str, tensors: Mapping[str, Tensor] | None = None
+) -> list[tuple[str, Part]]:
+    """The parts of a plan by path, in its order.
+
+    Args:
+        model: the base model.
+        made: the plan.
+        name: the adapter's name, for messages.
+        tensors: values by path and file name, whose names and shapes are those of the plan; without them the adapter is new.
+    """
+    built: dict[tuple[str, str], Part] = {}
+    for target in sorted(made.targets, key=lambda target: target.tied_to is not None):
+        host = model.get_submodule(target.path)
+        try:
+            if target.tied_to is not None:
+                part = built[target.tied_to, target.kind].tied(host).train(host.training)
+            else:
+                part = build_part(target, host, tensors)
+            part.from_base(host, fresh=tensors is None)
+        except GraftsError as error:
+            raise type(error)(f"adapter {name!r}: {target.path!r}: {error}") from error
+        built[target.path, target.kind] = part
+    return [(target.path, built[target.path, target.kind]) for target in made.targets]
+
+
+def build_part(target: Target, host: nn.Module, tensors: Mapping[str, Tensor] | None) -> Part:
     """The part for one target, on its module's device and in its module's mode."""
-    target = made.targets[index]
-    host = model.get_submodule(target.path)
-    try:
-        with home(host)[0]:
-            return target.build(host).train(host.training)
-    except GraftsError as error:
-        raise type(error)(f"adapter {name!r}: {target.path!r}: {error}") from error
+    device = home(host)[0]
+    with torch.device(device if tensors is None else "meta"):
+        part = target.build(host).train(host.training)
+    if tensors is not None:
+        values = {name: tensors[f"{target.path}.{name}".lstrip(".")] for name in target.tensors}
+        _fill(part, values, device)
+    return part
+
+
+@torch.no_grad()
+def _fill(part: Part, values: Mapping[str, Tensor], device: torch.device) -> None:
+    """Give a part the tensors of a file; those that have no memory yet get it now."""
+    owners = {id(p): (module, key) for module in part.modules() for key, p in module._parameters.items()}
+    for name, tensor in part.file_tensors().items():
+        if not tensor.is_meta:
+            tensor.copy_(values[name])
+            continue
+        module, key = owners[id(tensor if isinstance(tensor, nn.Parameter) else tensor._base)]
+        parameter = module._parameters[key]
+        assert parameter is not None
+        # copied: a file's own memory is not aligned as PyTorch's, which changes roundings, and ends with the file
+        value = values[name].to(device, parameter.dtype, copy=True).reshape(parameter.shape)
+        module._parameters[key] = nn.Parameter(value, requires_grad=False)
 
 
 def attach_parts(model: M, name: str, made: Plan, parts: Sequence[tuple[str, Part]], *, activate: bool, train: bool) -> M:
@@ -201,6 +274,7 @@ def attach_parts(model: M, name: str, made: Plan, parts: Sequence[tuple[str, Par
     registry = find_registry(model_)
     if registry is None:
         registry = _known[model_] = Registry(model_)
+        registry.site.attach(model_)
         for parameter in own_parameters(model_).values():
             parameter.requires_grad_(False)
     for path, part in parts:
@@ -209,12 +283,15 @@ def attach_parts(model: M, name: str, made: Plan, parts: Sequence[tuple[str, Par
         if site is None:
             site = ModuleSite(registry.setup)
             site.attach(host)
-        site.append(name, part.requires_grad_(False))
+        site.append(name, part.requires_grad_(False), host)
     registry.plans[name] = made
+    registry.parts[name] = list(parts)
+    if made.method.attached is not None:
+        made.method.attached(made.config, registry.own_parts(name))
     if activate:
         registry.setup.set(active=(name,))
-    if train:
-        train_only(model_, name)
+    if train and made.parameters:
+        _train(model_, registry, (name,), frozen=registry.trained)
     return outer
 
 
@@ -230,7 +307,8 @@ def delete(model: M, name: str) -> M:
     registry.require(name)
     registry.require_unmerged(f"delete {name!r}")
     registry.setup.set(active=tuple(other for other in registry.setup.active if other != name))
-    for path in {target.path for target in registry.plans.pop(name).targets}:
+    del registry.plans[name]
+    for path in dict.fromkeys(path for path, _ in registry.parts.pop(name)):
         host = inner.get_submodule(path)
         site = site_of(host)
         assert site is not None
@@ -267,6 +345,7 @@ def detach(model: M, *, keep_merged: bool = False) -> M:
 
 
 def _restore(model: nn.Module, registry: Registry) -> None:
+    registry.site.detach(model)
     for name, parameter in own_parameters(model).items():
         parameter.requires_grad_(registry.requires_grad.get(name, parameter.requires_grad))
     _known.pop(model, None)
@@ -335,11 +414,20 @@ def train_only(model: M, names: str | Sequence[str] = ()) -> M:
             raise StateError(f"adapter {name!r} has no parameters to train")
         if name in registry.setup.merged:
             registry.require_unmerged(f"train {name!r}")
-    trained = {id(p) for name in wanted for _, part in parts_of(inner, name) for p in part.parameters()}
-    for parameter in inner.parameters():
-        if parameter.requires_grad != (id(parameter) in trained):
-            parameter.requires_grad_(not parameter.requires_grad)
+    _train(inner, registry, wanted, frozen=tuple(registry.parts))
     return model
+
+
+def _train(model: nn.Module, registry: Registry, wanted: tuple[str, ...], frozen: Iterable[str]) -> None:
+    """Freeze the base and the adapters ``frozen``, thaw ``wanted``."""
+    for parameter in own_parameters(model).values():
+        if parameter.requires_grad:
+            parameter.requires_grad_(False)
+    for names, value in ((frozen, False), (wanted, True)):
+        for name in names:
+            for _, part in registry.parts.get(name, ()):
+                part.requires_grad_(value)
+    registry.trained = wanted
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from torch import nn
 
 from grafts.matching import collapsed, within
-from grafts.sites.module import CHILD
-from grafts.weights import Layer, describe
+from grafts.weights import Layer, describe, own_modules
 
 QUERY, KEY, VALUE, KEY_VALUE, FUSED = "query", "key", "value", "key+value", "query+key+value"
 ATTENTION_OUT, HEAD, ROUTER, EMBEDDING, LINEAR = "attention out", "head", "router", "embedding", "linear"
+CONVOLUTION, ATTENTION = "convolution", "attention"
 FFN_IN, FFN_GATE, FFN_OUT = "ffn in", "ffn gate", "ffn out"
 
 _WORDS = {
@@ -42,6 +42,7 @@ class Anatomy:
         layers: every module that an adapter can stand beside, by path.
         heads: paths of the modules that make the output from the hidden states.
         roles: what each layer is there for, by path.
+        input_embedding: the path of the embedding that the model says its tokens go through, or None.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Anatomy:
     layers: Mapping[str, Layer]
     heads: tuple[str, ...]
     roles: Mapping[str, str]
+    input_embedding: str | None
 
     def candidates(self) -> str:
         """The layers as a list for messages, repeated ones once."""
@@ -58,7 +60,7 @@ class Anatomy:
 
 def anatomy(model: nn.Module) -> Anatomy:
     """Look at how ``model`` is built; nothing is run."""
-    modules = {path: module for path, module in model.named_modules() if CHILD not in path.split(".")}
+    modules = dict(own_modules(model))
     layers = {path: layer for path, module in modules.items() if (layer := describe(module)) is not None}
     heads = _heads(model, modules, layers)
     attention = _attention_roles(layers)
@@ -66,7 +68,17 @@ def anatomy(model: nn.Module) -> Anatomy:
         path: HEAD if within(path, heads) else attention.get(path) or _other_role(path, layer, modules)
         for path, layer in layers.items()
     }
-    return Anatomy(type(model).__name__, modules, layers, heads, roles)
+    return Anatomy(type(model).__name__, modules, layers, heads, roles, _input_embedding(model, layers, modules))
+
+
+def _input_embedding(model: nn.Module, layers: Mapping[str, Layer], modules: Mapping[str, nn.Module]) -> str | None:
+    """What a `transformers` model says, else the only embedding that there is."""
+    get = getattr(model, "get_input_embeddings", None)
+    named = get() if callable(get) else None
+    embeddings = [path for path, layer in layers.items() if layer.kind == "embedding"]
+    if named is None:
+        return embeddings[0] if len(embeddings) == 1 else None
+    return next((path for path in embeddings if modules[path] is named), None)
 
 
 def _heads(model: nn.Module, modules: Mapping[str, nn.Module], layers: Mapping[str, Layer]) -> tuple[str, ...]:
@@ -87,9 +99,7 @@ def _heads(model: nn.Module, modules: Mapping[str, nn.Module], layers: Mapping[s
     return tuple(
         path
         for path, layer in layers.items()
-        if layer.kind != "embedding"
-        and (layer.out_features, layer.in_features) in vocabularies
-        and not re.search(r"(^|\.)\d+\.", path)
+        if layer.is_linear and (layer.out_features, layer.in_features) in vocabularies and not re.search(r"(^|\.)\d+\.", path)
     )
 
 
@@ -113,7 +123,7 @@ def _attention_roles(layers: Mapping[str, Layer]) -> dict[str, str]:
     """The roles of linears that stand in attention: siblings that project queries and values, or one fused linear."""
     siblings: dict[str, dict[str, str]] = defaultdict(dict)
     for path, layer in layers.items():
-        if layer.kind != "embedding":
+        if layer.is_linear:
             parent, _, name = path.rpartition(".")
             siblings[parent][name] = path
     result = {}
@@ -134,8 +144,8 @@ def _attention_roles(layers: Mapping[str, Layer]) -> dict[str, str]:
 
 
 def _other_role(path: str, layer: Layer, modules: Mapping[str, nn.Module]) -> str:
-    if layer.kind == "embedding":
-        return EMBEDDING
+    if not layer.is_linear:
+        return {"embedding": EMBEDDING, "convolution": CONVOLUTION}.get(layer.kind, ATTENTION)
     parent, _, name = path.rpartition(".")
     if "router" in path.split(".") or (name in _ROUTER_NAMES and _has_experts(modules[parent])):
         return ROUTER

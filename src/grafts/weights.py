@@ -5,18 +5,19 @@ Sites never need this: they only use a module's input and output. Planning needs
 
 from __future__ import annotations
 
+import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from grafts.composition import CHILD
 from grafts.errors import MergeError
-from grafts.sites.module import CHILD
 
-LayerKind = Literal["linear", "transposed-linear", "embedding"]
+LayerKind = Literal["linear", "transposed-linear", "embedding", "convolution", "attention"]
 
 
 @dataclass(frozen=True)
@@ -24,11 +25,14 @@ class Layer:
     """A module that adapters can stand beside, described by its sizes.
 
     Attributes:
-        kind: ``"linear"``, ``"transposed-linear"`` (`Conv1D` of `transformers`, as in GPT-2) or ``"embedding"``.
-        in_features: size of the last input dimension; for an embedding the number of rows.
-        out_features: size of the last output dimension.
+        kind: ``"linear"``, ``"transposed-linear"`` (`Conv1D` of `transformers`, as in GPT-2), ``"embedding"``,
+            ``"convolution"`` (`nn.Conv1d`, `nn.Conv2d`, `nn.Conv3d`) or ``"attention"`` (`nn.MultiheadAttention`).
+        in_features: size of the last input dimension; for an embedding the number of rows, else of the channels.
+        out_features: size of the last output dimension, or of the channels.
         bias: whether the module adds a bias.
         class_name: the module's class, for people.
+        kernel_size: of a convolution.
+        groups: of a convolution.
     """
 
     kind: LayerKind
@@ -36,6 +40,18 @@ class Layer:
     out_features: int
     bias: bool
     class_name: str
+    kernel_size: tuple[int, ...] = ()
+    groups: int = 1
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether it is a linear layer, in either layout."""
+        return self.kind in ("linear", "transposed-linear")
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """The sizes of its weight as a matrix ``(out, in)``: of an embedding transposed, of a convolution flattened."""
+        return self.out_features, self.in_features // self.groups * math.prod(self.kernel_size)
 
 
 def describe(module: nn.Module) -> Layer | None:
@@ -54,6 +70,12 @@ def describe(module: nn.Module) -> Layer | None:
         return Layer("embedding", module.num_embeddings, module.embedding_dim, has_bias, name)
     if type(module) is nn.modules.linear.NonDynamicallyQuantizableLinear:
         return None  # the output projection of nn.MultiheadAttention, which reads its weight and never calls it
+    if isinstance(module, _CONVOLUTIONS):
+        if type(module).forward not in [known.forward for known in _CONVOLUTIONS]:
+            return None  # it may pad or standardise on its own
+        return Layer("convolution", module.in_channels, module.out_channels, has_bias, name, module.kernel_size, module.groups)
+    if isinstance(module, nn.MultiheadAttention):
+        return Layer("attention", module.embed_dim, module.embed_dim, module.in_proj_bias is not None, name)
     sizes = getattr(module, "in_features", None), getattr(module, "out_features", None)
     if isinstance(sizes[0], int) and isinstance(sizes[1], int) and (isinstance(module, nn.Linear) or "Linear" in name):
         return Layer("linear", sizes[0], sizes[1], has_bias, name)
@@ -61,6 +83,9 @@ def describe(module: nn.Module) -> Layer | None:
         rows, columns = module.weight.shape  # type: ignore[misc]
         return Layer("transposed-linear", rows, columns, has_bias, name)
     return None
+
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def _is_conv1d(module: nn.Module) -> bool:
@@ -95,11 +120,32 @@ def _execution_device(module: nn.Module) -> torch.device | None:
     return torch.device(devices[0]) if devices else None
 
 
+def own_modules(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The modules of a base model by path, as `nn.Module.named_modules`, but without looking into sites.
+
+    So the time this takes does not grow with the number of adapters.
+    """
+    seen = set()
+    left = [("", root)]
+    while left:
+        path, module = left.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        yield path, module
+        prefix = f"{path}." if path else ""
+        left += [(prefix + n, m) for n, m in reversed(module._modules.items()) if m is not None and n != CHILD]
+
+
 def own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """The base parameters of ``module`` and below, by name, without those of adapters."""
-    return {
-        name: parameter for name, parameter in module.named_parameters(remove_duplicate=False) if CHILD not in name.split(".")
-    }
+    """The base parameters of ``module`` and below, by every name that they have, without those of adapters."""
+    names = {}
+    left = [("", module)]
+    while left:
+        prefix, owner = left.pop()
+        names.update({prefix + name: p for name, p in owner._parameters.items() if p is not None})
+        left += [(f"{prefix}{n}.", m) for n, m in reversed(owner._modules.items()) if m is not None and n != CHILD]
+    return names
 
 
 def read(module: nn.Module) -> dict[str, Tensor]:
@@ -120,7 +166,7 @@ def read(module: nn.Module) -> dict[str, Tensor]:
         wide = parameter.detach().to(torch.promote_types(parameter.dtype, torch.float32))
         tensors[name] = wide.T if name == "weight" and _is_conv1d(module) else wide
     layer = describe(module)
-    if layer is not None and "weight" not in tensors:
+    if layer is not None and layer.kind != "attention" and "weight" not in tensors:
         raise MergeError(f"a {layer.class_name} keeps no dense weight: dequantize the base first, or use the adapter unmerged")
     return tensors
 
@@ -128,17 +174,29 @@ def read(module: nn.Module) -> dict[str, Tensor]:
 _DENSE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
+def canonical_weight(module: nn.Module) -> Tensor:
+    """A layer's weight as it is stored now, without its gradient; that of a Conv1D as ``(out_features, in_features)``."""
+    weight = module.get_parameter("weight").detach()
+    return weight.T if _is_conv1d(module) else weight
+
+
+def written(module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of `read`: tensors in the dtype and layout of the module's own."""
+    parameters = own_parameters(module)
+    return {
+        name: (tensor.T if name == "weight" and _is_conv1d(module) else tensor).to(parameters[name].dtype).contiguous()
+        for name, tensor in tensors.items()
+    }
+
+
 def stored(module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse of `read`: merged tensors in the dtype and layout of the module's own.
+    """`written`, fit to be kept.
 
     Raises:
         MergeError: a value is not finite, or does not fit the storage dtype.
     """
-    parameters = own_parameters(module)
-    ready = {}
-    for name, tensor in tensors.items():
-        laid_out = tensor.T if name == "weight" and _is_conv1d(module) else tensor
-        ready[name] = laid_out.to(parameters[name].dtype).contiguous()
-        if not bool(torch.isfinite(ready[name]).all()):
-            raise MergeError(f"its merged {name!r} holds NaN or infinity in {ready[name].dtype}")
+    ready = written(module, tensors)
+    for name, tensor in ready.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise MergeError(f"its merged {name!r} holds NaN or infinity in {tensor.dtype}")
     return ready

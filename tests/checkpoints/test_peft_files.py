@@ -26,6 +26,28 @@ pytestmark = [
 TIED_LLAMA = Base("tied-llama", lambda: bases.llama(tie_word_embeddings=True), BY_NAME["llama"].inputs)
 ROBERTA = Base("roberta", bases.roberta, BY_NAME["bert"].inputs)
 
+
+class Layers(nn.Module):
+    """Every kind of layer that is no linear of a transformer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv1d(5, 8, 3, padding=1)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.conv2 = nn.Conv2d(1, 6, 3, stride=2, padding=1)
+        self.conv3 = nn.Conv3d(2, 4, 2)
+        self.linear = nn.Linear(4, 8)
+        self.out = nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.conv1(x)
+        x = x + self.attention(x.mT, x.mT, x.mT)[0].mT
+        x = self.conv2(x[:, None]).relu()
+        x = self.conv3(x.unflatten(1, (2, 3))).mean((-1, -2, -3))
+        return self.out(self.linear(x).tanh())
+
+
+LAYERS = Base("layers", Layers, lambda: {"x": bases.noise(2, 5, 8)})
 CASES = {
     "llama-default": (BY_NAME["llama"], {"task_type": "CAUSAL_LM"}),
     "llama-all-linear": (BY_NAME["llama"], {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}),
@@ -65,6 +87,73 @@ CASES = {
     "conv-container-head": (BY_NAME["conv"], {"target_modules": ["classifier.1"], "bias": "all"}),
     "vit": (BY_NAME["vit"], {"target_modules": "all-linear", "modules_to_save": ["classifier"]}),
     "tied-llama": (TIED_LLAMA, {"target_modules": "all-linear"}),
+    "dora-llama": (BY_NAME["llama"], {"use_dora": True, "target_modules": "all-linear"}),
+    "dora-gpt2": (BY_NAME["gpt2"], {"use_dora": True, "target_modules": ["c_attn", "c_fc"]}),
+    "dora-embedding": (BY_NAME["llama"], {"use_dora": True, "target_modules": ["embed_tokens", "q_proj"]}),
+    "dora-convolutions": (LAYERS, {"use_dora": True, "target_modules": ["conv1", "conv2", "conv3", "linear"]}),
+    "dora-rslora-bert": (BY_NAME["bert"], {"use_dora": True, "use_rslora": True, "task_type": "SEQ_CLS"}),
+    "lora-bias": (BY_NAME["gpt2"], {"lora_bias": True, "target_modules": ["c_attn", "c_proj"]}),
+    "convolutions": (LAYERS, {"target_modules": ["conv1", "conv2", "conv3"]}),
+    "convolutions-bias": (LAYERS, {"lora_bias": True, "target_modules": ["conv1", "conv2", "conv3"]}),
+    "pissa": (BY_NAME["llama"], {"init_lora_weights": "pissa", "target_modules": ["q_proj", "down_proj"]}),
+    "pissa-gpt2": (BY_NAME["gpt2"], {"init_lora_weights": "pissa", "target_modules": ["c_attn"]}),
+    "olora": (BY_NAME["llama"], {"init_lora_weights": "olora", "target_modules": ["q_proj", "down_proj"]}),
+    "orthogonal": (BY_NAME["llama"], {"init_lora_weights": "orthogonal", "target_modules": ["q_proj", "down_proj"]}),
+    "tokens": (BY_NAME["llama"], {"trainable_token_indices": [4, 7], "target_modules": ["q_proj"]}),
+    "tokens-tied": (TIED_LLAMA, {"trainable_token_indices": [4, 7], "target_modules": ["q_proj"]}),
+    "tokens-gpt2": (BY_NAME["gpt2"], {"trainable_token_indices": [4, 7], "target_modules": ["c_attn"]}),
+    "tokens-t5": (BY_NAME["t5"], {"trainable_token_indices": [4, 7], "target_modules": ["q"]}),
+    "tokens-by-name": (
+        BY_NAME["llama"],
+        {"trainable_token_indices": {"embed_tokens": [4], "lm_head": [5, 9]}, "target_modules": ["q_proj"]},
+    ),
+    "tying-lora": (TIED_LLAMA, {"ensure_weight_tying": True, "target_modules": ["embed_tokens", "q_proj"]}),
+    "tying-copy": (
+        TIED_LLAMA,
+        {"ensure_weight_tying": True, "modules_to_save": ["embed_tokens"], "target_modules": ["q_proj"]},
+    ),
+    "ia3-llama": (BY_NAME["llama"], {"task_type": "CAUSAL_LM"}, "IA3Config"),
+    "ia3-gpt2": (BY_NAME["gpt2"], {"task_type": "CAUSAL_LM"}, "IA3Config"),
+    "ia3-t5": (BY_NAME["t5"], {"task_type": "SEQ_2_SEQ_LM"}, "IA3Config"),
+    "ia3-bert": (
+        BY_NAME["bert"],
+        {"task_type": "SEQ_CLS", "target_modules": ["key", "value", "output.dense"], "feedforward_modules": ["output.dense"]},
+        "IA3Config",
+    ),
+    "ia3-regex": (
+        BY_NAME["llama"],
+        {"target_modules": r".*\.(k_proj|down_proj)", "feedforward_modules": r".*\.down_proj"},
+        "IA3Config",
+    ),
+    "ia3-convolutions": (
+        LAYERS,
+        {"target_modules": ["conv2", "conv3", "linear"], "feedforward_modules": ["conv3"], "modules_to_save": ["out"]},
+        "IA3Config",
+    ),
+    "ia3-random": (
+        BY_NAME["llama"],
+        {"target_modules": ["v_proj", "o_proj"], "feedforward_modules": [], "init_ia3_weights": False},
+        "IA3Config",
+    ),
+    "adalora-llama": (BY_NAME["llama"], {"task_type": "CAUSAL_LM", "total_step": 10}, "AdaLoraConfig"),
+    "adalora-gpt2": (BY_NAME["gpt2"], {"init_r": 5, "target_r": 3, "total_step": 10}, "AdaLoraConfig"),
+    "adalora-t5": (BY_NAME["t5"], {"target_modules": ["q", "wo"], "lora_alpha": 3, "total_step": 10}, "AdaLoraConfig"),
+    "adalora-bert": (
+        BY_NAME["bert"],
+        {"task_type": "SEQ_CLS", "target_modules": "all-linear", "bias": "lora_only", "total_step": 10},
+        "AdaLoraConfig",
+    ),
+    "adalora-conv2d": (
+        LAYERS,
+        {"target_modules": ["conv2", "linear"], "init_r": 4, "target_r": 2, "total_step": 5},
+        "AdaLoraConfig",
+    ),
+}
+Case = tuple[Base, dict[str, object], str]
+CASES = {name: (*case, "LoraConfig")[:3] for name, case in CASES.items()}
+ATTENTION = {
+    "attention": (LAYERS, {"target_modules": ["attention", "linear"]}, "LoraConfig"),
+    "attention-bias": (LAYERS, {"lora_bias": True, "target_modules": ["attention"]}, "LoraConfig"),
 }
 each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 SIZES = {"r": 4, "lora_alpha": 8}
@@ -80,17 +169,18 @@ def randomised(model: nn.Module) -> nn.Module:
     return model
 
 
-def explicit(options: dict[str, object]) -> dict[str, object]:
-    """Options for `peft`, which writes into the lists that it is given."""
-    return copy.deepcopy(options) | SIZES
+def config_of(library: object, case: Case) -> object:
+    """The case's config of one library; a copy of its options, as `peft` writes into the lists that it is given."""
+    _, options, kind = case
+    return getattr(library, kind)(**(copy.deepcopy(options) | (SIZES if kind == "LoraConfig" else {})))
 
 
 @each_case
-def test_peft_loads_what_we_write_and_gives_our_output(case: tuple[Base, dict[str, object]], tmp_path: Path) -> None:
-    base, options = case
+def test_peft_loads_what_we_write_and_gives_our_output(case: Case, tmp_path: Path) -> None:
+    base = case[0]
     model = base.model()
     bare = base.output(model)
-    grafts.add(model, grafts.LoraConfig(**options, **SIZES), name="en")
+    grafts.add(model, config_of(grafts, case), name="en")
     randomise(model, "en")
     expected = base.output(model)
     grafts.save(model, "en", tmp_path)
@@ -101,9 +191,9 @@ def test_peft_loads_what_we_write_and_gives_our_output(case: tuple[Base, dict[st
 
 
 @each_case
-def test_we_load_what_peft_writes_and_give_its_output(case: tuple[Base, dict[str, object]], tmp_path: Path) -> None:
-    base, options = case
-    theirs = randomised(peft.get_peft_model(base.model(), peft.LoraConfig(**explicit(options)))).eval()
+def test_we_load_what_peft_writes_and_give_its_output(case: Case, tmp_path: Path) -> None:
+    base = case[0]
+    theirs = randomised(peft.get_peft_model(base.model(), config_of(peft, case))).eval()
     expected = base.output(theirs)
     theirs.save_pretrained(tmp_path)
 
@@ -116,15 +206,43 @@ def test_we_load_what_peft_writes_and_give_its_output(case: tuple[Base, dict[str
     assert torch.equal(base.output(grafts.detach(model)), bare)
 
 
-@each_case
-def test_keys_and_shapes_are_those_of_peft(case: tuple[Base, dict[str, object]], tmp_path: Path) -> None:
-    base, options = case
-    model = grafts.add(base.model(), grafts.LoraConfig(**options, **SIZES))
+@pytest.mark.parametrize("case", (CASES | ATTENTION).values(), ids=(CASES | ATTENTION).keys())
+def test_keys_and_shapes_are_those_of_peft(case: Case, tmp_path: Path) -> None:
+    base = case[0]
+    model = grafts.add(base.model(), config_of(grafts, case))
     grafts.save(model, "default", tmp_path / "ours")
-    theirs = peft.get_peft_model(base.model(), peft.LoraConfig(**explicit(options)))
+    theirs = peft.get_peft_model(base.model(), config_of(peft, case))
     theirs.save_pretrained(tmp_path / "theirs", save_embedding_layers=False)
     ours, reference = (load_file(tmp_path / who / "adapter_model.safetensors") for who in ("ours", "theirs"))
     assert {key: x.shape for key, x in ours.items()} == {key: x.shape for key, x in reference.items()}
+
+
+@pytest.mark.parametrize("case", ATTENTION.values(), ids=ATTENTION.keys())
+def test_attention_module_from_peft_gives_the_output_of_the_formula(case: Case, tmp_path: Path) -> None:
+    """`peft` 0.21.2 is no reference there: it adds the output projection's update twice, and drops the input's lora_bias."""
+    base = case[0]
+    randomised(peft.get_peft_model(base.model(), config_of(peft, case))).save_pretrained(tmp_path)
+    tensors = {
+        key.removeprefix("base_model.model."): tensor
+        for key, tensor in load_file(tmp_path / "adapter_model.safetensors").items()
+    }
+    model, scaling = base.model(), 8 / 4
+    for name, prefix in (("in_proj", "attention"), ("out_proj.", "attention.base_layer.out_proj")):
+        joined = name if name.endswith(".") else f"{name}_"
+        weight = model.attention.get_parameter(f"{joined}weight")
+        weight += scaling * tensors[f"{prefix}.lora_B.weight"] @ tensors[f"{prefix}.lora_A.weight"]
+        if f"{prefix}.lora_B.bias" in tensors:
+            bias = model.attention.get_parameter(f"{joined}bias")
+            bias += scaling * tensors[f"{prefix}.lora_B.bias"]
+    if "linear.lora_A.weight" in tensors:
+        model.linear.weight += scaling * tensors["linear.lora_B.weight"] @ tensors["linear.lora_A.weight"]
+    expected = base.output(model)
+    ours = base.model()
+    bare = base.output(ours)
+    grafts.load(ours, tmp_path)
+    torch.testing.assert_close(base.output(ours), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(base.output(grafts.merge(ours)), expected, rtol=1e-5, atol=1e-5)
+    assert (expected - bare).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("targets", [["q_proj"], ["q_proj", "embed_tokens"]], ids=["beside", "beneath"])

@@ -180,7 +180,7 @@ def test_only_the_trained_adapter_gets_gradients_and_each_parameter_does(
 
 def test_a_training_step_moves_the_adapter_and_not_the_base(adapted: nn.Module, base: Base) -> None:
     before = {name: p.detach().clone() for name, p in adapted.named_parameters()}
-    optimizer = torch.optim.SGD([p for p in adapted.parameters() if p.requires_grad], lr=0.1)
+    optimizer = torch.optim.Adam([p for p in adapted.parameters() if p.requires_grad], lr=0.1)
     base.output(adapted).square().mean().backward()
     optimizer.step()
     for name, parameter in adapted.named_parameters():
@@ -300,19 +300,22 @@ def test_a_failing_add_leaves_the_model_untouched(
     before = identity(model)
     with pytest.raises(grafts.UnmatchedTargetError, match="no_such_module"):
         grafts.add(model, method.config(target_modules=["no_such_module"]), name="en")
-    monkeypatch.setattr("grafts.registry.build_part", _out_of_memory_at_the_last())
+    monkeypatch.setattr("grafts.registry.build_part", _out_of_memory_at(len(grafts.plan(model, config).targets)))
     with pytest.raises(MemoryError):
         grafts.add(model, config, name="en")
     assert_same(before, identity(model))
 
 
-def _out_of_memory_at_the_last() -> Callable[..., object]:
+def _out_of_memory_at(number: int) -> Callable[..., object]:
     from grafts.registry import build_part
 
-    def build(model: nn.Module, made: grafts.Plan, name: str, index: int) -> object:
-        if index == len(made.targets) - 1:
+    built = []
+
+    def build(target: object, host: nn.Module, tensors: object) -> object:
+        built.append(target)
+        if len(built) == number:
             raise MemoryError
-        return build_part(model, made, name, index)
+        return build_part(target, host, tensors)
 
     return build
 

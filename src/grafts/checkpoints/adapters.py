@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,9 @@ from grafts.checkpoints.files import write_all
 from grafts.errors import CheckpointError, did_you_mean
 from grafts.matching import matches, within
 from grafts.planning import ALL_LINEAR, Plan
-from grafts.registry import attach_parts, parts_of, prepare, registry_of, unwrapped
+from grafts.registry import Registry, attach_parts, build_parts, parts_of, prepare_plan, registry_of, unwrapped
 from grafts.roles import EMBEDDING, HEAD, anatomy
+from grafts.sites.module import Part
 
 
 @dataclass(frozen=True)
@@ -80,26 +81,29 @@ def checkpoint_files(model: nn.Module, name: str) -> dict[str, bytes]:
         AdapterNameError: there is no such adapter.
     """
     inner = unwrapped(model)
-    made = registry_of(inner).require(name)
+    registry = registry_of(inner)
+    registry.require(name)
     tensors = {
         f"{target}.{key}".lstrip("."): tensor
         for target, part in parts_of(inner, name)
         for key, tensor in part.file_tensors().items()
     }
-    return peft.files_of(file_config(inner, made), tensors)
+    return peft.files_of(file_config(inner, registry, name), tensors)
 
 
-def file_config(model: nn.Module, made: Plan) -> dict[str, Any]:
+def file_config(model: nn.Module, registry: Registry, name: str) -> dict[str, Any]:
     """What ``adapter_config.json`` says: the config with its targets resolved, so that every reader finds the same ones."""
+    made = registry.plans[name]
     body = anatomy(model)
-    own = [target.path for target in made.targets if target.kind == made.method.name]
-    copies = [
-        target.path for target in made.targets if target.kind == "copy" and not any("base_layer" in t for t in target.tensors)
-    ]
+    untied = [target for target in made.targets if target.tied_to is None]
+    own = [target.path for target in untied if target.kind == made.method.name]
+    copies = [target.path for target in untied if target.kind == "copy" and not any("base_layer" in t for t in target.tensors)]
     values = made.config.to_dict() | {"peft_type": made.method.peft_type, "inference_mode": True}
     if made.config.target_modules in (None, ALL_LINEAR) or values.get("layers_to_transform") is not None:
         values["target_modules"] = _shortest_names(own, body.modules)
         values |= {name: None for name in ("layers_to_transform", "layers_pattern") if name in values}
+    if made.method.file_values is not None and own:
+        values |= made.method.file_values(values, registry.own_parts(name))
     named = list(made.config.modules_to_save or ())
     if unnamed := [path for path in copies if not within(path, (owner for owner in body.modules if matches(owner, named)))]:
         values["modules_to_save"] = named + _shortest_names(unnamed, body.modules)
@@ -150,15 +154,12 @@ def load(
     inner = unwrapped(model)
     checkpoint = peft.read(path, allow_pickle=allow_pickle)
     replaced, same = _base_weights_in(inner, checkpoint)
-    name, made, parts = prepare(inner, checkpoint.config, name=name, lenient=True, replaced=replaced)
+    made = prepare_plan(inner, checkpoint.config, name=name, lenient=True, replaced=replaced)
     tensors = {key: tensor for key, tensor in checkpoint.tensors.items() if key not in same}
-    destinations = {
-        f"{target}.{key}".lstrip("."): tensor for target, part in parts for key, tensor in part.file_tensors().items()
-    }
-    _check(tensors, destinations, f"adapter {name!r} from {str(path)!r} does not fit this {type(inner).__name__}")
-    with torch.no_grad():
-        for key, tensor in tensors.items():
-            destinations[key].copy_(tensor)
+    wanted = {f"{target.path}.{key}".lstrip("."): shape for target in made.targets for key, shape in target.tensors.items()}
+    _check(tensors, wanted, f"adapter {name!r} from {str(path)!r} does not fit this {type(inner).__name__}")
+    parts = build_parts(inner, made, name, tensors)
+    _check_tied(made, parts, tensors, str(path))
     attach_parts(inner, name, made, parts, activate=activate, train=train)
     return LoadReport(name, Path(path), made, len(tensors), checkpoint.size, tuple(sorted(same)))
 
@@ -183,20 +184,32 @@ def _base_weights_in(model: nn.Module, checkpoint: peft.Checkpoint) -> tuple[lis
     return replaced, same
 
 
-def _check(tensors: Mapping[str, Tensor], destinations: Mapping[str, Tensor], context: str) -> None:
+def _check_tied(made: Plan, parts: Sequence[tuple[str, Part]], tensors: Mapping[str, Tensor], source: str) -> None:
+    """Refuse a file in which what shares a weight here has two values.
+
+    Raises:
+        CheckpointError: naming the tensor.
+    """
+    for target, (path, part) in zip(made.targets, parts, strict=True):
+        for name, tensor in part.file_tensors().items() if target.tied_to is not None else ():
+            if not torch.equal(tensor.detach().cpu(), tensors[f"{path}.{name}"].to(tensor.dtype)):
+                raise CheckpointError(
+                    f"{source!r}: {path}.{name} is not what {target.tied_to!r} has, though both share one weight here"
+                )
+
+
+def _check(tensors: Mapping[str, Tensor], wanted: Mapping[str, torch.Size], context: str) -> None:
     """Refuse a file whose tensors are not exactly those that the adapter has.
 
     Raises:
         CheckpointError: naming the first few of each kind.
     """
-    problems = [
-        f"unexpected {key!r} in the file; {did_you_mean(key, destinations)}" for key in tensors if key not in destinations
-    ]
-    problems += [f"missing {key!r} in the file" for key in destinations if key not in tensors]
+    problems = [f"unexpected {key!r} in the file; {did_you_mean(key, wanted)}" for key in tensors if key not in wanted]
+    problems += [f"missing {key!r} in the file" for key in wanted if key not in tensors]
     problems += [
-        f"{key!r} is {tuple(tensor.shape)} in the file and {tuple(destinations[key].shape)} here"
+        f"{key!r} is {tuple(tensor.shape)} in the file and {tuple(wanted[key])} here"
         for key, tensor in tensors.items()
-        if key in destinations and tensor.shape != destinations[key].shape
+        if key in wanted and tensor.shape != wanted[key]
     ]
     if problems:
         more = [f"... and {len(problems) - 6} more"] if len(problems) > 6 else []

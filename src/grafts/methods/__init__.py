@@ -8,20 +8,45 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
+from grafts.blending import Blend
 from grafts.config import AdapterConfig
 from grafts.errors import ConfigError, did_you_mean
 from grafts.sites.module import Part
 from grafts.weights import Layer, LayerKind
 
-Build = Callable[..., Part]
+Build = Callable[[Any, "Place"], Part]
 B = TypeVar("B", bound=Build)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one part of an adapter stands.
+
+    Attributes:
+        path: the module's path in the base model.
+        layer: what the module is.
+        role: what it is there for, one of the words in `grafts.roles`.
+        host: the module.
+    """
+
+    path: str
+    layer: Layer
+    role: str
+    host: nn.Module
+
+
+Parts = Mapping[str, Part]
+Check = Callable[[Any, Sequence[Place]], None]
+Values = Callable[[Mapping[str, Any], Parts], Mapping[str, Any]]
+Attached = Callable[[Any, Parts], None]
+Combine = Callable[[Sequence[tuple[Any, Parts, float]], Blend], tuple[AdapterConfig, Mapping[str, Tensor]]]
 
 
 @dataclass(frozen=True)
@@ -31,26 +56,44 @@ class Method:
     Attributes:
         name: its name on the command line and in tables, ``"lora"``.
         title: its name in sentences, ``"LoRA"``.
-        peft_type: its name in ``adapter_config.json``.
         config: its config class.
-        build: ``build(config, path, layer, host)`` makes the part for the layer at ``path``, on the default device.
+        build: ``build(config, place)`` makes the part for one layer, on the default device.
         layers: the kinds of layer that it can stand beside.
-        default_roles: the roles of the layers that it takes when no targets are named.
+        default_roles: the roles of the layers that it takes when no targets are named: at least one layer of each set, and
+            all layers of all sets.
         inert: a fresh adapter leaves the output bitwise as it was, with the config's defaults.
         mergeable: it can be folded into the base weights.
         source: the paper.
+        routable: the rows of a batch can choose among adapters of it.
+        combinations: the ways in which adapters of it can be made into one.
+        combine: ``combine(adapters, blend)`` with each adapter's config, parts and weight gives the config of the new
+            adapter and its tensors, by path and file name.
+        check: ``check(config, places)`` refuses a config whose targets do not go together.
+        file_values: ``file_values(values, parts)`` gives the fields that ``adapter_config.json`` must say otherwise than
+            ``values``, the config with its targets resolved, because the model or the training has decided them.
+        attached: ``attached(config, parts)`` is called when the parts of an adapter are in their places.
     """
 
     name: str
     title: str
-    peft_type: str
     config: type[AdapterConfig]
-    build: Callable[[AdapterConfig, str, Layer, nn.Module], Part]
+    build: Build
     layers: frozenset[LayerKind]
-    default_roles: tuple[str, ...]
+    default_roles: tuple[frozenset[str], ...]
     inert: bool
     mergeable: bool
     source: str
+    routable: bool = True
+    combinations: tuple[str, ...] = ()
+    combine: Combine | None = None
+    check: Check | None = None
+    file_values: Values | None = None
+    attached: Attached | None = None
+
+    @property
+    def peft_type(self) -> str:
+        """Its name in ``adapter_config.json``."""
+        return self.config.peft_type
 
 
 _registered: dict[str, Method] = {}
@@ -60,24 +103,27 @@ def method(
     name: str,
     *,
     title: str,
-    peft_type: str,
     config: type[AdapterConfig],
     layers: set[LayerKind],
-    default_roles: tuple[str, ...],
+    default_roles: Sequence[set[str]],
     inert: bool,
     mergeable: bool,
     source: str,
+    **more: Any,
 ) -> Callable[[B], B]:
     """Register the decorated builder of parts as a method; the arguments are those of `Method`.
 
     Raises:
-        ConfigError: the name, the file type or the config class is registered already.
+        ConfigError: the name, the file type or the config class is registered already, or the config has no file type.
     """
 
     def register(build: B) -> B:
-        made = Method(name, title, peft_type, config, build, frozenset(layers), default_roles, inert, mergeable, source)
+        roles = tuple(map(frozenset, default_roles))
+        made = Method(name, title, config, build, frozenset(layers), roles, inert, mergeable, source, **more)
+        if not config.peft_type:
+            raise ConfigError(f"{config.__name__} names no peft_type, the method's name in adapter_config.json")
         for other in _registered.values():
-            if {name, peft_type, config} & {other.name, other.peft_type, other.config}:
+            if {name, made.peft_type, config} & {other.name, other.peft_type, other.config}:
                 raise ConfigError(f"method {name!r} is registered already, by {other.build.__module__}")
         _registered[name] = made
         return build
@@ -105,7 +151,9 @@ def method_named(name: str) -> Method:
     Raises:
         ConfigError: there is none; names the nearest.
     """
-    for known in methods():
+    if name.lower() in [module.name for module in pkgutil.iter_modules(__path__)]:
+        importlib.import_module(f"{__name__}.{name.lower()}")  # without the others
+    for known in (*_registered.values(), *methods()):
         if name in (known.name, known.peft_type):
             return known
     raise ConfigError(f"no method is called {name!r}; {did_you_mean(name, method_names())}")

@@ -1,25 +1,32 @@
-"""LoRA: low-rank adaptation (Hu et al. 2021, https://arxiv.org/abs/2106.09685)."""
+"""LoRA: low-rank adaptation (Hu et al. 2021, https://arxiv.org/abs/2106.09685), and DoRA (Liu et al. 2024)."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Mapping
-from typing import Any, ClassVar
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Self, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from grafts.config import AdapterConfig, config, option
+from grafts.blending import SPARSE, SUMS, Blend
+from grafts.config import LowRankConfig, config, option
+from grafts.errors import ConfigError, MergeError
+from grafts.lowrank import product
 from grafts.matching import pattern_value
-from grafts.methods import method
+from grafts.methods import Parts, Place, method
 from grafts.roles import FUSED, KEY_VALUE, QUERY, VALUE
+from grafts.scaling import scaled
 from grafts.sites.module import Part
-from grafts.weights import Layer, row_scale
+from grafts.weights import canonical_weight, describe, read
+
+_INITS = (True, False, "gaussian", "pissa", "olora", "orthogonal")
 
 
 @config
-class LoraConfig(AdapterConfig):
+class LoraConfig(LowRankConfig):
     """What a LoRA adapter is: ``y + scaling * B A x`` beside each target, A ``(r, in)`` and B ``(out, r)`` trained.
 
     Without ``target_modules`` the targets are the query and value projections of attention, as in the paper (section 4.2).
@@ -29,21 +36,21 @@ class LoraConfig(AdapterConfig):
     """
 
     r: int = option(8, "The rank of the update.")
-    lora_alpha: float = option(8, "The update is scaled by lora_alpha / r.")
-    lora_dropout: float = option(0.0, "Dropout on the input of the update, while training.")
-    bias: str = option("none", "Biases to train as well: none, those of the targets (lora_only), or all.")
     use_rslora: bool = option(False, "Scale by lora_alpha / sqrt(r) instead (Kalajdzievski 2023).")
+    use_dora: bool = option(
+        False, "DoRA (Liu et al. 2024): the update changes the direction of each weight row, a trained vector its length."
+    )
+    lora_bias: bool = option(False, "Train a bias of the update as well.")
     init_lora_weights: bool | str = option(
-        True, "True: A Kaiming-uniform, B zero; gaussian: A normal with deviation 1/r, B zero; False: both random."
+        True,
+        "True: A Kaiming-uniform, B zero; gaussian: A normal with deviation 1/r, B zero; False: both random; orthogonal: "
+        "both random, B A zero; pissa, pissa_niter_N (principal singular vectors of the weight, exact or in N iterations) and "
+        "olora (its QR decomposition): what A and B start with is subtracted, so that the model starts as it was.",
     )
     rank_pattern: dict[str, int] = option({}, "Other ranks for some targets: regular expression for the end of the name -> r.")
     alpha_pattern: dict[str, float] = option({}, "Other lora_alpha for some targets, like rank_pattern.")
-    layers_to_transform: int | tuple[int, ...] | None = option(None, "Only targets in the layers with these indices.")
-    layers_pattern: str | tuple[str, ...] | None = option(
-        None, "The name of the list of layers that layers_to_transform counts in, where the first number is not it."
-    )
-    fan_in_fan_out: bool = option(False, "Written for other libraries; here the layout of a weight is found out.")
 
+    peft_type: ClassVar[str] = "LORA"
     elsewhere: ClassVar[Mapping[str, Any]] = {
         "qalora_group_size": 16,
         "megatron_core": "megatron.core",
@@ -54,18 +61,15 @@ class LoraConfig(AdapterConfig):
         """Refuse values that cannot be."""
         super().__post_init__()
         self.require("r", _is_rank(self.r), "a whole number above 0")
-        self.require("lora_alpha", isinstance(self.lora_alpha, (int, float)), "a number")
-        self.require("lora_dropout", 0 <= self.lora_dropout < 1, "at least 0 and below 1")
-        self.require("bias", self.bias in ("none", "all", "lora_only"), "'none', 'all' or 'lora_only'")
-        self.require("init_lora_weights", self.init_lora_weights in (True, False, "gaussian"), "True, False or 'gaussian'")
-        self.require("rank_pattern", all(map(_is_rank, self.rank_pattern.values())), "regular expression -> rank")
-        layered = self.layers_to_transform is not None
-        self.require("layers_pattern", layered or not self.layers_pattern, "left out unless layers_to_transform is given")
+        init = self.init_lora_weights
         self.require(
-            "layers_to_transform",
-            not (layered and isinstance(self.target_modules, str)),
-            "left out beside a regular expression",
+            "init_lora_weights",
+            init in _INITS or (isinstance(init, str) and re.fullmatch(r"pissa_niter_\d+", init) is not None),
+            "True, False, 'gaussian', 'orthogonal', 'olora', 'pissa' or 'pissa_niter_N'",
         )
+        self.require("rank_pattern", all(map(_is_rank, self.rank_pattern.values())), "regular expression -> rank")
+        plain = not self.use_dora and init in (True, False, "gaussian")
+        self.require("lora_bias", plain or not self.lora_bias, "False beside use_dora or an init_lora_weights of the base's")
 
     def rank(self, path: str) -> int:
         """The rank of the update beside the module at ``path``."""
@@ -81,156 +85,328 @@ def _is_rank(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
-class LoraLinear(Part):
-    """LoRA beside a linear layer.
+class LoraPart(Part):
+    """LoRA beside one layer.
 
     Attributes:
-        lora_A: ``(r, in_features)``.
-        lora_B: ``(out_features, r)``.
+        lora_A: ``(r, in)``; beside a convolution ``(r, in / groups, *kernel)``, beside an embedding ``(r, rows)``.
+        lora_B: ``(out, r)``; beside a convolution ``(out, r, 1, ...)``, beside an embedding ``(dim, r)``.
+        lora_bias: ``(out,)``, or None.
         scaling: the factor of the update.
+        start: what A and B were at the start, where the update is counted from there; else None, None.
     """
 
-    def __init__(self, config: LoraConfig, path: str, layer: Layer) -> None:
-        super().__init__()
-        rank = config.rank(path)
-        self.scaling = config.scaling(path)
-        self.dropout = nn.Dropout(config.lora_dropout) if config.lora_dropout else None
-        self.lora_A = nn.Parameter(torch.empty(rank, layer.in_features))
-        self.lora_B = nn.Parameter(torch.zeros(layer.out_features, rank))
-        if config.init_lora_weights == "gaussian":
-            nn.init.normal_(self.lora_A, std=1 / rank)
-        else:
-            nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-        if config.init_lora_weights is False:
-            nn.init.kaiming_uniform_(self.lora_B, a=math.sqrt(5))
+    start_a: Tensor | None
+    start_b: Tensor | None
 
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+    def __init__(self, config: LoraConfig, place: Place) -> None:
+        super().__init__()
+        self.product = product(place.layer, place.host)
+        self.transposed = False
+        self.init = config.init_lora_weights if place.layer.is_linear else bool(config.init_lora_weights)
+        if place.layer.kind == "convolution" and config.init_lora_weights == "gaussian":
+            self.init = "gaussian"
+        self.scaling = config.scaling(place.path)
+        drops = config.lora_dropout and place.layer.kind != "embedding"
+        self.dropout = nn.Dropout(config.lora_dropout) if drops else None
+        a, b = self.product.shapes(config.rank(place.path))
+        self.lora_A, self.lora_B = nn.Parameter(torch.empty(a)), nn.Parameter(torch.empty(b))
+        self.lora_bias = nn.Parameter(torch.zeros(place.layer.out_features)) if config.lora_bias else None
+        self.register_buffer("start_a", None, persistent=False)
+        self.register_buffer("start_b", None, persistent=False)
+        if config.lora_bias and place.layer.kind == "embedding":
+            raise ConfigError("an embedding has no bias, so lora_bias=True cannot be had beside it")
+        self._reset()
+
+    def _reset(self) -> None:
+        self.product.reset(self.lora_A, self.lora_B)
+        if self.init == "gaussian":
+            nn.init.normal_(self.lora_A, std=1 / self.lora_A.shape[0])
+        elif self.init is False:
+            self.product.reset_both(self.lora_A, self.lora_B)
+        elif self.init == "orthogonal":
+            rank = self.lora_A.shape[0]
+            if rank % 2:
+                raise ConfigError(f"init_lora_weights='orthogonal' needs an even rank, not {rank}")
+            with torch.no_grad():
+                q = torch.linalg.qr(torch.randn(rank, rank))[0] if not self.lora_A.is_meta else torch.empty(rank, rank)
+                self.lora_A.copy_((torch.randn(self.lora_A.shape[1], rank // 2) @ q[0::2]).T / 10)
+                self.lora_B.copy_((torch.randn(rank // 2, self.lora_B.shape[0]).T @ q[1::2]) / 10)
+
+    def from_base(self, host: nn.Module, *, fresh: bool) -> None:
+        """Take the start of A and B from the base's weight where the option says so."""
+        if not isinstance(self.init, str) or not self.init.startswith(("pissa", "olora")):
+            return
+        matrix = self.product.matrix(read(host)["weight"])
+        rank = self.lora_A.shape[0]
+        if rank > min(matrix.shape):
+            raise ConfigError(f"init_lora_weights={self.init!r}: rank {rank} is more than the weight's {min(matrix.shape)}")
+        a, b = _olora(matrix, rank) if self.init == "olora" else _pissa(matrix, rank, self.scaling, self.init)
+        self.start_a, self.start_b = a.to(self.lora_A.dtype), b.to(self.lora_B.dtype)
+        if fresh:
+            with torch.no_grad():
+                self.lora_A.copy_(a)
+                self.lora_B.copy_(b)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A and B of the whole update; counted from a start, that start stands in them with the opposite sign."""
+        if self.transposed:
+            return self.lora_B.T, self.lora_A.T
+        if self.start_a is None or self.start_b is None:
+            return self.lora_A, self.lora_B
+        return torch.cat([self.lora_A, self.start_a]), torch.cat([self.lora_B, -self.start_b], dim=1)
+
+    def forward(self, x: Tensor, y: Tensor, *base: nn.Module) -> Tensor:
         """Add the low-rank update to the base output.
 
         Args:
-            x: input of the target, ``(*batch, in_features)``.
+            x: input of the target, ``(*batch, in_features)``, or as the kind of layer has it.
             y: output of the frozen target, ``(*batch, out_features)``.
+            base: not needed.
 
         Returns:
             ``y + scaling * B A x``, ``(*batch, out_features)``  (Hu et al. 2021, eq. 3).
         """
-        return add_scaled(y, self._down(x, y), self.lora_B, self.scaling)
+        a, b = self.factors()
+        return self._with_bias(self.product.add(y, self._input(x, y), a, b, self.scaling * self.product.output_scale))
 
-    def forward_(self, x: Tensor, y: Tensor) -> Tensor:
+    def forward_(self, x: Tensor, y: Tensor, *base: nn.Module) -> Tensor:
         """`forward`, written into ``y``."""
-        return add_scaled_(y, self._down(x, y), self.lora_B, self.scaling)
+        a, b = self.factors()
+        return self._with_bias(self.product.add_(y, self._input(x, y), a, b, self.scaling * self.product.output_scale))
 
-    def _down(self, x: Tensor, y: Tensor) -> Tensor:
-        """``A x``, ``(*batch, r)``."""
+    def _input(self, x: Tensor, y: Tensor) -> Tensor:
         x = x.to(y.device)
-        if self.dropout is not None:
-            x = self.dropout(x)
-        return F.linear(x, self.lora_A.to(x.dtype))
+        return x if self.dropout is None else self.dropout(x)
+
+    def _with_bias(self, y: Tensor) -> Tensor:
+        if self.lora_bias is None:
+            return y
+        return y + self.product.along(self.scaling * self.lora_bias).to(y.dtype)
 
     def file_tensors(self) -> Mapping[str, Tensor]:
-        """The two matrices, as two linear layers."""
-        return {"lora_A.weight": self.lora_A, "lora_B.weight": self.lora_B}
+        """The two matrices, under the names that they have in files beside this kind of layer, and the bias."""
+        a, b = (self.lora_B.T, self.lora_A.T) if self.transposed else (self.lora_A, self.lora_B)
+        tensors = dict(zip(self.product.names, (a, b), strict=True))
+        return tensors if self.lora_bias is None else {**tensors, "lora_B.bias": self.lora_bias}
 
-    def merged(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """``W + scaling * B A``."""
-        weight = tensors["weight"]
-        return {"weight": torch.addmm(weight, self.lora_B.to(weight.dtype), self.lora_A.to(weight.dtype), alpha=self.scaling)}
+    def merged(self, tensors: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """``W + scaling * B A``, and ``b + scaling * lora_bias``."""
+        result = {"weight": self.product.plus(tensors["weight"], *self.factors(), self.scaling)}
+        if self.lora_bias is not None:
+            if "bias" not in tensors:
+                raise MergeError("it has no bias that lora_bias could be merged into: use the adapter unmerged")
+            result["bias"] = tensors["bias"] + self.scaling * self.lora_bias.to(tensors["bias"].dtype)
+        return result
+
+    def tied(self, host: nn.Module) -> Self:
+        """The same update beside a head whose weight is this embedding's, or the other way round."""
+        layer = describe(host)
+        if layer is None or layer.matrix != self.product.layer.matrix[::-1]:
+            raise ConfigError("only an embedding and a head that share one weight can share one update")
+        twin = type(self).__new__(type(self))
+        nn.Module.__init__(twin)
+        twin.__dict__.update({name: value for name, value in self.__dict__.items() if name not in nn.Module().__dict__})
+        twin.product, twin.transposed, twin.dropout = product(layer, host), not self.transposed, None
+        twin.lora_A, twin.lora_B, twin.lora_bias = self.lora_A, self.lora_B, None
+        twin.register_buffer("start_a", None, persistent=False)
+        twin.register_buffer("start_b", None, persistent=False)
+        return twin
 
 
-class LoraEmbedding(Part):
-    """LoRA beside an embedding: row ``i`` moves by ``scaling * B A[:, i]``.
+def _pissa(matrix: Tensor, rank: int, scaling: float, init: str) -> tuple[Tensor, Tensor]:
+    """A and B from the principal singular vectors (Meng et al. 2024, eq. 2-3); the iterative form from a fixed seed."""
+    if init == "pissa":
+        u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+    else:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            u, s, v = torch.svd_lowrank(matrix, rank, niter=int(init.rpartition("_")[2]))
+        vh = v.T
+    root = (s[:rank] / scaling).sqrt()
+    return root[:, None] * vh[:rank], u[:, :rank] * root
+
+
+def _olora(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """A and B from the QR decomposition of the weight (Buyukakyuz 2024, section 3)."""
+    q, r = torch.linalg.qr(matrix)
+    return r[:rank], q[:, :rank]
+
+
+class DoraPart(LoraPart):
+    """DoRA beside one layer (Liu et al. 2024, https://arxiv.org/abs/2402.09353).
 
     Attributes:
-        lora_A: ``(r, num_embeddings)``.
-        lora_B: ``(embedding_dim, r)``.
-        scaling: the factor of the update, without the embedding's own.
+        magnitude: m, the length of each row of the weight, ``(out,)``.
+        base_norm: the squared lengths of the base weight's rows, ``(out,)``.
     """
 
-    def __init__(self, config: LoraConfig, path: str, layer: Layer, host: nn.Module) -> None:
-        super().__init__()
-        rank = config.rank(path)
-        self.scaling = config.scaling(path)
-        self.lora_A = nn.Parameter(torch.zeros(rank, layer.in_features))
-        self.lora_B = nn.Parameter(torch.empty(layer.out_features, rank))
-        nn.init.normal_(self.lora_B)
-        if config.init_lora_weights is False:
-            nn.init.normal_(self.lora_A)
-        self.row_scale = row_scale(host)
+    reads_base = True
+    base_norm: Tensor
 
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """Add the update of the looked-up rows.
+    def __init__(self, config: LoraConfig, place: Place) -> None:
+        super().__init__(config, place)
+        rows, _ = place.layer.matrix
+        self.magnitude = nn.Parameter(torch.ones(rows))
+        self.register_buffer("base_norm", torch.ones(rows), persistent=False)
+
+    def from_base(self, host: nn.Module, *, fresh: bool) -> None:
+        """Measure the base's rows; a fresh adapter starts with their lengths."""
+        super().from_base(host, fresh=fresh)
+        self.base_norm = self.product.matrix(read(host)["weight"]).square().sum(1).to(self.magnitude.dtype)
+        if fresh:
+            with torch.no_grad():
+                self.magnitude.copy_(self.base_norm.sqrt())
+
+    @torch.no_grad()
+    def row_norms(self, host: nn.Module) -> Tensor:
+        """The length of each row of ``W + s B A``, ``(out,)``, a constant for the gradient (section 4.3).
+
+        Without that matrix and without a pass over the batch: the square is expanded into ``|W|^2 + 2 s <W, B A> +
+        s^2 |B A|^2`` by rows, where the middle needs ``W A^T`` and the last ``A A^T``.
+        """
+        a, b = self.product.flat(*self.factors())
+        matrix = self.product.matrix(canonical_weight(host)).to(a.device)
+        cross = (matrix @ a.T.to(matrix.dtype)).to(b.dtype)
+        squares = self.base_norm + self.scaling * ((2 * cross + self.scaling * (b @ (a @ a.T))) * b).sum(1)
+        return squares.clamp_min(torch.finfo(squares.dtype).tiny).sqrt()
+
+    def forward(self, x: Tensor, y: Tensor, *base: nn.Module) -> Tensor:
+        """Give each row of the updated weight its own length.
 
         Args:
-            x: indices, ``(*batch)``.
-            y: the embedding's output, ``(*batch, embedding_dim)``.
+            x: input of the target, ``(*batch, in_features)``.
+            y: output of the frozen target, ``(*batch, out_features)``.
+            base: the target.
 
         Returns:
-            ``y`` plus the update, scaled as the embedding scales its rows.
+            ``m / |W + s B A| * (W x + s B A x) + bias``  (eq. 5), the norms by row.
         """
-        return add_scaled(y, self._rows(x, y), self.lora_B, self.scaling * self.row_scale)
+        (host,) = base
+        factor = self.magnitude / self.row_norms(host)
+        result = scaled(y, self.product.along(factor))
+        bias = getattr(host, "bias", None)
+        if bias is not None:
+            result = result - self.product.along((factor - 1) * bias).to(y.dtype)
+        a, b = self.factors()
+        b = b * (factor * (self.scaling * self.product.output_scale)).view(-1, *[1] * (b.dim() - 1))
+        return self.product.add_(result, self._input(x, y), a, b, 1.0)
 
-    def forward_(self, x: Tensor, y: Tensor) -> Tensor:
-        """`forward`, written into ``y``."""
-        return add_scaled_(y, self._rows(x, y), self.lora_B, self.scaling * self.row_scale)
-
-    def _rows(self, x: Tensor, y: Tensor) -> Tensor:
-        """The looked-up columns of A, ``(*batch, r)``."""
-        return F.embedding(x, self.lora_A.T.to(y.dtype))
+    def forward_(self, x: Tensor, y: Tensor, *base: nn.Module) -> Tensor:
+        """`forward`."""
+        return self.forward(x, y, *base)
 
     def file_tensors(self) -> Mapping[str, Tensor]:
-        """The two matrices under the names that embeddings have in files."""
-        return {"lora_embedding_A": self.lora_A, "lora_embedding_B": self.lora_B}
+        """LoRA's, and the magnitude, along the output of a convolution."""
+        magnitude = self.product.along(self.magnitude)
+        return {
+            **super().file_tensors(),
+            "lora_magnitude_vector": magnitude if magnitude is self.magnitude else magnitude.unsqueeze(0),
+        }
 
-    def merged(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """``W + scaling * (B A)^T``, the rows' own scale being applied by the embedding."""
-        weight = tensors["weight"]
-        a, b = self.lora_A.to(weight.dtype), self.lora_B.to(weight.dtype)
-        return {"weight": torch.addmm(weight, a.T, b.T, alpha=self.scaling)}
+    def merged(self, tensors: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """``m / |W + s B A| * (W' + s B A)`` with W of the base and W' as it is here; the bias of the base is not scaled."""
+        a, b = self.factors()
+        norms = self.product.matrix(self.product.plus(base["weight"], a, b, self.scaling)).norm(dim=1).detach()
+        factor = self.magnitude.to(norms.dtype) / norms.clamp_min(torch.finfo(norms.dtype).tiny)
+        here = self.product.matrix(self.product.plus(tensors["weight"], a, b, self.scaling))
+        result = {"weight": self.product.weight(here * factor[:, None], tensors["weight"])}
+        if "bias" in tensors and tensors["bias"] is not base["bias"]:
+            result["bias"] = base["bias"] + factor * (tensors["bias"] - base["bias"])
+        return result
+
+    def tied(self, host: nn.Module) -> Self:
+        """Not to be had: the rows of one are the columns of the other."""
+        raise ConfigError("use_dora cannot follow a tied weight, whose rows are columns there: leave ensure_weight_tying out")
 
 
-def add_scaled(y: Tensor, u: Tensor, b: Tensor, scaling: float) -> Tensor:
-    """``y + scaling * u b^T`` in one pass over ``y``.
+COMBINATIONS = ("cat", "svd", *SUMS, *(f"{way}_svd" for way in SPARSE))
 
-    Args:
-        y: ``(*batch, out_features)``.
-        u: ``(*batch, r)``.
-        b: ``(out_features, r)``, in any dtype.
-        scaling: a number.
 
-    Returns:
-        A new tensor like ``y``.
+def combined(sources: Sequence[tuple[LoraConfig, Parts, float]], blend: Blend) -> tuple[LoraConfig, dict[str, Tensor]]:
+    """One LoRA adapter made from several: its config and its tensors.
+
+    - ``"cat"`` puts the factors side by side: the exact weighted sum of the updates, at the sum of the ranks;
+    - ``"svd"`` and the ``_svd`` forms blend the updates ``s B A`` themselves and keep the largest singular values;
+    - the others blend the As and the Bs, each with the square root of the weight: cheap and at the same rank, but the
+      product of the sums has cross terms (so does ``"linear"``, as in Huang et al. 2023).
+
+    Biases and the distances of magnitudes from the base's row lengths are summed with the weights in all of them.
     """
-    if u.dtype != y.dtype:
-        return y + (scaling * F.linear(u, b.to(u.dtype))).to(y.dtype)
-    # one pass over y: the product is added as it is made
-    flat = torch.addmm(y.reshape(-1, y.shape[-1]), u.reshape(-1, u.shape[-1]), b.to(u.dtype).T, alpha=scaling)
-    return flat.view(y.shape)
+    first = sources[0][0]
+    for name in ("use_dora", "lora_bias"):
+        if len({getattr(config, name) for config, _, _ in sources}) > 1:
+            raise ConfigError(f"adapters with and without {name} cannot be made into one")
+    tensors: dict[str, Tensor] = {}
+    ranks: dict[str, int] = {}
+    for path in dict.fromkeys(path for _, parts, _ in sources for path in parts):
+        here = [(parts[path], weight) for _, parts, weight in sources if path in parts]
+        for prefix in here[0][0].pieces():
+            pieces = [(cast(LoraPart, part.pieces()[prefix]), weight) for part, weight in here]
+            made, ranks[path] = _combined_part(path, pieces, blend)
+            tensors.update({f"{path}.{prefix}{name}".lstrip("."): tensor for name, tensor in made.items()})
+    rank = max(ranks.values())
+    other = {f"^{re.escape(path)}": here for path, here in ranks.items() if here != rank}
+    config = dataclasses.replace(
+        first,
+        r=rank,
+        lora_alpha=rank,
+        use_rslora=False,
+        rank_pattern=other,
+        alpha_pattern={path: float(here) for path, here in other.items()},
+        init_lora_weights=True,
+    )
+    return config, tensors
 
 
-def add_scaled_(y: Tensor, u: Tensor, b: Tensor, scaling: float) -> Tensor:
-    """`add_scaled` into ``y`` itself where that is one operation on it: no copy, and no second tensor of its size."""
-    if u.dtype != y.dtype or y.dim() not in (2, 3):
-        return add_scaled(y, u, b, scaling)
-    b_T = b.to(u.dtype).T
-    if y.dim() == 2:
-        return y.addmm_(u, b_T, alpha=scaling)
-    # not through a view of two dimensions: autograd would copy every gradient of y on its way back
-    return y.baddbmm_(u, b_T.expand(y.shape[0], -1, -1), alpha=scaling)
+def _combined_part(path: str, pieces: Sequence[tuple[LoraPart, float]], blend: Blend) -> tuple[dict[str, Tensor], int]:
+    """The tensors of one part made from several beside the same layer, scaled so that its own scaling is 1; its rank."""
+    first = pieces[0][0]
+    a_s, b_s = zip(*(part.factors() for part, _ in pieces), strict=True)
+    scales = [weight * part.scaling for part, weight in pieces]
+    if blend.method == "cat":
+        a = torch.cat([scale * a for a, scale in zip(a_s, scales, strict=True)])
+        b = torch.cat(b_s, dim=1)
+    elif blend.method.endswith("svd"):
+        deltas = [
+            scale * first.product.delta(a, b) for a, b, scale in zip(a_s, b_s, (p.scaling for p, _ in pieces), strict=True)
+        ]
+        rank = min(blend.rank or max(a.shape[0] for a in a_s), *deltas[0].shape)
+        u, s, vh = torch.linalg.svd(blend(deltas, [weight for _, weight in pieces]), full_matrices=False)
+        a_shape, b_shape = first.product.shapes(rank)
+        a, b = vh[:rank].reshape(a_shape), (u[:, :rank] * s[:rank]).reshape(b_shape)
+    else:
+        if len({a.shape[0] for a in a_s}) > 1:
+            ranks = [a.shape[0] for a in a_s]
+            raise ConfigError(f"{path!r}: {blend.method!r} needs equal ranks, not {ranks}: take 'cat' or one of the svd forms")
+        roots = [math.sqrt(abs(scale)) for scale in scales]
+        a = blend(a_s, [math.copysign(root, scale) for root, scale in zip(roots, scales, strict=True)])
+        b = blend(b_s, roots)
+    tensors = dict(zip(first.product.names, (a, b), strict=True))
+    if first.lora_bias is not None:
+        biases = [part.lora_bias for part, _ in pieces if part.lora_bias is not None]
+        tensors["lora_B.bias"] = sum(scale * bias for scale, bias in zip(scales, biases, strict=True))  # type: ignore[assignment]
+    if isinstance(first, DoraPart):
+        base = first.base_norm.sqrt()
+        moved = [weight * (cast(DoraPart, part).magnitude - base) for part, weight in pieces]
+        tensors["lora_magnitude_vector"] = (
+            torch.stack([base, *moved]).sum(0).view(first.file_tensors()["lora_magnitude_vector"].shape)
+        )
+    return tensors, a.shape[0]
 
 
 @method(
     "lora",
     title="LoRA",
-    peft_type="LORA",
     config=LoraConfig,
-    layers={"linear", "transposed-linear", "embedding"},
-    default_roles=(QUERY, VALUE, KEY_VALUE, FUSED),
+    layers={"linear", "transposed-linear", "embedding", "convolution", "attention"},
+    default_roles=({QUERY, VALUE, KEY_VALUE, FUSED},),
     inert=True,
     mergeable=True,
     source="Hu et al. 2021, https://arxiv.org/abs/2106.09685",
+    combinations=COMBINATIONS,
+    combine=combined,
 )
-def lora_part(config: LoraConfig, path: str, layer: Layer, host: nn.Module) -> Part:
+def lora_part(config: LoraConfig, place: Place) -> Part:
     """The part for one layer."""
-    if layer.kind == "embedding":
-        return LoraEmbedding(config, path, layer, host)
-    return LoraLinear(config, path, layer)
+    return DoraPart(config, place) if config.use_dora else LoraPart(config, place)

@@ -1,0 +1,1 @@
+"""Thin faces: the names that users of other libraries know, over the same core."""

@@ -1,0 +1,446 @@
+"""AdaLoRA: low-rank updates whose ranks are allotted by importance (Zhang et al. 2023, https://arxiv.org/abs/2303.10512)."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, cast
+from weakref import WeakSet
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from grafts.blending import Blend
+from grafts.config import LowRankConfig, config, option
+from grafts.errors import AdapterNameError, ConfigError, StateError
+from grafts.lowrank import product
+from grafts.methods import Parts, Place, method
+from grafts.roles import FUSED, KEY_VALUE, QUERY, VALUE
+from grafts.sites.module import Part, sites_in
+
+
+@config
+class AdaLoraConfig(LowRankConfig):
+    """What an AdaLoRA adapter is: ``y + scaling * P Λ Q x``, and how its ranks shrink while it is trained.
+
+    Ranks stay at ``init_r`` for ``tinit`` optimizer steps, fall until ``total_step - tfinal`` to ``target_r`` on average, and
+    then stay. Steps are counted by themselves, whenever an optimizer that holds the adapter steps.
+
+    >>> AdaLoraConfig(init_r=12, target_r=4, tinit=10, tfinal=20, total_step=100).init_r
+    12
+    """
+
+    target_r: int = option(8, "The rank that targets have on average at the end.")
+    init_r: int = option(12, "The rank of every target at the start.")
+    tinit: int = option(0, "Optimizer steps before the ranks begin to fall.")
+    tfinal: int = option(0, "Optimizer steps at the end in which the ranks stay.")
+    deltaT: int = option(1, "Optimizer steps between two allotments.")  # noqa: N815 (the file format's name)
+    beta1: float = option(0.85, "The decay of the smoothed sensitivity, between 0 and 1 (eq. 8).")
+    beta2: float = option(0.85, "The decay of the smoothed uncertainty, between 0 and 1 (eq. 9).")
+    orth_reg_weight: float = option(0.5, "The weight of the penalty that keeps P and Q orthogonal (eq. 4).")
+    total_step: int | None = option(
+        None, "Optimizer steps in all; the Trainer of transformers tells it where it is not given."
+    )
+    rank_pattern: dict[str, list[bool]] | None = option(
+        None, "Which of the init_r ranks of each target were kept, by its name and .lora_E; written after training."
+    )
+    init_lora_weights: bool = option(True, "True: P and Q normal with deviation 0.02, the diagonal zero; False: all normal.")
+    r: int = option(8, "Not used here; written for other libraries.")
+
+    peft_type: ClassVar[str] = "ADALORA"
+    elsewhere: ClassVar[Mapping[str, Any]] = {"qalora_group_size": 16, "megatron_core": "megatron.core"}
+
+    def __post_init__(self) -> None:
+        """Refuse values that cannot be."""
+        super().__post_init__()
+        for name, least in (("init_r", 1), ("target_r", 1), ("deltaT", 1), ("tinit", 0), ("tfinal", 0)):
+            value = getattr(self, name)
+            self.require(name, isinstance(value, int) and value >= least, f"a whole number of at least {least}")
+        for name in ("beta1", "beta2"):
+            self.require(name, 0 < getattr(self, name) < 1, "above 0 and below 1")
+        self.require("orth_reg_weight", self.orth_reg_weight >= 0, "at least 0")
+        self.require("target_r", self.target_r <= self.init_r, f"at most init_r, which is {self.init_r}")
+        self.require("init_lora_weights", isinstance(self.init_lora_weights, bool), "True or False")
+        if self.total_step is not None:
+            self.check_schedule(self.total_step)
+
+    def check_schedule(self, total_step: int) -> None:
+        """Refuse a training that is too short for the schedule.
+
+        Raises:
+            ConfigError: nothing is left between ``tinit`` and ``tfinal``.
+        """
+        if not isinstance(total_step, int) or self.tinit >= total_step - self.tfinal:
+            raise ConfigError(
+                f"AdaLoraConfig: tinit={self.tinit} and tfinal={self.tfinal} leave no step of total_step={total_step} "
+                "in which the ranks could fall: make tinit + tfinal less than total_step"
+            )
+
+    def kept(self, path: str) -> list[bool]:
+        """Which of the ranks the target at ``path`` has."""
+        return (self.rank_pattern or {}).get(f"{path}.lora_E".lstrip("."), [True] * self.init_r)
+
+
+class AdaLoraPart(Part):
+    """AdaLoRA beside one layer.
+
+    Attributes:
+        lora_A: Q, ``(r, in)``, in a convolution flattened.
+        lora_E: the diagonal of Λ, ``(r, 1)``.
+        lora_B: P, ``(out, r)``.
+        scaling: the factor of the update, ``lora_alpha / init_r``.
+        allocator: what allots the ranks of this adapter; set when the adapter has got its place.
+    """
+
+    def __init__(self, config: AdaLoraConfig, place: Place) -> None:
+        super().__init__()
+        self.path = place.path
+        self.product = product(place.layer, place.host)
+        rank = sum(config.kept(place.path))
+        rows, columns = place.layer.matrix
+        self.scaling = (config.lora_alpha if config.lora_alpha > 0 else config.init_r) / (config.init_r + 1e-5)
+        self.dropout = nn.Dropout(config.lora_dropout) if config.lora_dropout else None
+        self.lora_A = nn.Parameter(torch.randn(rank, columns) * 0.02)
+        self.lora_E = nn.Parameter(torch.zeros(rank, 1) if config.init_lora_weights else torch.randn(rank, 1))
+        self.lora_B = nn.Parameter(torch.randn(rows, rank) * 0.02)
+        self.allocator: RankAllocator | None = None
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """``Λ Q`` and ``P``, in the shapes that the layer's product has them."""
+        a, b = self.product.shapes(self.lora_E.shape[0])
+        return (self.lora_A * self.lora_E).view(a), self.lora_B.view(b)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """Add the update to the base output.
+
+        Args:
+            x: input of the target, ``(*batch, in_features)``.
+            y: output of the frozen target, ``(*batch, out_features)``.
+
+        Returns:
+            ``y + scaling * P Λ Q x``  (Zhang et al. 2023, eq. 3).
+        """
+        return self.product.add(y, self._input(x, y), *self.factors(), self.scaling) if self.lora_E.numel() else y
+
+    def forward_(self, x: Tensor, y: Tensor, *base: nn.Module) -> Tensor:
+        """`forward`, written into ``y``."""
+        return self.product.add_(y, self._input(x, y), *self.factors(), self.scaling) if self.lora_E.numel() else y
+
+    def _input(self, x: Tensor, y: Tensor) -> Tensor:
+        x = x.to(y.device)
+        return x if self.dropout is None else self.dropout(x)
+
+    def file_tensors(self) -> Mapping[str, Tensor]:
+        """The three tensors; once the ranks are final, only those that were kept."""
+        kept = None if self.allocator is None else self.allocator.final.get(self.path)
+        if kept is None:
+            return {"lora_A": self.lora_A, "lora_B": self.lora_B, "lora_E": self.lora_E}
+        return {"lora_A": self.lora_A[kept], "lora_B": self.lora_B[:, kept], "lora_E": self.lora_E[kept]}
+
+    def merged(self, tensors: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """``W + scaling * P Λ Q``."""
+        return {"weight": self.product.plus(tensors["weight"], *self.factors(), self.scaling)}
+
+
+class RankAllocator:
+    """Allots the ranks of one adapter while it is trained, at each step of the optimizer that trains it.
+
+    Before a step it adds the gradient of the orthogonality penalty, so that no loss has to contain it; after the step it
+    updates the importance of each rank from the step's gradients, and takes ranks away as the budget falls (algorithm 1).
+
+    Attributes:
+        config: the adapter's config.
+        parts: the adapter's parts, by path.
+        total_step: optimizer steps of the whole training, or None as long as nobody has told.
+        step: optimizer steps so far.
+        final: path -> which ranks were kept, ``(init_r,)`` of bool; empty until the ranks are final.
+    """
+
+    def __init__(self, config: AdaLoraConfig, parts: Mapping[str, AdaLoraPart]) -> None:
+        self.config = config
+        self.parts = dict(parts)
+        self.total_step = config.total_step
+        self.step = 0
+        self.final: dict[str, Tensor] = {}
+        self._by_hand = False
+        self._sensitivity: dict[tuple[str, str], Tensor] = {}
+        self._uncertainty: dict[tuple[str, str], Tensor] = {}
+        _live.add(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take part in the copy of a model, or in an unpickled one, as in the first."""
+        self.__dict__.update(state)
+        _live.add(self)
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """The rank of each target now: how many of its ranks are not zero; before the first step all of them."""
+        full = self.step == 0 and not self.final
+        return {path: len(p.lora_E) if full else int(p.lora_E.count_nonzero()) for path, p in self.parts.items()}
+
+    @property
+    def allots(self) -> bool:
+        """Whether ranks are still to be taken away; not for an adapter that was loaded with the ranks it had kept."""
+        return self.config.rank_pattern is None
+
+    def belongs_to(self, parameters: set[int]) -> bool:
+        """Whether the adapter is among the parameters with these ids."""
+        return any(id(part.lora_E) in parameters for part in self.parts.values())
+
+    def set_total_step(self, total_step: int) -> None:
+        """Say how long the training is.
+
+        Raises:
+            ConfigError: too short for the schedule.
+        """
+        self.config.check_schedule(total_step)
+        self.total_step = total_step
+
+    def drive_by_hand(self) -> None:
+        """Leave the budget to calls of `update_and_allocate`.
+
+        Raises:
+            StateError: the optimizer has driven it already.
+        """
+        if self.step and not self._by_hand:
+            raise StateError(f"the budget has followed {self.step} steps of the optimizer already; say it before training")
+        self._by_hand = True
+
+    def update_and_allocate(self, step: int) -> None:
+        """One step of the budget by hand: after ``optimizer.step()`` and before the gradients go, with steps from 1.
+
+        Raises:
+            StateError: the optimizer's steps drive it; `drive_by_hand` was not called.
+            ConfigError: ``total_step`` is not known.
+        """
+        if not self._by_hand:
+            raise StateError(
+                "the budget follows the optimizer's own steps by itself, so this call would count each step twice: "
+                "remove it, or call rank_allocator(model).drive_by_hand() before training"
+            )
+        self._require_total_step()
+        self._advance(step)
+
+    def budget(self, step: int) -> int:
+        """How many ranks all targets have together after ``step`` steps (eq. 12).
+
+        Raises:
+            ConfigError: ``total_step`` is not known.
+        """
+        total, made = self._require_total_step(), self.config
+        first, last = made.init_r * len(self.parts), made.target_r * len(self.parts)
+        if step <= made.tinit:
+            return first
+        if step >= total - made.tfinal:
+            return last
+        left = 1 - (step - made.tinit) / (total - made.tfinal - made.tinit)
+        return int((first - last) * left**3 + last)
+
+    def before_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Add the gradient of the orthogonality penalty.
+
+        Raises:
+            ConfigError: ``total_step`` is not known; nothing has been trained yet.
+        """
+        if self.allots:
+            self._require_total_step()
+        scale = getattr(optimizer, "grad_scale", None)  # a fused optimizer divides by it itself
+        weight = self.config.orth_reg_weight / (2 * len(self.parts)) * (1.0 if scale is None else scale)
+        with torch.no_grad():
+            for part in self.parts.values():
+                for parameter, matrix in ((part.lora_A, part.lora_A), (part.lora_B, part.lora_B.T)):
+                    if parameter.grad is None or not matrix.numel():
+                        continue
+                    off = matrix @ matrix.T - torch.eye(len(matrix), device=matrix.device, dtype=matrix.dtype)
+                    slope = 2 * (off @ matrix) / off.norm().clamp_min(torch.finfo(off.dtype).tiny)
+                    parameter.grad.add_(weight * (slope if matrix is parameter else slope.T).to(parameter.grad.dtype))
+
+    def after_step(self) -> None:
+        """Count a step of the optimizer."""
+        if self.allots and not self._by_hand:
+            self._advance(self.step + 1)
+
+    def _require_total_step(self) -> int:
+        if self.total_step is None:
+            raise ConfigError(
+                "AdaLoRA has to know how long the training is: give total_step in AdaLoraConfig, or add the adapter "
+                "before making the Trainer of transformers, which then tells it"
+            )
+        return self.total_step
+
+    @torch.no_grad()
+    def _advance(self, step: int) -> None:
+        self.step = step
+        last = self._require_total_step() - self.config.tfinal
+        if step < last:
+            self._update_importance()
+            if step > self.config.tinit and step % self.config.deltaT == 0:
+                self._keep(self._most_important(self.budget(step)))
+        elif step == last or not self.final:
+            self.final = self._most_important(self.budget(step))
+            self._keep(self.final)
+            self._sensitivity, self._uncertainty = {}, {}
+        else:
+            self._keep(self.final)
+
+    def _update_importance(self) -> None:
+        """Smooth the sensitivity ``|w dL/dw|`` and its uncertainty (eq. 8 and 9)."""
+        beta1, beta2 = self.config.beta1, self.config.beta2
+        for path, part in self.parts.items():
+            for name, parameter in part.named_parameters():
+                if parameter.grad is None:
+                    continue
+                key, now = (path, name), (parameter * parameter.grad).abs()
+                smooth = self._sensitivity.get(key, torch.zeros_like(now))
+                smooth = self._sensitivity[key] = beta1 * smooth + (1 - beta1) * now
+                doubt = self._uncertainty.get(key, torch.zeros_like(now))
+                self._uncertainty[key] = beta2 * doubt + (1 - beta2) * (now - smooth).abs()
+
+    def _importance(self, path: str) -> Tensor:
+        """The importance of each rank of a target, ``(r,)``: of its singular value, and the means of its vectors' (eq. 7)."""
+        part = self.parts[path]
+        if (path, "lora_E") not in self._sensitivity:
+            return torch.zeros(len(part.lora_E), device=part.lora_E.device)
+        q, e, p = (self._sensitivity[path, n] * self._uncertainty[path, n] for n in ("lora_A", "lora_E", "lora_B"))
+        return e[:, 0] + q.mean(1) + p.mean(0)
+
+    def _most_important(self, budget: int) -> dict[str, Tensor]:
+        """Which ranks are above the threshold that leaves ``budget`` of all."""
+        importance = {path: self._importance(path) for path in self.parts}
+        everything = torch.cat([score.cpu() for score in importance.values()])
+        drop = len(everything) - budget
+        if drop <= 0:
+            return {path: torch.ones_like(score, dtype=torch.bool) for path, score in importance.items()}
+        threshold = everything.kthvalue(drop).values.item()
+        return {path: score > threshold for path, score in importance.items()}
+
+    def _keep(self, kept: Mapping[str, Tensor]) -> None:
+        for path, mask in kept.items():
+            self.parts[path].lora_E.masked_fill_(~mask[:, None].to(self.parts[path].lora_E.device), 0.0)
+
+
+_live: WeakSet[RankAllocator] = WeakSet()
+
+
+def _held_by(optimizer: torch.optim.Optimizer) -> list[RankAllocator]:
+    if not _live:
+        return []
+    parameters = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    return [allocator for allocator in _live if allocator.belongs_to(parameters)]
+
+
+def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    for allocator in _held_by(optimizer):
+        allocator.before_step(optimizer)
+
+
+def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    for allocator in _held_by(optimizer):
+        allocator.after_step()
+
+
+register_optimizer_step_pre_hook(_before_step)
+register_optimizer_step_post_hook(_after_step)
+
+
+def rank_allocator(model: nn.Module, name: str = "default") -> RankAllocator:
+    """What allots the ranks of the AdaLoRA adapter ``name`` of ``model``.
+
+    Raises:
+        AdapterNameError: the model has no AdaLoRA adapter of that name.
+    """
+    for _, site in sites_in(model):
+        for part in site.parts(name):
+            if isinstance(part, AdaLoraPart) and part.allocator is not None:
+                return part.allocator
+    raise AdapterNameError(f"no AdaLoRA adapter is called {name!r}")
+
+
+def attached(config: AdaLoraConfig, parts: Parts) -> None:
+    """Give the parts of an adapter their allocator."""
+    own = {path: cast(AdaLoraPart, part) for path, part in parts.items()}
+    allocator = RankAllocator(config, own)
+    for part in own.values():
+        part.allocator = allocator
+    if config.total_step is None and config.rank_pattern is None and "transformers" in sys.modules:
+        _listen_to_trainers()
+
+
+def _listen_to_trainers() -> None:
+    """Let every Trainer made from now on say how many steps it will take."""
+    try:
+        from transformers.trainer import DEFAULT_CALLBACKS  # noqa: PLC0415 (an optional backend)
+        from transformers.trainer_callback import TrainerCallback  # noqa: PLC0415
+    except ImportError:
+        return
+
+    class TellTotalStep(TrainerCallback):  # type: ignore[misc]
+        """Tells AdaLoRA adapters without ``total_step`` how long the training is, before it begins."""
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, model: nn.Module, **others: Any) -> None:
+            parameters = {id(p) for p in model.parameters() if p.requires_grad}
+            for allocator in _live:
+                if allocator.total_step is None and allocator.allots and allocator.belongs_to(parameters):
+                    allocator.set_total_step(state.max_steps)
+
+    if not any(getattr(known, "__name__", "") == TellTotalStep.__name__ for known in DEFAULT_CALLBACKS):
+        DEFAULT_CALLBACKS.append(TellTotalStep)
+
+
+def file_values(values: Mapping[str, Any], parts: Parts) -> dict[str, Any]:
+    """What training has decided: the ranks that were kept, and how long it was."""
+    allocator = cast(AdaLoraPart, next(iter(parts.values()))).allocator
+    if allocator is None:
+        return {}
+    decided: dict[str, Any] = {"total_step": allocator.total_step}
+    if allocator.final:
+        decided["rank_pattern"] = {f"{path}.lora_E".lstrip("."): mask.tolist() for path, mask in allocator.final.items()}
+    return decided
+
+
+def combined(sources: Sequence[tuple[AdaLoraConfig, Parts, float]], blend: Blend) -> tuple[AdaLoraConfig, dict[str, Tensor]]:
+    """One AdaLoRA adapter made from several, their ranks side by side: the exact weighted sum of the updates."""
+    collected: dict[str, list[tuple[AdaLoraPart, float]]] = {}
+    for _, parts, weight in sources:
+        for path, part in parts.items():
+            collected.setdefault(path, []).append((cast(AdaLoraPart, part), weight))
+    ranks = {path: sum(len(part.lora_E) for part, _ in here) for path, here in collected.items()}
+    most = max(ranks.values())
+    config = dataclasses.replace(
+        sources[0][0],
+        init_r=most,
+        target_r=min(sources[0][0].target_r, most),
+        lora_alpha=most,
+        rank_pattern={f"{path}.lora_E".lstrip("."): [True] * rank + [False] * (most - rank) for path, rank in ranks.items()},
+    )
+    scaling = most / (most + 1e-5)
+    tensors = {}
+    for path, here in collected.items():
+        made = {
+            "lora_A": torch.cat([part.lora_A for part, _ in here]),
+            "lora_B": torch.cat([part.lora_B for part, _ in here], dim=1),
+            "lora_E": torch.cat([weight * part.scaling / scaling * part.lora_E for part, weight in here]),
+        }
+        tensors.update({f"{path}.{name}".lstrip("."): tensor for name, tensor in made.items()})
+    return config, tensors
+
+
+@method(
+    "adalora",
+    title="AdaLoRA",
+    config=AdaLoraConfig,
+    layers={"linear", "transposed-linear", "convolution"},
+    default_roles=({QUERY, VALUE, KEY_VALUE, FUSED},),
+    inert=True,
+    mergeable=True,
+    source="Zhang et al. 2023, https://arxiv.org/abs/2303.10512",
+    combinations=("cat",),
+    combine=combined,
+    file_values=file_values,
+    attached=attached,
+)
+def adalora_part(config: AdaLoraConfig, place: Place) -> Part:
+    """The part for one layer."""
+    return AdaLoraPart(config, place)
