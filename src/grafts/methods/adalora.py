@@ -325,7 +325,9 @@ _live: WeakSet[RankAllocator] = WeakSet()
 
 
 def _held_by(optimizer: torch.optim.Optimizer) -> list[RankAllocator]:
-    if not _live:
+    """The allocators of the adapters that this step trains; none where a loss scaler lets it do nothing."""
+    overflow = getattr(optimizer, "found_inf", None)
+    if not _live or (overflow is not None and bool(overflow)):
         return []
     parameters = {id(p) for group in optimizer.param_groups for p in group["params"]}
     return [allocator for allocator in _live if allocator.belongs_to(parameters)]
