@@ -121,7 +121,14 @@ def plan(model: nn.Module, config: AdapterConfig) -> Plan:
     return resolve(model, config)
 
 
-def resolve(model: nn.Module, config: AdapterConfig, *, lenient: bool = False, replaced: Sequence[str] = ()) -> Plan:
+def resolve(
+    model: nn.Module,
+    config: AdapterConfig,
+    *,
+    lenient: bool = False,
+    replaced: Sequence[str] = (),
+    body: Anatomy | None = None,
+) -> Plan:
     """`plan`, with what reading a file needs.
 
     Args:
@@ -130,9 +137,10 @@ def resolve(model: nn.Module, config: AdapterConfig, *, lenient: bool = False, r
         lenient: let patterns that select nothing pass: the file's tensors are checked one by one.
         replaced: paths of modules whose base weights the file brings along (a resized embedding); the adapter gets a copy
             of each, beneath its own part if it has one.
+        body: how the model is built, where that was looked at already.
     """
     method = method_of(config)
-    body = anatomy(model)
+    body = anatomy(model) if body is None else body
     copied = _copied_modules(body, config, lenient)
     chosen = _chosen(body, config, method, copied, lenient)
     if method.check is not None:

@@ -15,6 +15,7 @@ from grafts.composition import Rows, Setup
 from grafts.config import AdapterConfig
 from grafts.errors import AdapterNameError, ConfigError, GraftsError, StateError, did_you_mean
 from grafts.planning import Plan, Target, resolve
+from grafts.roles import Anatomy
 from grafts.sites.model import ModelSite
 from grafts.sites.module import ModuleSite, Part, site_of, sites_in
 from grafts.weights import home, own_parameters
@@ -186,22 +187,21 @@ def add(model: M, config: AdapterConfig, *, name: str = "default", activate: boo
         AdapterNameError: the name is taken.
         StateError: adapters are merged.
     """
-    return attach_parts(model, *prepare(model, config, name=name), activate=activate, train=train)
-
-
-def prepare(
-    model: nn.Module, config: AdapterConfig, *, name: str, lenient: bool = False, replaced: Sequence[str] = ()
-) -> tuple[str, Plan, list[tuple[str, Part]]]:
-    """Everything that adding an adapter needs, made without touching the model: its name, its plan, its parts by path."""
-    made = prepare_plan(model, config, name=name, lenient=lenient, replaced=replaced)
-    return name, made, build_parts(unwrapped(model), made, name)
+    inner = unwrapped(model)
+    made = prepare_plan(inner, config, name=name)
+    return attach_parts(model, name, made, build_parts(inner, made, name), activate=activate, train=train)
 
 
 def prepare_plan(
-    model: nn.Module, config: AdapterConfig, *, name: str, lenient: bool = False, replaced: Sequence[str] = ()
+    model: nn.Module,
+    config: AdapterConfig,
+    *,
+    name: str,
+    lenient: bool = False,
+    replaced: Sequence[str] = (),
+    body: Anatomy | None = None,
 ) -> Plan:
-    """The plan of an adapter that could be added under this name now."""
-    model = unwrapped(model)
+    """The plan of an adapter that could be added under this name now; the arguments are those of `resolve`."""
     registry = find_registry(model)
     if not isinstance(name, str) or not name:
         raise AdapterNameError(f"an adapter's name is a string that is not empty, not {name!r}")
@@ -210,7 +210,7 @@ def prepare_plan(
         if name in registry.plans:
             raise AdapterNameError(f"an adapter is called {name!r} already: grafts.delete(model, {name!r}) removes it")
     try:
-        return resolve(model, config, lenient=lenient, replaced=replaced)
+        return resolve(model, config, lenient=lenient, replaced=replaced, body=body)
     except ConfigError as error:
         raise type(error)(f"adapter {name!r}: {error}") from error
 
@@ -264,7 +264,7 @@ def _fill(part: Part, values: Mapping[str, Tensor], device: torch.device) -> Non
         parameter = module._parameters[key]
         assert parameter is not None
         # copied: a file's own memory is not aligned as PyTorch's, which changes roundings, and ends with the file
-        value = values[name].to(device, parameter.dtype, copy=True).reshape(parameter.shape)
+        value = torch.empty(parameter.shape, dtype=parameter.dtype, device=device).copy_(values[name].reshape(parameter.shape))
         module._parameters[key] = nn.Parameter(value, requires_grad=False)
 
 

@@ -214,7 +214,8 @@ def test_scaled_loss_of_mixed_precision_changes_nothing_and_a_skipped_step_does_
     plain, scaled = adapted(), adapted()
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=1000)
     optimizers = [
-        torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-2, fused=fused) for model in (plain, scaled)
+        torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-2, fused=fused)
+        for model in (plain, scaled)
     ]
     for step in range(14):
         batch = ids(rows=4).roll(step)

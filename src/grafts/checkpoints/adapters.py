@@ -6,18 +6,19 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
 
 from grafts.checkpoints import peft
 from grafts.checkpoints.files import write_all
-from grafts.errors import CheckpointError, did_you_mean
+from grafts.errors import AdapterNameError, CheckpointError, did_you_mean
 from grafts.matching import matches, within
 from grafts.planning import ALL_LINEAR, Plan
-from grafts.registry import Registry, attach_parts, build_parts, parts_of, prepare_plan, registry_of, unwrapped
-from grafts.roles import EMBEDDING, HEAD, anatomy
+from grafts.registry import Registry, attach_parts, build_parts, parts_of, prepare_plan, registry_of, train_only, unwrapped
+from grafts.registry import activate as activate_all
+from grafts.roles import EMBEDDING, HEAD, Anatomy, anatomy
 from grafts.sites.module import Part
 
 
@@ -53,25 +54,35 @@ class LoadReport:
         return "\n".join(lines)
 
 
-def save(model: nn.Module, name: str, path: str | os.PathLike[str]) -> Path:
+def save(model: nn.Module, name: str | Sequence[str], path: str | os.PathLike[str]) -> Path:
     """Write an adapter in the layout of `peft`: ``adapter_config.json``, ``adapter_model.safetensors``, ``README.md``.
 
     Written whole or not at all: a process killed on the way leaves the old checkpoint or the new one.
 
     Args:
         model: the model that carries the adapter.
-        name: which adapter.
+        name: which adapter; several are written together, each into the folder of its name.
         path: the directory; made if needed, other files in it stay.
 
     Returns:
         The directory.
 
     Raises:
-        AdapterNameError: there is no such adapter.
+        AdapterNameError: there is no such adapter, or its name cannot be that of a folder.
         CheckpointError: the directory cannot be written.
     """
-    write_all(Path(path), checkpoint_files(model, name))
+    if isinstance(name, str):
+        files = checkpoint_files(model, name)
+    else:
+        files = {f"{_folder(n)}/{file}": data for n in name for file, data in checkpoint_files(model, n).items()}
+    write_all(Path(path), files)
     return Path(path)
+
+
+def _folder(name: str) -> str:
+    if name != Path(name).name or "\\" in name or name.startswith("."):
+        raise AdapterNameError(f"{name!r} cannot be the name of a folder: save this adapter by itself")
+    return name
 
 
 def checkpoint_files(model: nn.Module, name: str) -> dict[str, bytes]:
@@ -123,6 +134,7 @@ def _shortest_names(paths: list[str], modules: Iterable[str]) -> list[str]:
     return names if {path for path in modules if matches(path, names)} == set(paths) else paths
 
 
+@overload
 def load(
     model: nn.Module,
     path: str | os.PathLike[str],
@@ -131,19 +143,42 @@ def load(
     activate: bool = True,
     train: bool = False,
     allow_pickle: bool = False,
-) -> LoadReport:
+) -> LoadReport: ...
+
+
+@overload
+def load(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    name: list[str] | tuple[str, ...],
+    activate: bool = True,
+    train: bool = False,
+    allow_pickle: bool = False,
+) -> list[LoadReport]: ...
+
+
+def load(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    name: str | Sequence[str] = "default",
+    activate: bool = True,
+    train: bool = False,
+    allow_pickle: bool = False,
+) -> LoadReport | list[LoadReport]:
     """Put an adapter from a checkpoint on ``model``. Every key and shape is checked before the model is touched.
 
     Args:
         model: the base model that the adapter was trained for.
         path: a directory that `save` or `peft` wrote.
-        name: what to call it here.
-        activate: make it the active adapter; False leaves the setup as it is.
+        name: what to call it here; a list of names loads the adapters in the folders of these names, all or none.
+        activate: make it the active adapter, several in the order of their names; False leaves the setup as it is.
         train: make it the only trainable thing, to go on training it; else it stays frozen.
         allow_pickle: accept an ``adapter_model.bin``, read with ``torch.load(weights_only=True)``.
 
     Returns:
-        What was loaded; ``print`` it.
+        What was loaded, for several names a list; ``print`` it.
 
     Raises:
         CheckpointError: a file is missing or broken, or a tensor is missing, unexpected or misshapen.
@@ -152,24 +187,36 @@ def load(
         StateError: adapters are merged.
     """
     inner = unwrapped(model)
+    sources = {name: Path(path)} if isinstance(name, str) else {one: Path(path) / _folder(one) for one in name}
+    ready = [_prepare(inner, one, source, allow_pickle) for one, source in sources.items()]
+    for report, parts in ready:
+        attach_parts(inner, report.name, report.plan, parts, activate=activate, train=train)
+    if len(ready) > 1 and activate:
+        activate_all(inner, tuple(sources))
+    if len(ready) > 1 and train:
+        train_only(inner, tuple(sources))
+    return ready[0][0] if isinstance(name, str) else [report for report, _ in ready]
+
+
+def _prepare(model: nn.Module, name: str, path: Path, allow_pickle: bool) -> tuple[LoadReport, list[tuple[str, Part]]]:
+    """An adapter of a checkpoint, checked and made, without touching the model."""
     checkpoint = peft.read(path, allow_pickle=allow_pickle)
-    replaced, same = _base_weights_in(inner, checkpoint)
-    made = prepare_plan(inner, checkpoint.config, name=name, lenient=True, replaced=replaced)
+    body = anatomy(model)
+    replaced, same = _base_weights_in(body, checkpoint)
+    made = prepare_plan(model, checkpoint.config, name=name, lenient=True, replaced=replaced, body=body)
     tensors = {key: tensor for key, tensor in checkpoint.tensors.items() if key not in same}
     wanted = {f"{target.path}.{key}".lstrip("."): shape for target in made.targets for key, shape in target.tensors.items()}
-    _check(tensors, wanted, f"adapter {name!r} from {str(path)!r} does not fit this {type(inner).__name__}")
-    parts = build_parts(inner, made, name, tensors)
+    _check(tensors, wanted, f"adapter {name!r} from {str(path)!r} does not fit this {type(model).__name__}")
+    parts = build_parts(model, made, name, tensors)
     _check_tied(made, parts, tensors, str(path))
-    attach_parts(inner, name, made, parts, activate=activate, train=train)
-    return LoadReport(name, Path(path), made, len(tensors), checkpoint.size, tuple(sorted(same)))
+    return LoadReport(name, path, made, len(tensors), checkpoint.size, tuple(sorted(same))), parts
 
 
-def _base_weights_in(model: nn.Module, checkpoint: peft.Checkpoint) -> tuple[list[str], set[str]]:
+def _base_weights_in(body: Anatomy, checkpoint: peft.Checkpoint) -> tuple[list[str], set[str]]:
     """Base weights that `peft` saves beside an adapter: modules whose own differ here, and keys of those that do not.
 
     `peft` adds an embedding's and a head's own weight when one of them is a target or the vocabulary was resized.
     """
-    body = anatomy(model)
     saved = [path for path in body.modules if matches(path, checkpoint.config.modules_to_save or ())]
     replaced, same = [], set()
     for key, tensor in checkpoint.tensors.items():

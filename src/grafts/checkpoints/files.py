@@ -19,7 +19,7 @@ _STAGED, _COMMITTED = ".writing-", ".committed"
 
 
 def write_all(directory: Path, files: Mapping[str, bytes]) -> None:
-    """Write these files into ``directory`` together; other files there stay.
+    """Write these files, by their path in it, into ``directory`` together; other files there stay.
 
     A file that has these bytes already is not written, so the usual case (new tensors, same config) is a single rename.
 
@@ -35,6 +35,7 @@ def write_all(directory: Path, files: Mapping[str, bytes]) -> None:
         try:
             for name, content in files.items():
                 if not _holds(directory / name, content):
+                    (staged / name).parent.mkdir(parents=True, exist_ok=True)
                     _write_through(staged / name, content)
             staged.chmod(0o755)
             _sync(staged)
@@ -48,8 +49,8 @@ def write_all(directory: Path, files: Mapping[str, bytes]) -> None:
 
 
 def find(directory: Path, name: str) -> Path | None:
-    """The path of the file ``name`` of a directory that `write_all` wrote, or None."""
-    for path in (directory / _COMMITTED / name, directory / name):
+    """The path of the file ``name`` of a directory that `write_all` wrote, itself or with others beside it, or None."""
+    for path in (directory / _COMMITTED / name, directory.parent / _COMMITTED / directory.name / name, directory / name):
         if path.is_file():
             return path
     return None
@@ -80,7 +81,9 @@ def _finish(directory: Path) -> None:
     """Move what is committed to its place."""
     committed = directory / _COMMITTED
     if committed.is_dir():
-        for path in sorted(committed.iterdir()):
-            path.replace(directory / path.name)
-        committed.rmdir()
+        for path in sorted(path for path in committed.rglob("*") if not path.is_dir()):
+            place = directory / path.relative_to(committed)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            path.replace(place)
+        shutil.rmtree(committed)
         _sync(directory)
