@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from urllib.parse import quote
 
@@ -13,6 +14,7 @@ from grafts.errors import StateError
 CHILD = "grafts"  # the name of a site among the children of the module that it serves
 
 
+@functools.lru_cache(maxsize=4096)
 def child_key(name: str) -> str:
     """The key under which a site keeps the adapter ``name``: the name itself where PyTorch allows it, else escaped.
 

@@ -128,6 +128,7 @@ def resolve(
     lenient: bool = False,
     replaced: Sequence[str] = (),
     body: Anatomy | None = None,
+    blanks: dict[tuple[str, str], Part] | None = None,
 ) -> Plan:
     """`plan`, with what reading a file needs.
 
@@ -138,6 +139,7 @@ def resolve(
         replaced: paths of modules whose base weights the file brings along (a resized embedding); the adapter gets a copy
             of each, beneath its own part if it has one.
         body: how the model is built, where that was looked at already.
+        blanks: gets the method's parts as they were planned, without memory, by path and kind.
     """
     method = method_of(config)
     body = anatomy(model) if body is None else body
@@ -148,7 +150,8 @@ def resolve(
     tokens = _token_rows(body, config)
     targets = [_copy_target(body, path) for path in copied]
     targets += [_copy_target(body, path, "base_layer." if path in chosen else "") for path in replaced]
-    targets += [_method_target(body, path, config, method) for path in chosen]
+    with torch.device("meta"):
+        targets += [_method_target(body, path, config, method, blanks) for path in chosen]
     targets += [_token_target(body, path, rows, chosen) for path, rows in tokens.items()]
     targets += _bias_targets(body, getattr(config, "bias", "none"), chosen, copied)
     targets = _with_tied(body, targets, everything=bool(getattr(config, "ensure_weight_tying", False)))
@@ -316,11 +319,14 @@ def _place(body: Anatomy, path: str) -> Place:
     return Place(path, body.layers[path], body.roles[path], body.modules[path])
 
 
-def _method_target(body: Anatomy, path: str, config: AdapterConfig, method: Method) -> Target:
+def _method_target(
+    body: Anatomy, path: str, config: AdapterConfig, method: Method, blanks: dict[tuple[str, str], Part] | None
+) -> Target:
     place = _place(body, path)
     build = partial(_method_part, method, config, path, place.layer, place.role)
-    with torch.device("meta"):
-        part = build(place.host)
+    part = build(place.host)
+    if blanks is not None:
+        blanks[path, method.name] = part
     shapes = {name: tensor.shape for name, tensor in part.file_tensors().items()}
     return Target(path, method.name, place.role, _sizes(place.layer), shapes, build)
 
@@ -331,7 +337,12 @@ def _method_part(method: Method, config: AdapterConfig, path: str, layer: Layer,
         part: Part = AttentionPart(*(_projection(method, config, place, linear) for linear in AttentionPart.projections(host)))
     else:
         part = method.build(config, place)
-    return part.to(dtype=home(host)[1])
+    return in_dtype(part, home(host)[1])
+
+
+def in_dtype(part: Part, dtype: torch.dtype) -> Part:
+    """``part`` stored in ``dtype``; methods make float32."""
+    return part if dtype == torch.float32 else part.to(dtype=dtype)
 
 
 def _projection(method: Method, config: AdapterConfig, place: Place, linear: nn.Linear) -> Part:
@@ -354,7 +365,7 @@ def _token_target(body: Anatomy, path: str, rows: Sequence[int], chosen: Sequenc
 
 
 def _token_part(rows: Sequence[int], host: nn.Module) -> Part:
-    return TrainableTokens(host, rows).to(dtype=home(host)[1])
+    return in_dtype(TrainableTokens(host, rows), home(host)[1])
 
 
 def _copy_target(body: Anatomy, path: str, prefix: str = "") -> Target:
@@ -378,7 +389,8 @@ def _bias_targets(body: Anatomy, wanted: str, chosen: Sequence[str], copied: Seq
 
 
 def _check_child_name(module: nn.Module, path: str) -> None:
-    if hasattr(module, CHILD) and site_of(module) is None:
+    owned = CHILD in module._modules or CHILD in module.__dict__ or CHILD in module._parameters or CHILD in module._buffers
+    if (owned or hasattr(type(module), CHILD)) and site_of(module) is None:
         raise ConfigError(f"{path!r} has an attribute {CHILD!r} of its own, which is the name that adapters need there")
 
 

@@ -200,6 +200,7 @@ def prepare_plan(
     lenient: bool = False,
     replaced: Sequence[str] = (),
     body: Anatomy | None = None,
+    blanks: dict[tuple[str, str], Part] | None = None,
 ) -> Plan:
     """The plan of an adapter that could be added under this name now; the arguments are those of `resolve`."""
     registry = find_registry(model)
@@ -210,13 +211,17 @@ def prepare_plan(
         if name in registry.plans:
             raise AdapterNameError(f"an adapter is called {name!r} already: grafts.delete(model, {name!r}) removes it")
     try:
-        return resolve(model, config, lenient=lenient, replaced=replaced, body=body)
+        return resolve(model, config, lenient=lenient, replaced=replaced, body=body, blanks=blanks)
     except ConfigError as error:
         raise type(error)(f"adapter {name!r}: {error}") from error
 
 
 def build_parts(
-    model: nn.Module, made: Plan, name: str, tensors: Mapping[str, Tensor] | None = None
+    model: nn.Module,
+    made: Plan,
+    name: str,
+    tensors: Mapping[str, Tensor] | None = None,
+    blanks: Mapping[tuple[str, str], Part] | None = None,
 ) -> list[tuple[str, Part]]:
     """The parts of a plan by path, in its order.
 
@@ -225,30 +230,44 @@ def build_parts(
         made: the plan.
         name: the adapter's name, for messages.
         tensors: values by path and file name, whose names and shapes are those of the plan; without them the adapter is new.
+        blanks: parts without memory that planning has made already, to be filled with these values.
     """
     built: dict[tuple[str, str], Part] = {}
     for target in sorted(made.targets, key=lambda target: target.tied_to is not None):
         host = model.get_submodule(target.path)
         try:
             if target.tied_to is not None:
-                part = built[target.tied_to, target.kind].tied(host).train(host.training)
+                part = built[target.tied_to, target.kind].tied(host)
             else:
-                part = build_part(target, host, tensors)
+                part = build_part(target, host, tensors, blanks)
             part.from_base(host, fresh=tensors is None)
         except GraftsError as error:
             raise type(error)(f"adapter {name!r}: {target.path!r}: {error}") from error
+        if not host.training:
+            part.eval()
+        if tensors is None or target.kind != made.method.name:
+            part.requires_grad_(False)  # those of a file are so already
         built[target.path, target.kind] = part
     return [(target.path, built[target.path, target.kind]) for target in made.targets]
 
 
-def build_part(target: Target, host: nn.Module, tensors: Mapping[str, Tensor] | None) -> Part:
-    """The part for one target, on its module's device and in its module's mode."""
+def build_part(
+    target: Target,
+    host: nn.Module,
+    tensors: Mapping[str, Tensor] | None,
+    blanks: Mapping[tuple[str, str], Part] | None = None,
+) -> Part:
+    """The part for one target, on its module's device."""
     device = home(host)[0]
-    with torch.device(device if tensors is None else "meta"):
-        part = target.build(host).train(host.training)
-    if tensors is not None:
-        values = {name: tensors[f"{target.path}.{name}".lstrip(".")] for name in target.tensors}
-        _fill(part, values, device)
+    if tensors is None:
+        with torch.device(device):
+            return target.build(host)
+    part = (blanks or {}).get((target.path, target.kind))
+    if part is None:
+        with torch.device("meta"):
+            part = target.build(host)
+    prefix = f"{target.path}." if target.path else ""
+    _fill(part, {name: tensors[prefix + name] for name in target.tensors}, device)
     return part
 
 
@@ -283,7 +302,7 @@ def attach_parts(model: M, name: str, made: Plan, parts: Sequence[tuple[str, Par
         if site is None:
             site = ModuleSite(registry.setup)
             site.attach(host)
-        site.append(name, part.requires_grad_(False), host)
+        site.append(name, part, host)
     registry.plans[name] = made
     registry.parts[name] = list(parts)
     if made.method.attached is not None:

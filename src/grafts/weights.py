@@ -105,7 +105,8 @@ def home(module: nn.Module) -> tuple[torch.device, torch.dtype]:
     The device is that of the module's own tensors; for a module whose tensors `accelerate` keeps elsewhere between calls,
     the device on which it computes. The dtype is float32, or float64 beside a float64 module.
     """
-    tensors = (*module.parameters(), *module.buffers())
+    modules = [m for _, m in own_modules(module)] if module._modules else [module]
+    tensors = [t for m in modules for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
     device = tensors[0].device if tensors else torch.device("cpu")
     if device.type == "meta" and (execution := _execution_device(module)) is not None:
         device = execution
@@ -133,8 +134,9 @@ def own_modules(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             continue
         seen.add(id(module))
         yield path, module
-        prefix = f"{path}." if path else ""
-        left += [(prefix + n, m) for n, m in reversed(module._modules.items()) if m is not None and n != CHILD]
+        if module._modules:
+            prefix = f"{path}." if path else ""
+            left += [(prefix + n, m) for n, m in reversed(module._modules.items()) if m is not None and n != CHILD]
 
 
 def own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:

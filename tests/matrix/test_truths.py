@@ -311,11 +311,11 @@ def _out_of_memory_at(number: int) -> Callable[..., object]:
 
     built = []
 
-    def build(target: object, host: nn.Module, tensors: object) -> object:
+    def build(target: object, host: nn.Module, *others: object) -> object:
         built.append(target)
         if len(built) == number:
             raise MemoryError
-        return build_part(target, host, tensors)
+        return build_part(target, host, *others)
 
     return build
 

@@ -203,11 +203,12 @@ def _prepare(model: nn.Module, name: str, path: Path, allow_pickle: bool) -> tup
     checkpoint = peft.read(path, allow_pickle=allow_pickle)
     body = anatomy(model)
     replaced, same = _base_weights_in(body, checkpoint)
-    made = prepare_plan(model, checkpoint.config, name=name, lenient=True, replaced=replaced, body=body)
+    blanks: dict[tuple[str, str], Part] = {}
+    made = prepare_plan(model, checkpoint.config, name=name, lenient=True, replaced=replaced, body=body, blanks=blanks)
     tensors = {key: tensor for key, tensor in checkpoint.tensors.items() if key not in same}
     wanted = {f"{target.path}.{key}".lstrip("."): shape for target in made.targets for key, shape in target.tensors.items()}
     _check(tensors, wanted, f"adapter {name!r} from {str(path)!r} does not fit this {type(model).__name__}")
-    parts = build_parts(model, made, name, tensors)
+    parts = build_parts(model, made, name, tensors, blanks)
     _check_tied(made, parts, tensors, str(path))
     return LoadReport(name, path, made, len(tensors), checkpoint.size, tuple(sorted(same))), parts
 

@@ -153,9 +153,10 @@ def method_named(name: str) -> Method:
     """
     if name.lower() in [module.name for module in pkgutil.iter_modules(__path__)]:
         importlib.import_module(f"{__name__}.{name.lower()}")  # without the others
-    for known in (*_registered.values(), *methods()):
-        if name in (known.name, known.peft_type):
-            return known
+    for search in (_registered.values, methods):
+        for known in search():
+            if name in (known.name, known.peft_type):
+                return known
     raise ConfigError(f"no method is called {name!r}; {did_you_mean(name, method_names())}")
 
 

@@ -85,6 +85,18 @@ def _is_rank(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
+class Start(nn.Module):
+    """What A and B were made from, where an update is counted from its start."""
+
+    a: Tensor
+    b: Tensor
+
+    def __init__(self, a: Tensor, b: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("a", a, persistent=False)
+        self.register_buffer("b", b, persistent=False)
+
+
 class LoraPart(Part):
     """LoRA beside one layer.
 
@@ -93,30 +105,32 @@ class LoraPart(Part):
         lora_B: ``(out, r)``; beside a convolution ``(out, r, 1, ...)``, beside an embedding ``(dim, r)``.
         lora_bias: ``(out,)``, or None.
         scaling: the factor of the update.
-        start: what A and B were at the start, where the update is counted from there; else None, None.
+        transposed: the parameters are those of a part beside an embedding or head that shares its weight with this one.
+        start: what A and B were at the start, where the update is counted from there; else None.
     """
 
-    start_a: Tensor | None
-    start_b: Tensor | None
+    transposed = False
 
     def __init__(self, config: LoraConfig, place: Place) -> None:
         super().__init__()
         self.product = product(place.layer, place.host)
-        self.transposed = False
         self.init = config.init_lora_weights if place.layer.is_linear else bool(config.init_lora_weights)
         if place.layer.kind == "convolution" and config.init_lora_weights == "gaussian":
             self.init = "gaussian"
+        rank = config.rank(place.path)
         self.scaling = config.scaling(place.path)
         drops = config.lora_dropout and place.layer.kind != "embedding"
         self.dropout = nn.Dropout(config.lora_dropout) if drops else None
-        a, b = self.product.shapes(config.rank(place.path))
+        a, b = self.product.shapes(rank)
         self.lora_A, self.lora_B = nn.Parameter(torch.empty(a)), nn.Parameter(torch.empty(b))
         self.lora_bias = nn.Parameter(torch.zeros(place.layer.out_features)) if config.lora_bias else None
-        self.register_buffer("start_a", None, persistent=False)
-        self.register_buffer("start_b", None, persistent=False)
+        self.start: Start | None = None
         if config.lora_bias and place.layer.kind == "embedding":
             raise ConfigError("an embedding has no bias, so lora_bias=True cannot be had beside it")
-        self._reset()
+        if self.init == "orthogonal" and a[0] % 2:
+            raise ConfigError(f"init_lora_weights='orthogonal' needs an even rank, not {a[0]}")
+        if not self.lora_A.is_meta:
+            self._reset()
 
     def _reset(self) -> None:
         self.product.reset(self.lora_A, self.lora_B)
@@ -126,10 +140,8 @@ class LoraPart(Part):
             self.product.reset_both(self.lora_A, self.lora_B)
         elif self.init == "orthogonal":
             rank = self.lora_A.shape[0]
-            if rank % 2:
-                raise ConfigError(f"init_lora_weights='orthogonal' needs an even rank, not {rank}")
             with torch.no_grad():
-                q = torch.linalg.qr(torch.randn(rank, rank))[0] if not self.lora_A.is_meta else torch.empty(rank, rank)
+                q = torch.linalg.qr(torch.randn(rank, rank))[0]
                 self.lora_A.copy_((torch.randn(self.lora_A.shape[1], rank // 2) @ q[0::2]).T / 10)
                 self.lora_B.copy_((torch.randn(rank // 2, self.lora_B.shape[0]).T @ q[1::2]) / 10)
 
@@ -142,7 +154,7 @@ class LoraPart(Part):
         if rank > min(matrix.shape):
             raise ConfigError(f"init_lora_weights={self.init!r}: rank {rank} is more than the weight's {min(matrix.shape)}")
         a, b = _olora(matrix, rank) if self.init == "olora" else _pissa(matrix, rank, self.scaling, self.init)
-        self.start_a, self.start_b = a.to(self.lora_A.dtype), b.to(self.lora_B.dtype)
+        self.start = Start(a.to(self.lora_A.dtype), b.to(self.lora_B.dtype))
         if fresh:
             with torch.no_grad():
                 self.lora_A.copy_(a)
@@ -152,9 +164,9 @@ class LoraPart(Part):
         """A and B of the whole update; counted from a start, that start stands in them with the opposite sign."""
         if self.transposed:
             return self.lora_B.T, self.lora_A.T
-        if self.start_a is None or self.start_b is None:
+        if self.start is None:
             return self.lora_A, self.lora_B
-        return torch.cat([self.lora_A, self.start_a]), torch.cat([self.lora_B, -self.start_b], dim=1)
+        return torch.cat([self.lora_A, self.start.a]), torch.cat([self.lora_B, -self.start.b], dim=1)
 
     def forward(self, x: Tensor, y: Tensor, *base: nn.Module) -> Tensor:
         """Add the low-rank update to the base output.
@@ -207,10 +219,8 @@ class LoraPart(Part):
         twin = type(self).__new__(type(self))
         nn.Module.__init__(twin)
         twin.__dict__.update({name: value for name, value in self.__dict__.items() if name not in nn.Module().__dict__})
-        twin.product, twin.transposed, twin.dropout = product(layer, host), not self.transposed, None
+        twin.product, twin.transposed, twin.dropout, twin.start = product(layer, host), not self.transposed, None, None
         twin.lora_A, twin.lora_B, twin.lora_bias = self.lora_A, self.lora_B, None
-        twin.register_buffer("start_a", None, persistent=False)
-        twin.register_buffer("start_b", None, persistent=False)
         return twin
 
 

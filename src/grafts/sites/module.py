@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, Literal, cast
 
 from torch import Tensor, nn
@@ -111,13 +112,14 @@ class ModuleSite(nn.Module):
         adapters: adapter key (see `child_key`) -> the adapter's parts here.
     """
 
+    _handles: tuple[RemovableHandle, ...] = ()
+    _swapped: Mapping[str, nn.Parameter] = MappingProxyType({})
+    _swaps: bool = False
+
     def __init__(self, setup: Setup) -> None:
         super().__init__()
         self.setup = setup
         self.adapters = nn.ModuleDict()
-        self._handles: list[RemovableHandle] = []
-        self._swapped: dict[str, nn.Parameter] = {}
-        self._swaps = False
 
     def parts(self, name: str) -> PartList | tuple[()]:
         """The parts of adapter ``name`` at this site; empty where it has none."""
@@ -132,12 +134,14 @@ class ModuleSite(nn.Module):
     def append(self, name: str, part: Part, host: nn.Module) -> None:
         """Add a part to those of adapter ``name``; parts act in the order of adding."""
         key = child_key(name)
-        if key not in self.adapters:
-            self.adapters[key] = PartList()
-        cast(PartList, self.adapters[key]).append(part)
+        parts = self.adapters._modules.get(key)
+        if parts is None:
+            self.adapters._modules[key] = PartList([part])
+        else:
+            cast(PartList, parts).append(part)
         if part.when == "weights" and not self._swaps:
             self._swaps = True
-            self._handles.append(host.register_forward_hook(self._restore, always_call=True))
+            self._handles = (*self._handles, host.register_forward_hook(self._restore, always_call=True))
 
     def remove(self, name: str) -> None:
         """Forget the parts of adapter ``name``."""
@@ -146,16 +150,16 @@ class ModuleSite(nn.Module):
     def attach(self, host: nn.Module) -> None:
         """Become a child of ``host`` and hook its calls."""
         host.add_module(CHILD, self)
-        self._handles = [
+        self._handles = (
             host.register_forward_pre_hook(self._before, with_kwargs=True),
             host.register_forward_hook(self._after, with_kwargs=True),
-        ]
+        )
 
     def detach(self, host: nn.Module) -> None:
         """The exact inverse of `attach`."""
         for handle in self._handles:
             handle.remove()
-        self._handles = []
+        self._handles = ()
         delattr(host, CHILD)
 
     def _before(
