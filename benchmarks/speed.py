@@ -1,10 +1,12 @@
-"""How fast a LoRA step and the verbs are, as ratios to the frozen base, to the limit, and to `peft`, in one run.
+"""How fast training steps and the verbs are, as ratios to the frozen base, to the limit, and to `peft`, in one run.
 
-    python -m benchmarks.speed [--rounds 15] [--sizes small medium large]
+    python -m benchmarks.speed [--rounds 15] [--sizes small medium large] [--methods lora ia3 dora]
 
 - floor: the frozen base's own forward, and forward + backward down to its input embeddings.
-- limit: the floor plus the adapter's own floating-point work: its six matrix products a target, on the same shapes.
-- grafts, peft: the same model with LoRA r=16 on every linear, no dropout.
+- limit: the floor plus the adapter's own floating-point work on the same shapes: for LoRA six matrix products a target, for
+  (IA)3 one multiplication forward and backward and one of the gradient with the activation, summed over the batch.
+- grafts, peft: the same model with LoRA or DoRA r=16 on every linear, or (IA)3 on every key, value and down projection; no
+  dropout. DoRA is measured beside LoRA.
 
 Every round measures all of them, in an order that rotates, and a figure is the median of the rounds' ratios. On a CPU one
 thread and the process's CPU time; on a GPU device events. Writes benchmarks/results/DATE-speed-DEVICE.json.
@@ -15,6 +17,7 @@ from __future__ import annotations
 import argparse
 import copy
 import datetime
+import gc
 import json
 import platform
 import statistics
@@ -31,6 +34,7 @@ import torch
 import transformers
 from rich.console import Console
 from rich.table import Table
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -89,8 +93,12 @@ def llama(size: str) -> nn.Module:
     return LlamaForCausalLM(config).to(DEVICE, DTYPE).requires_grad_(False)
 
 
-def config(library: object) -> object:
-    return library.LoraConfig(r=RANK, lora_alpha=RANK, lora_dropout=0.0, target_modules="all-linear")  # type: ignore[attr-defined]
+def config(library: object, method: str = "lora") -> object:
+    if method == "ia3":
+        targets = ["k_proj", "v_proj", "down_proj"]
+        return library.IA3Config(target_modules=targets, feedforward_modules=["down_proj"])  # type: ignore[attr-defined]
+    options = {"r": RANK, "lora_alpha": RANK, "lora_dropout": 0.0, "target_modules": "all-linear"}
+    return library.LoraConfig(**options, use_dora=method == "dora")  # type: ignore[attr-defined]
 
 
 def forward(model: nn.Module, embeddings: Tensor) -> Step:
@@ -134,6 +142,25 @@ def products(model: nn.Module, rows: int, *, backward: bool) -> Step:
     return step
 
 
+def scalings(model: nn.Module, rows: int, *, backward: bool) -> Step:
+    """(IA)3's multiplications alone, into buffers that are there."""
+    jobs = []
+    for _, part in parts_of(model, "default"):
+        vector = part.ia3_l.detach().flatten().to(DTYPE)
+        y, g = (torch.randn(rows, LENGTH, len(vector), device=DEVICE, dtype=DTYPE) for _ in range(2))
+        jobs.append((vector, y, g, torch.empty_like(y), torch.empty_like(vector)))
+
+    def step() -> None:
+        for vector, y, g, result, total in jobs:
+            torch.mul(y, vector, out=result)
+            if backward:
+                torch.mul(g, vector, out=result)
+                torch.mul(g, y, out=result)
+                torch.sum(result, (0, 1), out=total)
+
+    return step
+
+
 def peak_bytes(step: Step) -> int:
     """The most that one step holds beyond what was there before it."""
     step()
@@ -152,27 +179,32 @@ def peak_bytes(step: Step) -> int:
     return peak
 
 
-def steps(size: str, rounds: int) -> dict[str, float]:
+def steps(size: str, rounds: int, method: str) -> dict[str, float]:
     base = llama(size)
-    ours = grafts.add(copy.deepcopy(base), config(grafts))
-    theirs = peft.get_peft_model(copy.deepcopy(base), config(peft))
     rows = SIZES[size]["rows"]
     embeddings = torch.randn(rows, LENGTH, SIZES[size]["hidden_size"], device=DEVICE, dtype=DTYPE, requires_grad=True)
+    models = {
+        "floor": base,
+        "grafts": grafts.add(copy.deepcopy(base), config(grafts, method)),
+        "peft": peft.get_peft_model(copy.deepcopy(base), config(peft, method)),
+    }
+    if method == "dora":
+        models |= {"grafts LoRA": grafts.add(copy.deepcopy(base), config(grafts))}
+        models |= {"peft LoRA": peft.get_peft_model(copy.deepcopy(base), config(peft))}
     result: dict[str, float] = {}
-    models = {"floor": base, "grafts": ours, "peft": theirs}
     for kind, make in (("forward", forward), ("training", training)):
         measured: dict[str, Step] = {name: make(model, embeddings) for name, model in models.items()}
-        idle = grafts.deactivate(copy.deepcopy(ours))
-        measured["work"] = products(ours, rows, backward=kind == "training")
-        measured["idle"] = make(idle, embeddings)
+        if method != "dora":
+            work = products if method == "lora" else scalings
+            measured["work"] = work(models["grafts"], rows, backward=kind == "training")
+            measured["idle"] = make(grafts.deactivate(copy.deepcopy(models["grafts"])), embeddings)
         found = interleaved(measured, rounds)
-        found["limit"] = [a + b for a, b in zip(found["floor"], found["work"], strict=True)]
-        result |= {f"{kind} limit / floor": ratio(found, "limit", "floor")}
-        result |= {f"{kind} {name} / floor": ratio(found, name, "floor") for name in ("grafts", "peft", "idle")}
-        result |= {
-            f"{kind} grafts / limit": ratio(found, "grafts", "limit"),
-            f"{kind} peft / limit": ratio(found, "peft", "limit"),
-        }
+        if method == "dora":
+            result |= {f"{kind} {name} DoRA / its LoRA": ratio(found, name, f"{name} LoRA") for name in ("grafts", "peft")}
+        else:
+            found["limit"] = [a + b for a, b in zip(found["floor"], found["work"], strict=True)]
+            result |= {f"{kind} {name} / floor": ratio(found, name, "floor") for name in ("limit", "grafts", "peft", "idle")}
+            result |= {f"{kind} {name} / limit": ratio(found, name, "limit") for name in ("grafts", "peft")}
         result[f"{kind} grafts / peft"] = ratio(found, "grafts", "peft")
         if kind == "training":
             result |= {f"peak MiB {name}": peak_bytes(measured[name]) / 2**20 for name in models}
@@ -243,6 +275,67 @@ def verbs(rounds: int) -> dict[str, float]:
     return result
 
 
+def deep(hidden: int) -> nn.Module:
+    """A Llama of 32 layers, 224 linears in them; above a small size its weights have shapes but no memory of their own."""
+    sizes = {"hidden_size": hidden, "intermediate_size": hidden * 11 // 4, "num_hidden_layers": 32}
+    with torch.device("cpu" if hidden <= 256 else "meta"):
+        model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=8, num_key_value_heads=8, vocab_size=VOCABULARY))
+    for module in model.modules() if hidden > 256 else ():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[name] = nn.Parameter(torch.zeros(1).expand(parameter.shape), requires_grad=False)
+    return model.requires_grad_(False)
+
+
+def crowd(adapters: int) -> dict[str, float]:
+    """Adding adapter after adapter to 224 modules, and switching among all of them."""
+    result = {}
+    for library in ("grafts", "peft"):
+        model, added = deep(256), []
+        for number in range(adapters):
+            gc.collect()
+            before = time.process_time()
+            if library == "grafts":
+                grafts.add(model, config(grafts), name=f"a{number}")
+            elif number == 0:
+                model = peft.get_peft_model(model, config(peft), adapter_name="a0")
+            else:
+                model.add_adapter(f"a{number}", config(peft))
+                model.set_adapter(f"a{number}")
+            added.append((time.process_time() - before) * 1e3)
+        switch = model.set_adapter if library == "peft" else lambda name, model=model: grafts.activate(model, name)
+        names = iter([f"a{number % adapters}" for number in range(1000)])
+        count = 500 if library == "grafts" else 5
+        seconds = cost(lambda switch=switch, names=names: switch(next(names)), count)
+        result |= {
+            f"add first of {adapters} {library} ms": statistics.median(added[:3]),
+            f"add last of {adapters} {library} ms": statistics.median(added[-3:]),
+            f"activate among {adapters} {library} ms": seconds * 1e3,
+        }
+    return result
+
+
+def loading(rounds: int) -> dict[str, float]:
+    """Loading a file of rank 16 for 224 modules, beside reading its tensors into memory with `safetensors` alone."""
+    result = {}
+    for hidden in (256, 2048, 4096):
+        model = grafts.add(deep(hidden), config(grafts))
+        with tempfile.TemporaryDirectory() as folder:
+            file = grafts.save(model, "default", folder) / "adapter_model.safetensors"
+            grafts.detach(model)
+            megabytes = file.stat().st_size / 1e6
+            found: dict[str, list[float]] = {"read": [], "load": [], "map": []}
+            for _ in range(rounds):
+                found["map"].append(cost(lambda file=file: load_file(file)))
+                found["read"].append(cost(lambda file=file: {k: v.clone() for k, v in load_file(file).items()}))
+                found["load"].append(cost(lambda model=model, folder=folder: grafts.load(model, folder)))
+                grafts.delete(model, "default")
+            name = f"{megabytes:.0f} MB"
+            result |= {f"load {name} / reading it into memory": ratio(found, "load", "read")}
+            result |= {f"{what} {name} ms": statistics.median(found[what]) * 1e3 for what in found}
+    return result
+
+
 def machine() -> dict[str, str]:
     return {
         "device": torch.cuda.get_device_name() if CUDA else f"{platform.machine()} CPU, one thread, process CPU time",
@@ -256,22 +349,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["small", "medium", "large"])
+    parser.add_argument("--methods", nargs="+", choices=["lora", "ia3", "dora"], default=["lora", "ia3", "dora"])
+    parser.add_argument("--adapters", type=int, default=64)
     given = parser.parse_args()
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     console = Console(width=110)
     result: dict[str, object] = {"machine": machine(), "rank": RANK, "rounds": given.rounds, "steps": {}, "verbs": {}}
-    measured = {size: steps(size, given.rounds) for size in given.sizes}
-    table = Table(box=None, header_style="bold")
-    table.add_column("LoRA r=16, all-linear")
-    for size in measured:
-        table.add_column(f"{size} ({SIZES[size]['hidden_size']})", justify="right")
-    for row in next(iter(measured.values())):
-        table.add_row(row, *(f"{measured[size][row]:.3f}" for size in measured))
-    console.print(table)
-    times = verbs(given.rounds)
+    measured = {method: {size: steps(size, given.rounds, method) for size in given.sizes} for method in given.methods}
+    for method, by_size in measured.items():
+        table = Table(box=None, header_style="bold")
+        table.add_column(method)
+        for size in by_size:
+            table.add_column(f"{size} ({SIZES[size]['hidden_size']})", justify="right")
+        for row in next(iter(by_size.values())):
+            table.add_row(row, *(f"{by_size[size][row]:.3f}" for size in by_size))
+        console.print(table)
+    times = verbs(given.rounds) | loading(given.rounds) | crowd(given.adapters)
     for name, value in times.items():
-        console.print(f"{name:<32}{value:>12.3f}", highlight=False)
+        console.print(f"{name:<48}{value:>12.3f}", highlight=False)
     result |= {"steps": measured, "verbs": times}
     kind = "cuda" if CUDA else "cpu"
     file = Path(__file__).parent / "results" / f"{datetime.date.today()}-speed-{kind}.json"

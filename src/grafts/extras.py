@@ -124,10 +124,12 @@ class TrainableTokens(Part):
         trainable_tokens_delta: the rows' values, not their differences, ``(tokens, dim)``; the name is that of the files.
         tokens: which rows, ``(tokens,)``.
         slots: row -> its place among `tokens`, or -1; ``(rows,)``.
+        base: the rows' values in the base, ``(tokens, dim)``.
     """
 
     tokens: Tensor
     slots: Tensor
+    base: Tensor
 
     def __init__(self, host: nn.Module, tokens: Sequence[int]) -> None:
         super().__init__()
@@ -144,10 +146,10 @@ class TrainableTokens(Part):
             )
         self.trainable_tokens_delta = nn.Parameter(torch.zeros(len(tokens), dim))
         self.indices, self.rows = tuple(tokens), rows
-        self.reads_base = not self.embeds
         self.follows = False
         self.register_buffer("tokens", torch.tensor(self.indices), persistent=False)
         self.register_buffer("slots", torch.full((rows,), -1), persistent=False)
+        self.register_buffer("base", torch.zeros(len(tokens), dim), persistent=False)
 
     def from_base(self, host: nn.Module, *, fresh: bool) -> None:
         """Start with the base's rows."""
@@ -155,25 +157,24 @@ class TrainableTokens(Part):
         self.tokens = torch.tensor(self.indices, device=device)
         self.slots = torch.full((self.rows,), -1, device=device)
         self.slots[self.tokens] = torch.arange(len(self.indices), device=device)
+        self.base = read(host)["weight"].to(device, self.trainable_tokens_delta.dtype)[self.tokens]
         if fresh:
             with torch.no_grad():
-                self.trainable_tokens_delta.copy_(read(host)["weight"].to(device)[self.tokens])
+                self.trainable_tokens_delta.copy_(self.base)
 
-    def forward(self, x: Tensor, y: Tensor, *base: nn.Module) -> Tensor:
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Put the rows' own values where the base's were.
 
         Args:
             x: token ids, ``(*batch)``; for a head hidden states, ``(*batch, dim)``.
             y: embeddings, ``(*batch, dim)``; for a head logits, ``(*batch, rows)``.
-            base: the head, whose bias stays; not given for an embedding.
 
         Returns:
             ``y`` with the embeddings, or the logits, of these tokens.
         """
-        if base:
-            bias = base[0]._parameters.get("bias")
-            logits = F.linear(x, self.trainable_tokens_delta.to(x.dtype), None if bias is None else bias[self.tokens])
-            return y.index_copy(-1, self.tokens, logits.to(y.dtype))
+        if not self.embeds:
+            moved = self.trainable_tokens_delta - self.base
+            return y.index_add(-1, self.tokens, F.linear(x, moved.to(x.dtype)).to(y.dtype))
         slot = self.slots[x]
         values = (self.trainable_tokens_delta * self.scale).to(y.dtype)
         return torch.where((slot >= 0)[..., None], F.embedding(slot.clamp_min(0), values), y)

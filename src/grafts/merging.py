@@ -111,9 +111,14 @@ def _shared(model: nn.Module, ready: Mapping[str, Mapping[str, Tensor]]) -> dict
 
 
 def _alike(ready: Mapping[str, Mapping[str, Tensor]], name: str, others: Sequence[str]) -> bool:
-    """Whether all modules that share a tensor are merged, and to the same values: then they can go on sharing it."""
+    """Whether all modules that share a tensor are merged to the same values, up to rounding: they can go on sharing it."""
     tensors = {key: tensor for path in ready for key, tensor in _full_names(path, ready[path]).items()}
-    return all(other in tensors and torch.equal(tensors[other], tensors[name]) for other in others)
+    here = tensors[name]
+    rounding = 4 * torch.finfo(here.dtype).eps
+    return all(
+        other in tensors and torch.allclose(tensors[other], here, rtol=rounding, atol=rounding * float(here.abs().max()))
+        for other in others
+    )
 
 
 def _once_each(model: nn.Module, tensors: Mapping[str, Tensor], untied: Mapping[str, object]) -> dict[str, Tensor]:

@@ -139,7 +139,15 @@ def _attention_roles(layers: Mapping[str, Layer]) -> dict[str, str]:
             continue
         result.update({children[name]: role for name, role in said.items()})
         outputs = siblings.get(f"{parent.rpartition('.')[0]}.output", {}) if parent.endswith(".self") else children
-        result.update({path: ATTENTION_OUT for name, path in outputs.items() if name not in said})
+        rest = {name: path for name, path in outputs.items() if name not in said}
+        queries = [layers[children[name]] for name, role in said.items() if role == QUERY]
+        back = {
+            name: path
+            for name, path in rest.items()
+            if any((layers[path].in_features, layers[path].out_features) == (q.out_features, q.in_features) for q in queries)
+        }
+        # where one module holds attention and feed-forward, the way out of attention is what undoes the queries' sizes
+        result.update(dict.fromkeys((back or rest).values(), ATTENTION_OUT))
     return result
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -150,3 +151,129 @@ def test_configs_are_frozen_comparable_and_round_trip() -> None:
     assert grafts.LoraConfig.from_dict(config.to_dict()) == config
     with pytest.raises(AttributeError):
         config.r = 3  # type: ignore[misc]
+
+
+def dora_formula(model: nn.Module, host: nn.Module, scaling: float) -> torch.Tensor:
+    part = part_of(model)
+    moved = host.weight + scaling * part.lora_B @ part.lora_A
+    return part.magnitude[:, None] / moved.norm(dim=1, keepdim=True).detach() * moved
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("rslora", [True, False])
+def test_dora_is_the_formula_of_the_paper_with_its_gradients(rslora: bool, bias: bool) -> None:
+    """Norms without a gradient, the bias not scaled, the scaling inside."""
+    layer, x = nn.Linear(5, 7, bias=bias), torch.randn(3, 5, requires_grad=True)
+    grafts.add(layer, grafts.LoraConfig(r=4, lora_alpha=6, use_dora=True, use_rslora=rslora, target_modules="all-linear"))
+    randomise(layer, "default")
+    part = part_of(layer)
+    scaling = 6 / math.sqrt(4) if rslora else 6 / 4
+    wanted = x @ dora_formula(layer, layer, scaling).T + (layer.bias if bias else 0)
+    torch.testing.assert_close(layer(x), wanted)
+    inputs = (x, part.lora_A, part.lora_B, part.magnitude)
+    torch.testing.assert_close(
+        torch.autograd.grad(layer(x).square().sum(), inputs), torch.autograd.grad(wanted.square().sum(), inputs)
+    )
+
+
+def test_dora_row_norms_are_those_of_the_whole_matrix() -> None:
+    layer = nn.Linear(50, 70)
+    grafts.add(layer, grafts.LoraConfig(r=4, use_dora=True, target_modules="all-linear"))
+    randomise(layer, "default")
+    part = part_of(layer)
+    expected = (layer.weight.double() + part.scaling * part.lora_B.double() @ part.lora_A.double()).norm(dim=1)
+    torch.testing.assert_close(part.row_norms(layer).double(), expected.detach(), rtol=1e-5, atol=1e-6)
+
+
+def test_dora_beside_a_weight_of_zeros_stays_finite() -> None:
+    layer = nn.Linear(5, 7)
+    nn.init.zeros_(layer.weight)
+    grafts.add(layer, grafts.LoraConfig(r=2, use_dora=True, target_modules="all-linear"))
+    out = layer(torch.ones(2, 5))
+    assert torch.isfinite(out).all()
+    out.sum().backward()
+    assert all(torch.isfinite(p.grad).all() for p in part_of(layer).parameters())
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_start_from_the_base_holds_its_principal_part_and_leaves_base_and_output(init: str) -> None:
+    layer, x = nn.Linear(20, 12), torch.randn(4, 20)
+    before, weight = layer(x), layer.weight.clone()
+    grafts.add(layer, grafts.LoraConfig(r=3, lora_alpha=6, init_lora_weights=init, target_modules="all-linear"))
+    part = part_of(layer)
+    assert torch.equal(layer.weight, weight)
+    torch.testing.assert_close(layer(x), before, rtol=1e-5, atol=1e-5)
+    if init == "pissa":
+        u, s, vh = torch.linalg.svd(weight, full_matrices=False)
+        torch.testing.assert_close(2 * (part.lora_B @ part.lora_A).detach(), (u[:, :3] * s[:3]) @ vh[:3], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(part.lora_A.norm(dim=1), part.lora_B.norm(dim=0))
+    else:
+        q, r = torch.linalg.qr(weight)
+        torch.testing.assert_close((part.lora_B @ part.lora_A).detach(), q[:, :3] @ r[:3])
+    randomise(layer, "default")
+    moved = layer(x)
+    assert torch.equal(grafts.detach(layer)(x), before)
+    assert (moved - before).abs().max() > 0.1
+
+
+def test_iterative_pissa_comes_near_the_exact_one_and_repeats() -> None:
+    layer = nn.Linear(30, 20)
+    with torch.no_grad():
+        layer.weight.copy_(torch.outer(torch.randn(20), torch.randn(30)) + 0.01 * torch.randn(20, 30))
+    twin = copy.deepcopy(layer)
+    config = grafts.LoraConfig(r=1, init_lora_weights="pissa_niter_8", target_modules="all-linear")
+    a = part_of(grafts.add(layer, config))
+    b = part_of(grafts.add(twin, grafts.LoraConfig(r=1, init_lora_weights="pissa", target_modules="all-linear")))
+    torch.testing.assert_close((a.lora_B @ a.lora_A).detach(), (b.lora_B @ b.lora_A).detach(), rtol=1e-3, atol=1e-3)
+    again = part_of(grafts.add(grafts.detach(layer), config))
+    assert torch.equal(a.lora_A, again.lora_A)
+
+
+def test_orthogonal_start_has_no_update_and_orthogonal_factors() -> None:
+    layer = nn.Linear(20, 12)
+    grafts.add(layer, grafts.LoraConfig(r=4, init_lora_weights="orthogonal", target_modules="all-linear"))
+    part = part_of(layer)
+    assert part.lora_A.any()
+    assert part.lora_B.any()
+    assert (part.lora_B @ part.lora_A).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"init_lora_weights": "orthogonal", "r": 3}, "needs an even rank, not 3"),
+        ({"init_lora_weights": "pissa", "r": 9}, "rank 9 is more than the weight's 5"),
+        ({"target_modules": ["1"], "lora_bias": True}, "an embedding has no bias"),
+        ({"target_modules": ["2"], "lora_dropout": 0.1}, "no place for dropout"),
+    ],
+)
+def test_option_that_a_target_cannot_honour_is_refused_with_its_name(options: dict[str, object], message: str) -> None:
+    model = nn.Sequential(nn.Linear(5, 7), nn.Embedding(3, 4), nn.MultiheadAttention(8, 2))
+    with pytest.raises(grafts.ConfigError, match=message):
+        grafts.add(model, grafts.LoraConfig(**({"r": 4, "target_modules": ["0"]} | options)))
+    assert grafts.adapters(model) == {}
+
+
+def test_attention_with_other_sizes_of_keys_is_refused() -> None:
+    with pytest.raises(grafts.UnsupportedTargetError, match="no fused projection"):
+        grafts.add(nn.Sequential(nn.MultiheadAttention(8, 2, kdim=4)), grafts.LoraConfig(target_modules=["0"]))
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_attention_inside_a_transformer_layer_is_adapted_in_training_and_evaluation(grad: bool) -> None:
+    """PyTorch's encoder layer has a fast path that does not call its attention."""
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
+    x = torch.randn(2, 5, 8)
+    plain = copy.deepcopy(layer)
+    grafts.add(layer, grafts.LoraConfig(r=2, target_modules=["self_attn"]))
+    randomise(layer, "default")
+    part = part_of(layer)
+    with torch.no_grad():
+        plain.self_attn.in_proj_weight += part.in_proj.scaling * part.in_proj.lora_B @ part.in_proj.lora_A
+        plain.self_attn.out_proj.weight += part.out_proj.scaling * part.out_proj.lora_B @ part.out_proj.lora_A
+    with torch.set_grad_enabled(grad):
+        torch.testing.assert_close(layer(x), plain(x), rtol=1e-5, atol=1e-5)
+    before = {name: p.data_ptr() for name, p in layer.named_parameters()}
+    with pytest.raises((AssertionError, RuntimeError)):
+        layer.self_attn(torch.ones(2, 5, 9), torch.ones(2, 5, 9), torch.ones(2, 5, 9))
+    assert {name: p.data_ptr() for name, p in layer.named_parameters()} == before
