@@ -36,8 +36,9 @@ def test_import_loads_neither_torch_nor_transformers_nor_a_method() -> None:
     code = (
         "import sys, grafts; "
         "assert not {'torch', 'transformers', 'grafts.methods.lora'} & set(sys.modules); "
-        "grafts.add; grafts.LoraConfig; "
-        "assert 'transformers' not in sys.modules"
+        "grafts.add; grafts.load; grafts.merge; grafts.combine; grafts.LoraConfig; "
+        "from grafts.methods import method_named; method_named('LORA'); "
+        "assert not {'transformers', 'grafts.methods.ia3', 'grafts.methods.adalora'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 import bases
 import grafts
 from grafts.cli.main import main
+from grafts.methods import Method
 from grafts.registry import parts_of
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -153,6 +154,15 @@ def test_adapter_of_peft_is_used_with_the_base_and_labels_named(
     assert "does not name its labels" in printed(capsys)
     call("predict", tmp_path / "theirs", "the cat", "--labels", "a,b,c")
     assert json.loads(capsys.readouterr().out)["label"] in {"a", "b", "c"}
+
+
+def test_every_method_trains_predicts_and_merges(method: Method, models: Path, data: Path, tmp_path: Path) -> None:
+    train(models, data, tmp_path / "run", "--epochs", 4, "--method", method.name, "--learning-rate", 0.01)
+    settings = yaml.safe_load((tmp_path / "run" / "run.yaml").read_text())
+    assert settings["method"] == method.name
+    call("predict", tmp_path / "run", "the fast cat runs")
+    call("merge", tmp_path / "run", tmp_path / "merged")
+    assert (tmp_path / "merged" / "model.safetensors").is_file()
 
 
 def test_trained_adapter_loads_from_python(models: Path, data: Path, tmp_path: Path) -> None:
