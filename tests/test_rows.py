@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import pickle
 
 import pytest
@@ -165,6 +166,21 @@ def test_module_whose_first_dimension_is_not_the_batch_says_so() -> None:
     model = grafts.add(TimeFirst(), grafts.LoraConfig(target_modules=["linear"]), name="en")
     with pytest.raises(grafts.StateError, match="given for 2 rows, and a module with an adapter was called with 5"):
         model(torch.ones(2, 5, 4), adapter_names=["en", None])
+
+
+def test_distances_inside_attention_have_no_rows_and_say_so() -> None:
+    model = two(T5, grafts.LoraConfig(target_modules=["relative_attention_bias", "q"]))
+    with pytest.raises(grafts.StateError, match=r"'en' has a part at '.*relative_attention_bias', whose input has no rows"):
+        model(**T5.inputs(), adapter_names=["en", None])
+
+
+def test_method_that_declares_that_its_rows_cannot_choose_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from grafts.methods import _registered
+
+    monkeypatch.setitem(_registered, "ia3", dataclasses.replace(_registered["ia3"], routable=False))
+    model = two(LLAMA, grafts.IA3Config())
+    with pytest.raises(grafts.StateError, match=r"'de' is \(IA\)3, which acts on all rows of a batch at once"):
+        model(**LLAMA.inputs(), adapter_names=[None, "de"])
 
 
 @pytest.mark.parametrize("how", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copied", "pickled"])

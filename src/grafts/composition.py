@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from urllib.parse import quote
 
@@ -14,14 +13,13 @@ from grafts.errors import StateError
 CHILD = "grafts"  # the name of a site among the children of the module that it serves
 
 
-@functools.lru_cache(maxsize=4096)
 def child_key(name: str) -> str:
     """The key under which a site keeps the adapter ``name``: the name itself where PyTorch allows it, else escaped.
 
     >>> child_key("en"), child_key("v1.0"), child_key("train")
     ('en', 'v1%2E0', '%train')
     """
-    key = quote(name, safe=" ").replace(".", "%2E")
+    key = name if name.isascii() and name.isidentifier() else quote(name, safe=" ").replace(".", "%2E")
     return f"%{key}" if hasattr(nn.ModuleDict, key) else key
 
 

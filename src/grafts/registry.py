@@ -15,7 +15,7 @@ from grafts.composition import Rows, Setup
 from grafts.config import AdapterConfig
 from grafts.errors import AdapterNameError, ConfigError, GraftsError, StateError, did_you_mean
 from grafts.planning import Plan, Target, resolve
-from grafts.roles import Anatomy
+from grafts.roles import Anatomy, loses_rows
 from grafts.sites.model import ModelSite
 from grafts.sites.module import ModuleSite, Part, site_of, sites_in
 from grafts.weights import home, own_parameters
@@ -55,6 +55,7 @@ class Registry:
         self.plans: dict[str, Plan] = {}
         self.parts: dict[str, list[tuple[str, Part]]] = {}
         self.trained: tuple[str, ...] = ()
+        self._unroutable: dict[str, str | None] = {}
         self.site = ModelSite(self.setup, self.choose_rows)
         self.requires_grad = {name: p.requires_grad for name, p in own_parameters(model).items()}
         self.merge: Merge | None = None
@@ -75,6 +76,20 @@ class Registry:
         placed = zip(made.targets, self.parts[name], strict=True)
         return {path: part for target, (path, part) in placed if target.kind == made.method.name and target.tied_to is None}
 
+    def unroutable(self, name: str) -> str | None:
+        """Why rows cannot choose adapter ``name``, or None."""
+        made = self.require(name)
+        if name not in self._unroutable:
+            mixed = [t.path for t in made.targets if loses_rows(t.path, t.role)]
+            self._unroutable[name] = (
+                f"is {made.method.title}, which acts on all rows of a batch at once"
+                if not made.method.routable
+                else f"has a part at {mixed[0]!r}, whose input has no rows of the batch"
+                if mixed
+                else None
+            )
+        return self._unroutable[name]
+
     def choose_rows(self, names: Sequence[str | None]) -> Rows:
         """Which adapter each row of a batch wants, checked.
 
@@ -85,9 +100,8 @@ class Registry:
         if isinstance(names, str) or not all(name is None or isinstance(name, str) for name in names):
             raise AdapterNameError(f"adapter_names is a list with a name or None for each row, not {names!r}")
         for name in dict.fromkeys(names):
-            if name is not None and not self.require(name).method.routable:
-                title = self.plans[name].method.title
-                raise StateError(f"adapter_names: {title} ({name!r}) acts on all rows of a batch at once")
+            if name is not None and (reason := self.unroutable(name)):
+                raise StateError(f"adapter_names: {name!r} {reason}")
         self.require_unmerged("choose adapters by row")
         return Rows(names)
 
@@ -327,6 +341,7 @@ def delete(model: M, name: str) -> M:
     registry.require_unmerged(f"delete {name!r}")
     registry.setup.set(active=tuple(other for other in registry.setup.active if other != name))
     del registry.plans[name]
+    registry._unroutable.pop(name, None)
     for path in dict.fromkeys(path for path, _ in registry.parts.pop(name)):
         host = inner.get_submodule(path)
         site = site_of(host)

@@ -103,6 +103,18 @@ def _heads(model: nn.Module, modules: Mapping[str, nn.Module], layers: Mapping[s
     )
 
 
+def loses_rows(path: str, layer_kind: str) -> bool:
+    """Whether the first dimension of a module's input is known not to be the batch.
+
+    Experts get the tokens of all rows together; an embedding inside attention looks up distances, not tokens.
+
+    >>> loses_rows("layers.0.mlp.experts.3.w1", "linear"), loses_rows("layers.0.mlp.w1", "linear")
+    (True, False)
+    """
+    steps = path.lower().split(".")
+    return "experts" in steps or (layer_kind == "embedding" and any("att" in step for step in steps))
+
+
 def _words(name: str) -> set[str]:
     """The words of a module's name: ``q_proj`` -> q, proj; ``queryProj`` -> query, proj; ``Wqkv`` -> wqkv."""
     return {word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", name)}
