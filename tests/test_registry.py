@@ -26,7 +26,7 @@ def model() -> nn.Module:
 
 
 def trainable(model: nn.Module) -> set[str]:
-    return {name.split(".adapters.")[1].split(".")[0] for name, p in model.named_parameters() if p.requires_grad}
+    return {name.split(".grafts.")[1].split(".")[0] for name, p in model.named_parameters() if p.requires_grad}
 
 
 def test_add_returns_the_same_object_with_nothing_trainable_but_the_new_adapter() -> None:
@@ -56,7 +56,7 @@ def test_active_and_trainable_are_separate(model: nn.Module) -> None:
 def test_train_only_freezes_also_what_was_thawed_by_hand(model: nn.Module) -> None:
     model.requires_grad_(True)
     grafts.train_only(model, "en")
-    assert {".grafts.adapters.en." in name for name, p in model.named_parameters() if p.requires_grad} == {True}
+    assert {".grafts.en." in name for name, p in model.named_parameters() if p.requires_grad} == {True}
 
 
 def test_active_block_restores_what_was_active_also_after_an_exception(model: nn.Module) -> None:

@@ -13,6 +13,9 @@ from grafts.errors import StateError
 CHILD = "grafts"  # the name of a site among the children of the module that it serves
 
 
+_SITE_NAMES = {"setup", "children_of", "parts", "running", "append", "remove", "attach", "detach"}  # of a site's own
+
+
 def child_key(name: str) -> str:
     """The key under which a site keeps the adapter ``name``: the name itself where PyTorch allows it, else escaped.
 
@@ -20,7 +23,7 @@ def child_key(name: str) -> str:
     ('en', 'v1%2E0', '%train')
     """
     key = name if name.isascii() and name.isidentifier() else quote(name, safe=" ").replace(".", "%2E")
-    return f"%{key}" if hasattr(nn.ModuleDict, key) else key
+    return f"%{key}" if hasattr(nn.ModuleDict, key) or key in _SITE_NAMES else key
 
 
 class Rows:

@@ -14,9 +14,10 @@ from torch.utils._pytree import tree_leaves
 from grafts.errors import MergeError, StateError
 from grafts.registry import Merge, Undo, activate, deactivate, parts_of, registry_of, unwrapped
 from grafts.sites.module import Part, fold
-from grafts.weights import own_parameters, read, stored
+from grafts.weights import own_modules, read, stored
 
 M = TypeVar("M", bound=nn.Module)
+T = TypeVar("T")
 
 
 @torch.no_grad()
@@ -102,9 +103,10 @@ def _merged_tensors(model: nn.Module, path: str, parts: list[Part]) -> dict[str,
 def _shared(model: nn.Module, ready: Mapping[str, Mapping[str, Tensor]]) -> dict[str, list[str]]:
     """Which of the tensors to be changed share storage with others of the model: name -> the others' names."""
     by_storage: dict[tuple[torch.device, int], list[str]] = defaultdict(list)
-    for name, tensor in own_parameters(model).items():
-        if tensor.device.type != "meta":
-            by_storage[tensor.device, tensor.untyped_storage().data_ptr()].append(name)
+    for path, module in own_modules(model):  # each once, by the path that planning knows it by
+        for name, tensor in _full_names(path, module._parameters).items():
+            if tensor is not None and tensor.device.type != "meta":
+                by_storage[tensor.device, tensor.untyped_storage().data_ptr()].append(name)
     groups = {name: names for names in by_storage.values() for name in names}
     changed = [name for path, tensors in ready.items() for name in _full_names(path, tensors)]
     return {name: others for name in changed if (others := [other for other in groups[name] if other != name])}
@@ -159,7 +161,7 @@ class _RestoreConfig:
             model.config.tie_word_embeddings = self.tied  # type: ignore[union-attr]
 
 
-def _full_names(path: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _full_names(path: str, tensors: Mapping[str, T]) -> dict[str, T]:
     """A module's tensors by their names in the whole model."""
     return {f"{path}.{name}" if path else name: tensor for name, tensor in tensors.items()}
 

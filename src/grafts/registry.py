@@ -18,7 +18,7 @@ from grafts.planning import Plan, Target, resolve
 from grafts.roles import Anatomy, loses_rows
 from grafts.sites.model import ModelSite
 from grafts.sites.module import ModuleSite, Part, site_of, sites_in
-from grafts.weights import home, own_parameters
+from grafts.weights import home, own_modules, own_parameters
 
 M = TypeVar("M", bound=nn.Module)
 Undo = Callable[[nn.Module], None]
@@ -247,8 +247,9 @@ def build_parts(
         blanks: parts without memory that planning has made already, to be filled with these values.
     """
     built: dict[tuple[str, str], Part] = {}
+    modules = dict(own_modules(model))
     for target in sorted(made.targets, key=lambda target: target.tied_to is not None):
-        host = model.get_submodule(target.path)
+        host = modules[target.path]
         try:
             if target.tied_to is not None:
                 part = built[target.tied_to, target.kind].tied(host)
@@ -281,24 +282,25 @@ def build_part(
         with torch.device("meta"):
             part = target.build(host)
     prefix = f"{target.path}." if target.path else ""
-    _fill(part, {name: tensors[prefix + name] for name in target.tensors}, device)
+    with torch.no_grad():
+        _fill(part, {name: tensors[prefix + name] for name in target.tensors}, device)
     return part
 
 
-@torch.no_grad()
 def _fill(part: Part, values: Mapping[str, Tensor], device: torch.device) -> None:
     """Give a part the tensors of a file; those that have no memory yet get it now."""
-    owners = {id(p): (module, key) for module in part.modules() for key, p in module._parameters.items()}
+    modules = part.modules() if part._modules else (part,)
+    owners = {id(p): (module, key) for module in modules for key, p in module._parameters.items()}
     for name, tensor in part.file_tensors().items():
         if not tensor.is_meta:
             tensor.copy_(values[name])
             continue
         module, key = owners[id(tensor if isinstance(tensor, nn.Parameter) else tensor._base)]
+        # copied: a file's own memory is not aligned as PyTorch's, which changes roundings, and ends with the file
+        value = torch.empty(tensor.shape, dtype=tensor.dtype, device=device).copy_(values[name])
         parameter = module._parameters[key]
         assert parameter is not None
-        # copied: a file's own memory is not aligned as PyTorch's, which changes roundings, and ends with the file
-        value = torch.empty(parameter.shape, dtype=parameter.dtype, device=device).copy_(values[name].reshape(parameter.shape))
-        module._parameters[key] = nn.Parameter(value, requires_grad=False)
+        module._parameters[key] = nn.Parameter(value.view(parameter.shape), requires_grad=False)
 
 
 def attach_parts(model: M, name: str, made: Plan, parts: Sequence[tuple[str, Part]], *, activate: bool, train: bool) -> M:
@@ -310,8 +312,9 @@ def attach_parts(model: M, name: str, made: Plan, parts: Sequence[tuple[str, Par
         registry.site.attach(model_)
         for parameter in own_parameters(model_).values():
             parameter.requires_grad_(False)
+    modules = dict(own_modules(model_))
     for path, part in parts:
-        host = model_.get_submodule(path)
+        host = modules[path]
         site = site_of(host)
         if site is None:
             site = ModuleSite(registry.setup)
@@ -347,7 +350,7 @@ def delete(model: M, name: str) -> M:
         site = site_of(host)
         assert site is not None
         site.remove(name)
-        if not site.adapters:
+        if not site.children_of:
             site.detach(host)
     if not registry.plans:
         _restore(inner, registry)

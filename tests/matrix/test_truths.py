@@ -110,7 +110,7 @@ def test_base_parameter_names_and_tensors_stay_while_attached(model: nn.Module, 
     assert types.items() <= {path: type(module) for path, module in model.named_modules()}.items()
     assert keys < set(model.state_dict())
     added = model.state_dict().keys() - keys
-    assert all("grafts.adapters.en." in name for name in added)
+    assert all("grafts.en." in name for name in added)
 
 
 @each_dtype

@@ -8,7 +8,7 @@ that targets this module and runs those that the shared setup names. The module'
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, Literal, cast
 
@@ -97,19 +97,14 @@ class Part(nn.Module, abc.ABC):
         raise NotImplementedError(f"a {type(self).__name__} cannot follow a tied weight")
 
 
-class PartList(nn.ModuleList):
-    """The parts of one adapter at one site, in the order in which they act."""
-
-    def __iter__(self) -> Iterator[Part]:
-        return cast(Iterator[Part], super().__iter__())
-
-
 class ModuleSite(nn.Module):
-    """All adapters at one module.
+    """All adapters at one module; their parts are its children.
+
+    A part is called by its adapter's key (see `child_key`), further parts of the same adapter by key and number.
 
     Attributes:
         setup: the model's shared setup.
-        adapters: adapter key (see `child_key`) -> the adapter's parts here.
+        children_of: adapter key -> the names of the adapter's parts here, in the order in which they act.
     """
 
     _handles: tuple[RemovableHandle, ...] = ()
@@ -119,33 +114,35 @@ class ModuleSite(nn.Module):
     def __init__(self, setup: Setup) -> None:
         super().__init__()
         self.setup = setup
-        self.adapters = nn.ModuleDict()
+        self.children_of: dict[str, tuple[str, ...]] = {}
 
-    def parts(self, name: str) -> PartList | tuple[()]:
+    def parts(self, name: str) -> list[Part]:
         """The parts of adapter ``name`` at this site; empty where it has none."""
-        key = child_key(name)
-        return cast(PartList, self.adapters[key]) if key in self.adapters else ()
+        return self._parts((child_key(name),))
 
     def running(self) -> list[Part]:
         """The parts that act now, in order."""
-        adapters = self.adapters
-        return [part for key in self.setup.running if key in adapters for part in cast(PartList, adapters[key])]
+        return self._parts(self.setup.running)
+
+    def _parts(self, keys: Iterable[str]) -> list[Part]:
+        modules, children = self._modules, self.children_of
+        return [cast(Part, modules[name]) for key in keys if key in children for name in children[key]]
 
     def append(self, name: str, part: Part, host: nn.Module) -> None:
         """Add a part to those of adapter ``name``; parts act in the order of adding."""
         key = child_key(name)
-        parts = self.adapters._modules.get(key)
-        if parts is None:
-            self.adapters._modules[key] = PartList([part])
-        else:
-            cast(PartList, parts).append(part)
+        others = self.children_of.get(key, ())
+        child = f"{key}+{len(others)}" if others else key
+        self._modules[child] = part
+        self.children_of[key] = (*others, child)
         if part.when == "weights" and not self._swaps:
             self._swaps = True
             self._handles = (*self._handles, host.register_forward_hook(self._restore, always_call=True))
 
     def remove(self, name: str) -> None:
         """Forget the parts of adapter ``name``."""
-        del self.adapters[child_key(name)]
+        for child in self.children_of.pop(child_key(name)):
+            del self._modules[child]
 
     def attach(self, host: nn.Module) -> None:
         """Become a child of ``host`` and hook its calls."""
@@ -204,7 +201,7 @@ class ModuleSite(nn.Module):
 
     def _routed(self, rows: Rows) -> list[tuple[str, Part]]:
         """The parts that the rows of this call have asked for, with the key of their adapter."""
-        routed = [(key, p) for key in rows.keys if key in self.adapters for p in cast(PartList, self.adapters[key])]
+        routed = [(key, part) for key in rows.keys for part in self._parts((key,))]
         for _, part in routed:
             if not part.routable:
                 raise StateError(f"adapter_names: a {type(part).__name__} acts on all rows of a batch at once")
