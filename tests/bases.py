@@ -18,6 +18,7 @@ class Base:
     build: Callable[[], nn.Module]
     inputs: Callable[[], dict[str, Tensor]]
     attention: bool = True
+    embeds: bool = False
 
     def model(self, dtype: torch.dtype = torch.float32) -> nn.Module:
         """A fresh model, frozen: PyTorch may choose other kernels where the weights need gradients (T5's biased SDPA)."""
@@ -154,10 +155,10 @@ BASES = [
     Base("mlp", MLP, lambda: {"x": noise(4, 12)}, attention=False),
     Base("conv", ConvNet, lambda: {"x": noise(2, 3, 6, 6)}, attention=False),
     Base("sdpa", SDPATransformer, lambda: {"ids": ids()}),
-    Base("llama", llama, lambda: {"input_ids": ids()}),
-    Base("gpt2", gpt2, lambda: {"input_ids": ids()}),
-    Base("bert", bert, lambda: {"input_ids": ids()}),
-    Base("t5", t5, lambda: {"input_ids": ids(), "decoder_input_ids": ids(length=4)}),
+    Base("llama", llama, lambda: {"input_ids": ids()}, embeds=True),
+    Base("gpt2", gpt2, lambda: {"input_ids": ids()}, embeds=True),
+    Base("bert", bert, lambda: {"input_ids": ids()}, embeds=True),
+    Base("t5", t5, lambda: {"input_ids": ids(), "decoder_input_ids": ids(length=4)}, embeds=True),
     Base("vit", vit, lambda: {"pixel_values": noise(2, 3, 8, 8)}),
 ]
 BY_NAME = {base.name: base for base in BASES}

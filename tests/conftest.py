@@ -42,9 +42,26 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture
 def config(method: Method) -> grafts.AdapterConfig:
-    """The method's config for any model: every linear, defaults otherwise."""
+    """The method's config for any model: every linear where it stands beside linears, defaults otherwise."""
     needed = {"total_step": 100} if "total_step" in method.config.field_names() else {}
-    return method.config(target_modules="all-linear", **needed)
+    needed |= {"target_modules": "all-linear"} if "linear" in method.layers else {}
+    needed |= {"num_virtual_tokens": 5} if "num_virtual_tokens" in method.config.field_names() else {}
+    return method.config(**needed)
+
+
+def fits(method: Method, base: Base) -> bool:
+    """Whether the base has any module where the method can stand."""
+    return "linear" in method.layers or ("attending" in method.layers and base.attention) or base.embeds
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave out a method on a base where it has no place; that this is an error is tested apart."""
+    given = [getattr(item, "callspec", None) and item.callspec.params for item in items]
+    items[:] = [
+        item
+        for item, params in zip(items, given, strict=True)
+        if not params or "method" not in params or "base" not in params or fits(params["method"], params["base"])
+    ]
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import grafts
 from grafts.config import config as as_config
 from grafts.methods import _registered, method, method_named, method_names, methods
-from grafts.sites.module import Part
+from grafts.sites.module import ModulePart
 
 SOURCE = Path(grafts.__file__).parent
 
@@ -57,7 +57,7 @@ def test_method_from_another_package_is_used_like_a_built_in_one(tmp_path: Path,
         start: float = 0.0
         peft_type: ClassVar[str] = "SHIFT"
 
-    class Shift(Part):
+    class Shift(ModulePart):
         def __init__(self, config: ShiftConfig, size: int) -> None:
             super().__init__()
             self.shift = nn.Parameter(Tensor([config.start] * size))

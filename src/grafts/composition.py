@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from grafts.errors import StateError
 
-CHILD = "grafts"  # the name of a site among the children of the module that it serves
+# the names of sites among the children of the module that they serve: beside it, inside attention, in front of the input
+SITE_NAMES = ("grafts", "grafts_attention", "grafts_model")
 
-
-_SITE_NAMES = {"setup", "children_of", "parts", "running", "append", "remove", "attach", "detach"}  # of a site's own
+_OF_SITES = {"setup", "children_of", "parts", "running", "routed", "append", "remove", "attach", "detach", "hooks", "acts"}
+_OF_SITES |= {"child", "project", "kernel", "call", "route", "names", "functions", "eager"}
 
 
 def child_key(name: str) -> str:
@@ -23,7 +24,7 @@ def child_key(name: str) -> str:
     ('en', 'v1%2E0', '%train')
     """
     key = name if name.isascii() and name.isidentifier() else quote(name, safe=" ").replace(".", "%2E")
-    return f"%{key}" if hasattr(nn.ModuleDict, key) or key in _SITE_NAMES else key
+    return f"%{key}" if hasattr(nn.ModuleDict, key) or key in _OF_SITES else key
 
 
 class Rows:
@@ -78,6 +79,7 @@ class Setup:
         running: what a site runs at a forward: the keys (see `child_key`) of the active adapters that are not merged.
         rows: what the rows of the present call have asked for, instead of what is active; None outside such a call.
         routed: whether the last call of the model was one in which the rows chose.
+        prompt_bias: what the present call gives for the prompts of its rows, ``(batch, 1 or length, hidden)``, or None.
     """
 
     def __init__(self) -> None:
@@ -86,6 +88,7 @@ class Setup:
         self.running: tuple[str, ...] = ()
         self.rows: Rows | None = None
         self.routed = False
+        self.prompt_bias: Tensor | None = None
 
     def set(self, *, active: tuple[str, ...], merged: tuple[str, ...] = ()) -> None:
         """Make ``active`` what the model computes, ``merged`` of them through its weights."""

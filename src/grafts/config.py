@@ -70,6 +70,8 @@ class AdapterConfig:
     peft_type: ClassVar[str] = ""
     # Fields of the file format that this version does not implement, with the values that mean "not used".
     elsewhere: ClassVar[Mapping[str, Any]] = {}
+    # Fields that the file format does not have; written only where they say something.
+    own_fields: ClassVar[frozenset[str]] = frozenset()
 
     def __post_init__(self) -> None:
         """Bring sequences into one form and refuse values that cannot be.

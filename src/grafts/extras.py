@@ -13,13 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from grafts.composition import CHILD
 from grafts.errors import ConfigError, UnsupportedTargetError
-from grafts.sites.module import Part, sites_in
+from grafts.sites.module import ModulePart
+from grafts.sites.site import Part, sites_in
 from grafts.weights import describe, read, row_scale
 
 
-class TrainableCopy(Part):
+class TrainableCopy(ModulePart):
     """A copy of a whole module that is used instead of it while its adapter is active (``modules_to_save``).
 
     Like every part it is stored in float32 and computes in the base's own dtype, so a fresh copy gives the base's output
@@ -78,11 +78,11 @@ def copy_without_sites(module: nn.Module) -> nn.Module:
                 del hooks[key]
                 host._forward_hooks_with_kwargs.pop(key, None)
                 host._forward_pre_hooks_with_kwargs.pop(key, None)
-        del host._modules[CHILD]
+        del host._modules[site.child]
     return twin
 
 
-class BiasOffset(Part):
+class BiasOffset(ModulePart):
     """A trainable value of a module's bias: the output moves by its difference to the base's own.
 
     Attributes:
@@ -117,7 +117,7 @@ class BiasOffset(Part):
         return {"bias": tensors["bias"] + moved.to(tensors["bias"].dtype)}
 
 
-class TrainableTokens(Part):
+class TrainableTokens(ModulePart):
     """Trainable values of some rows of an embedding (``trainable_token_indices``), and of the same rows of a tied head.
 
     Attributes:
@@ -198,7 +198,7 @@ class TrainableTokens(Part):
         return twin
 
 
-class AttentionPart(Part):
+class MultiheadPart(ModulePart):
     """A method's parts for the projections inside `nn.MultiheadAttention`, which reads its weights and calls no layer.
 
     Attributes:

@@ -13,7 +13,8 @@ from torch.utils._pytree import tree_leaves
 
 from grafts.errors import MergeError, StateError
 from grafts.registry import Merge, Undo, activate, deactivate, parts_of, registry_of, unwrapped
-from grafts.sites.module import Part, fold
+from grafts.sites.module import fold
+from grafts.sites.site import Part
 from grafts.weights import own_modules, read, stored
 
 M = TypeVar("M", bound=nn.Module)

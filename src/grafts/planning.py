@@ -10,14 +10,14 @@ from functools import partial
 import torch
 from torch import nn
 
-from grafts.composition import CHILD
 from grafts.config import AdapterConfig
 from grafts.errors import ConfigError, UnmatchedTargetError, UnsupportedTargetError
-from grafts.extras import AttentionPart, BiasOffset, TrainableCopy, TrainableTokens
+from grafts.extras import BiasOffset, MultiheadPart, TrainableCopy, TrainableTokens
 from grafts.matching import collapsed, layer_index, matches, nearest_modules, unmatched, within
 from grafts.methods import Method, Place, method_of
 from grafts.roles import EMBEDDING, HEAD, ROUTER, Anatomy, anatomy
-from grafts.sites.module import Part, site_of
+from grafts.sites.module import ModuleSite
+from grafts.sites.site import Part, Site, site_of
 from grafts.weights import Layer, home, own_parameters
 
 ALL_LINEAR = "all-linear"
@@ -35,6 +35,7 @@ class Target:
         tensors: name in the checkpoint (after the module's path) -> shape of each tensor that the part holds.
         build: makes the part for the module, on the default device.
         tied_to: the path of the module whose part of the same kind this one shares, or None.
+        site: the kind of site that the part stands at.
     """
 
     path: str
@@ -44,6 +45,7 @@ class Target:
     tensors: Mapping[str, torch.Size]
     build: Callable[[nn.Module], Part] = field(repr=False, compare=False)
     tied_to: str | None = None
+    site: type[Site] = field(default=ModuleSite, repr=False)
 
     @property
     def parameters(self) -> int:
@@ -151,13 +153,14 @@ def resolve(
     targets = [_copy_target(body, path) for path in copied]
     targets += [_copy_target(body, path, "base_layer." if path in chosen else "") for path in replaced]
     with torch.device("meta"):
-        targets += [_method_target(body, path, config, method, blanks) for path in chosen]
+        others = tuple(replace(_place(body, path), host=_NO_HOST) for path in chosen)
+        targets += [_method_target(place, body.modules[place.path], config, method, others, blanks) for place in others]
     targets += [_token_target(body, path, rows, chosen) for path, rows in tokens.items()]
     targets += _bias_targets(body, getattr(config, "bias", "none"), chosen, copied)
     targets = _with_tied(body, targets, everything=bool(getattr(config, "ensure_weight_tying", False)))
     order = {path: index for index, path in enumerate(body.modules)}
     for target in targets:
-        _check_child_name(body.modules[target.path], target.path)
+        _check_child_name(body.modules[target.path], target.path, target.site)
     return Plan(
         model_name=body.name,
         base_parameters=sum(p.numel() for p in {id(p): p for p in own_parameters(model).values()}.values()),
@@ -170,15 +173,16 @@ def resolve(
 def _chosen(body: Anatomy, config: AdapterConfig, method: Method, copied: Sequence[str], lenient: bool) -> list[str]:
     """Paths of the modules that get the method's part."""
     wanted = config.target_modules
+    default_roles = method.default_roles(config)
     free = {path: role for path, role in body.roles.items() if not within(path, copied)}
     if wanted is None:
-        for roles in method.default_roles:
+        for roles in default_roles:
             if not roles & set(free.values()):
                 raise UnmatchedTargetError(
                     f"{body.name} has no modules that are recognised as {' or '.join(sorted(roles))}: "
-                    f"name them in target_modules; candidates: {body.candidates()}"
+                    f"name them in target_modules; candidates: {body.candidates(method.layers)}"
                 )
-        paths = [path for path, role in free.items() if any(role in roles for roles in method.default_roles)]
+        paths = [path for path, role in free.items() if any(role in roles for roles in default_roles)]
     elif wanted == ALL_LINEAR:
         paths = [path for path, role in free.items() if body.layers[path].is_linear and role not in (HEAD, ROUTER)]
     else:
@@ -189,14 +193,18 @@ def _chosen(body: Anatomy, config: AdapterConfig, method: Method, copied: Sequen
     if not paths and not (lenient and copied) and not extras:
         raise UnmatchedTargetError(
             f"{type(config).__name__} selects no module of {body.name} "
-            f"(target_modules={wanted!r}, exclude_modules={config.exclude_modules!r}); candidates: {body.candidates()}"
+            f"(target_modules={wanted!r}, exclude_modules={config.exclude_modules!r}); "
+            f"candidates: {body.candidates(method.layers)}"
         )
     for path in paths:
         if path not in body.layers or body.layers[path].kind not in method.layers:
             raise UnsupportedTargetError(
                 f"{path!r} is a {type(body.modules[path]).__name__}, which {method.title} cannot stand beside; "
-                f"it takes {', '.join(sorted(method.layers))} layers: {body.candidates()}"
+                f"it takes {', '.join(sorted(method.layers))} layers: {body.candidates(method.layers)}"
             )
+    if method.narrow is not None:
+        places = {path: _place(body, path) for path in body.layers}
+        paths = [place.path for place in method.narrow(config, [places[path] for path in paths], list(places.values()))]
     return paths
 
 
@@ -210,7 +218,7 @@ def _token_rows(body: Anatomy, config: AdapterConfig) -> dict[str, Sequence[int]
         if path is None:
             raise UnmatchedTargetError(
                 f"{body.name} names no input embedding: give trainable_token_indices as a dictionary of names; "
-                f"candidates: {body.candidates()}"
+                f"candidates: {body.candidates({'embedding'})}"
             )
         return {path: tuple(wanted)}
     by_weight: dict[int, tuple[str, tuple[int, ...]]] = {}
@@ -319,24 +327,30 @@ def _place(body: Anatomy, path: str) -> Place:
     return Place(path, body.layers[path], body.roles[path], body.modules[path])
 
 
+_NO_HOST = nn.Module()  # a plan holds on to no module of the model
+
+
 def _method_target(
-    body: Anatomy, path: str, config: AdapterConfig, method: Method, blanks: dict[tuple[str, str], Part] | None
+    place: Place,
+    host: nn.Module,
+    config: AdapterConfig,
+    method: Method,
+    others: tuple[Place, ...],
+    blanks: dict[tuple[str, str], Part] | None,
 ) -> Target:
-    place = _place(body, path)
-    build = partial(_method_part, method, config, path, place.layer, place.role)
-    part = build(place.host)
+    build = partial(_method_part, method, config, replace(place, others=others))
+    part = build(host)
     if blanks is not None:
-        blanks[path, method.name] = part
+        blanks[place.path, method.name] = part
     shapes = {name: tensor.shape for name, tensor in part.file_tensors().items()}
-    return Target(path, method.name, place.role, _sizes(place.layer), shapes, build)
+    return Target(place.path, method.name, place.role, _sizes(place.layer), shapes, build, site=part.site)
 
 
-def _method_part(method: Method, config: AdapterConfig, path: str, layer: Layer, role: str, host: nn.Module) -> Part:
-    place = Place(path, layer, role, host)
-    if layer.kind == "attention":
-        part: Part = AttentionPart(*(_projection(method, config, place, linear) for linear in AttentionPart.projections(host)))
+def _method_part(method: Method, config: AdapterConfig, place: Place, host: nn.Module) -> Part:
+    if place.layer.kind == "attention":
+        part: Part = MultiheadPart(*(_projection(method, config, place, linear) for linear in MultiheadPart.projections(host)))
     else:
-        part = method.build(config, place)
+        part = method.build(config, replace(place, host=host))
     return in_dtype(part, home(host)[1])
 
 
@@ -388,10 +402,11 @@ def _bias_targets(body: Anatomy, wanted: str, chosen: Sequence[str], copied: Seq
     return targets
 
 
-def _check_child_name(module: nn.Module, path: str) -> None:
-    owned = CHILD in module._modules or CHILD in module.__dict__ or CHILD in module._parameters or CHILD in module._buffers
-    if (owned or hasattr(type(module), CHILD)) and site_of(module) is None:
-        raise ConfigError(f"{path!r} has an attribute {CHILD!r} of its own, which is the name that adapters need there")
+def _check_child_name(module: nn.Module, path: str, kind: type[Site]) -> None:
+    name = kind.child
+    owned = name in module._modules or name in module.__dict__ or name in module._parameters or name in module._buffers
+    if (owned or hasattr(type(module), name)) and site_of(module, kind) is None:
+        raise ConfigError(f"{path!r} has an attribute {name!r} of its own, which is the name that adapters need there")
 
 
 def _sizes(layer: Layer) -> str:

@@ -16,8 +16,8 @@ from grafts.config import AdapterConfig
 from grafts.errors import AdapterNameError, ConfigError, GraftsError, StateError, did_you_mean
 from grafts.planning import Plan, Target, resolve
 from grafts.roles import Anatomy, loses_rows
-from grafts.sites.model import ModelSite
-from grafts.sites.module import ModuleSite, Part, site_of, sites_in
+from grafts.sites.calls import Calls
+from grafts.sites.site import Part, site_of, sites_at, sites_in
 from grafts.weights import home, own_modules, own_parameters
 
 M = TypeVar("M", bound=nn.Module)
@@ -45,7 +45,7 @@ class Registry:
         plans: adapter name -> the plan that was applied, in the order of adding.
         parts: adapter name -> the path and the part of each of its targets, in the order of the plan.
         trained: names of the adapters that were thawed last.
-        site: the model site.
+        calls: what hooks the model's own calls.
         requires_grad: what each base parameter's ``requires_grad`` was before the first adapter came.
         merge: what was merged, or None.
     """
@@ -56,7 +56,7 @@ class Registry:
         self.parts: dict[str, list[tuple[str, Part]]] = {}
         self.trained: tuple[str, ...] = ()
         self._unroutable: dict[str, str | None] = {}
-        self.site = ModelSite(self.setup, self.choose_rows)
+        self.calls = Calls(self.setup, self.choose_rows)
         self.requires_grad = {name: p.requires_grad for name, p in own_parameters(model).items()}
         self.merge: Merge | None = None
 
@@ -159,7 +159,7 @@ def find_registry(model: nn.Module) -> Registry | None:
 
 def _has_site(model: nn.Module, path: str) -> bool:
     try:
-        return site_of(model.get_submodule(path)) is not None
+        return next(sites_at(model.get_submodule(path)), None) is not None
     except AttributeError:
         return False
 
@@ -309,15 +309,15 @@ def attach_parts(model: M, name: str, made: Plan, parts: Sequence[tuple[str, Par
     registry = find_registry(model_)
     if registry is None:
         registry = _known[model_] = Registry(model_)
-        registry.site.attach(model_)
+        registry.calls.attach(model_)
         for parameter in own_parameters(model_).values():
             parameter.requires_grad_(False)
     modules = dict(own_modules(model_))
     for path, part in parts:
         host = modules[path]
-        site = site_of(host)
+        site = site_of(host, part.site)
         if site is None:
-            site = ModuleSite(registry.setup)
+            site = part.site(registry.setup)
             site.attach(host)
         site.append(name, part, host)
     registry.plans[name] = made
@@ -347,11 +347,10 @@ def delete(model: M, name: str) -> M:
     registry._unroutable.pop(name, None)
     for path in dict.fromkeys(path for path, _ in registry.parts.pop(name)):
         host = inner.get_submodule(path)
-        site = site_of(host)
-        assert site is not None
-        site.remove(name)
-        if not site.children_of:
-            site.detach(host)
+        for site in list(sites_at(host)):
+            site.remove(name)
+            if not site.children_of:
+                site.detach(host)
     if not registry.plans:
         _restore(inner, registry)
     return model
@@ -382,7 +381,7 @@ def detach(model: M, *, keep_merged: bool = False) -> M:
 
 
 def _restore(model: nn.Module, registry: Registry) -> None:
-    registry.site.detach(model)
+    registry.calls.detach(model)
     for name, parameter in own_parameters(model).items():
         parameter.requires_grad_(registry.requires_grad.get(name, parameter.requires_grad))
     _known.pop(model, None)

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from torch import nn
 
+from grafts.attentions import attending_modules, input_modules
 from grafts.matching import collapsed, within
 from grafts.weights import Layer, describe, own_modules
 
@@ -39,7 +40,7 @@ class Anatomy:
     Attributes:
         name: the model's class.
         modules: every module by path.
-        layers: every module that an adapter can stand beside, by path.
+        layers: every module that an adapter can stand at, by path.
         heads: paths of the modules that make the output from the hidden states.
         roles: what each layer is there for, by path.
         input_embedding: the path of the embedding that the model says its tokens go through, or None.
@@ -52,9 +53,9 @@ class Anatomy:
     roles: Mapping[str, str]
     input_embedding: str | None
 
-    def candidates(self) -> str:
-        """The layers as a list for messages, repeated ones once."""
-        counts = Counter(collapsed(path) for path in self.layers)
+    def candidates(self, kinds: Collection[str]) -> str:
+        """The layers of these kinds as a list for messages, repeated ones once."""
+        counts = Counter(collapsed(path) for path, layer in self.layers.items() if layer.kind in kinds)
         return ", ".join(f"{path!r} ({count})" for path, count in counts.items()) or "none"
 
 
@@ -68,7 +69,11 @@ def anatomy(model: nn.Module) -> Anatomy:
         path: HEAD if within(path, heads) else attention.get(path) or _other_role(path, layer, modules)
         for path, layer in layers.items()
     }
-    return Anatomy(type(model).__name__, modules, layers, heads, roles, _input_embedding(model, layers, modules))
+    embedding = _input_embedding(model, layers, modules)
+    for more, said in (attending_modules(model, modules, layers, roles), input_modules(model, modules)):
+        layers |= more
+        roles |= said
+    return Anatomy(type(model).__name__, modules, layers, heads, roles, embedding)
 
 
 def _input_embedding(model: nn.Module, layers: Mapping[str, Layer], modules: Mapping[str, nn.Module]) -> str | None:

@@ -14,10 +14,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from grafts.composition import CHILD
+from grafts.composition import SITE_NAMES
 from grafts.errors import MergeError
 
-LayerKind = Literal["linear", "transposed-linear", "embedding", "convolution", "attention"]
+LayerKind = Literal["linear", "transposed-linear", "embedding", "convolution", "attention", "attending", "input"]
 
 
 @dataclass(frozen=True)
@@ -26,13 +26,16 @@ class Layer:
 
     Attributes:
         kind: ``"linear"``, ``"transposed-linear"`` (`Conv1D` of `transformers`, as in GPT-2), ``"embedding"``,
-            ``"convolution"`` (`nn.Conv1d`, `nn.Conv2d`, `nn.Conv3d`) or ``"attention"`` (`nn.MultiheadAttention`).
+            ``"convolution"`` (`nn.Conv1d`, `nn.Conv2d`, `nn.Conv3d`) or ``"attention"`` (`nn.MultiheadAttention`); of a
+            module that is no layer itself ``"attending"`` (it calls an attention kernel) or ``"input"`` (it takes the
+            tokens' embeddings).
         in_features: size of the last input dimension; for an embedding the number of rows, else of the channels.
         out_features: size of the last output dimension, or of the channels.
         bias: whether the module adds a bias.
         class_name: the module's class, for people.
         kernel_size: of a convolution.
         groups: of a convolution.
+        heads: how many heads of keys an attending module has; 0 where that is not known.
     """
 
     kind: LayerKind
@@ -42,6 +45,7 @@ class Layer:
     class_name: str
     kernel_size: tuple[int, ...] = ()
     groups: int = 1
+    heads: int = 0
 
     @property
     def is_linear(self) -> bool:
@@ -136,7 +140,7 @@ def own_modules(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         yield path, module
         if module._modules:
             prefix = f"{path}." if path else ""
-            left += [(prefix + n, m) for n, m in reversed(module._modules.items()) if m is not None and n != CHILD]
+            left += [(prefix + n, m) for n, m in reversed(module._modules.items()) if m is not None and n not in SITE_NAMES]
 
 
 def own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
@@ -146,7 +150,7 @@ def own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     while left:
         prefix, owner = left.pop()
         names.update({prefix + name: p for name, p in owner._parameters.items() if p is not None})
-        left += [(f"{prefix}{n}.", m) for n, m in reversed(owner._modules.items()) if m is not None and n != CHILD]
+        left += [(f"{prefix}{n}.", m) for n, m in reversed(owner._modules.items()) if m is not None and n not in SITE_NAMES]
     return names
 
 

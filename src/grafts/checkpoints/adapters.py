@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,13 +14,15 @@ from torch import Tensor, nn
 
 from grafts.checkpoints import peft
 from grafts.checkpoints.files import write_all
+from grafts.config import AdapterConfig
 from grafts.errors import AdapterNameError, CheckpointError, did_you_mean
 from grafts.matching import matches, within
+from grafts.methods import method_of
 from grafts.planning import ALL_LINEAR, Plan
 from grafts.registry import Registry, attach_parts, build_parts, parts_of, prepare_plan, registry_of, train_only, unwrapped
 from grafts.registry import activate as activate_all
 from grafts.roles import EMBEDDING, HEAD, Anatomy, anatomy
-from grafts.sites.module import Part
+from grafts.sites.site import Part
 
 
 @dataclass(frozen=True)
@@ -94,11 +97,18 @@ def checkpoint_files(model: nn.Module, name: str) -> dict[str, bytes]:
     inner = unwrapped(model)
     registry = registry_of(inner)
     registry.require(name)
+    method = registry.plans[name].method
+    files = method.files
+    own = registry.own_parts(name)
+    prefix = peft.PREFIX if files is None else files.prefix
     tensors = {
-        f"{target}.{key}".lstrip("."): tensor
-        for target, part in parts_of(inner, name)
+        prefix + f"{path}.{key}".lstrip("."): tensor
+        for path, part in parts_of(inner, name)
         for key, tensor in part.file_tensors().items()
+        if files is None or own.get(path) is not part
     }
+    if files is not None:
+        tensors |= files.pack(registry.plans[name].config, own)
     return peft.files_of(file_config(inner, registry, name), tensors)
 
 
@@ -110,7 +120,11 @@ def file_config(model: nn.Module, registry: Registry, name: str) -> dict[str, An
     own = [target.path for target in untied if target.kind == made.method.name]
     copies = [target.path for target in untied if target.kind == "copy" and not any("base_layer" in t for t in target.tensors)]
     values = made.config.to_dict() | {"peft_type": made.method.peft_type, "inference_mode": True}
-    if made.config.target_modules in (None, ALL_LINEAR) or values.get("layers_to_transform") is not None:
+    defaults = {field.name: field.default for field in dataclasses.fields(made.config)}
+    unsaid = [field for field in made.config.own_fields if getattr(made.config, field) == defaults[field]]
+    values = {field: value for field, value in values.items() if field not in unsaid}
+    resolved = made.config.target_modules in (None, ALL_LINEAR) and made.method.files is None
+    if resolved or values.get("layers_to_transform") is not None:
         values["target_modules"] = _shortest_names(own, body.modules)
         values |= {name: None for name in ("layers_to_transform", "layers_pattern") if name in values}
     if made.method.file_values is not None and own:
@@ -201,11 +215,19 @@ def load(
 def _prepare(model: nn.Module, name: str, path: Path, allow_pickle: bool) -> tuple[LoadReport, list[tuple[str, Part]]]:
     """An adapter of a checkpoint, checked and made, without touching the model."""
     checkpoint = peft.read(path, allow_pickle=allow_pickle)
+    config, files = checkpoint.config, method_of(checkpoint.config).files
     body = anatomy(model)
-    replaced, same = _base_weights_in(body, checkpoint)
     blanks: dict[tuple[str, str], Part] = {}
-    made = prepare_plan(model, checkpoint.config, name=name, lenient=True, replaced=replaced, body=body, blanks=blanks)
-    tensors = {key: tensor for key, tensor in checkpoint.tensors.items() if key not in same}
+    if files is None:
+        given = checkpoint.by_module()
+        replaced, same = _base_weights_in(body, config, given)
+        made = prepare_plan(model, config, name=name, lenient=True, replaced=replaced, body=body, blanks=blanks)
+    else:
+        config, same = files.config(config, checkpoint.tensors), set()
+        made = prepare_plan(model, config, name=name, lenient=True, body=body, blanks=blanks)
+        own = [(target.path, target.tensors) for target in made.targets if target.kind == made.method.name]
+        given = dict(files.unpack(config, checkpoint.tensors, own))
+    tensors = {key: tensor for key, tensor in given.items() if key not in same}
     wanted = {f"{target.path}.{key}".lstrip("."): shape for target in made.targets for key, shape in target.tensors.items()}
     _check(tensors, wanted, f"adapter {name!r} from {str(path)!r} does not fit this {type(model).__name__}")
     parts = build_parts(model, made, name, tensors, blanks)
@@ -213,14 +235,14 @@ def _prepare(model: nn.Module, name: str, path: Path, allow_pickle: bool) -> tup
     return LoadReport(name, path, made, len(tensors), checkpoint.size, tuple(sorted(same))), parts
 
 
-def _base_weights_in(body: Anatomy, checkpoint: peft.Checkpoint) -> tuple[list[str], set[str]]:
+def _base_weights_in(body: Anatomy, config: AdapterConfig, tensors: Mapping[str, Tensor]) -> tuple[list[str], set[str]]:
     """Base weights that `peft` saves beside an adapter: modules whose own differ here, and keys of those that do not.
 
     `peft` adds an embedding's and a head's own weight when one of them is a target or the vocabulary was resized.
     """
-    saved = [path for path in body.modules if matches(path, checkpoint.config.modules_to_save or ())]
+    saved = [path for path in body.modules if matches(path, config.modules_to_save or ())]
     replaced, same = [], set()
-    for key, tensor in checkpoint.tensors.items():
+    for key, tensor in tensors.items():
         path, _, leaf = key.replace(".base_layer.", ".").rpartition(".")
         if leaf != "weight" or body.roles.get(path) not in (EMBEDDING, HEAD) or within(path, saved):
             continue

@@ -31,7 +31,7 @@ class Checkpoint:
     Attributes:
         path: the directory.
         config: its config.
-        tensors: name -> tensor, the names being the module's path in the base model and the tensor's own name.
+        tensors: name -> tensor, the names being those in the file.
         size: bytes of the tensor file.
     """
 
@@ -40,15 +40,26 @@ class Checkpoint:
     tensors: Mapping[str, Tensor]
     size: int
 
+    def by_module(self) -> dict[str, Tensor]:
+        """The tensors by their module's path in the base model and their own name.
+
+        Raises:
+            CheckpointError: a name is none of this layout.
+        """
+        strange = [name for name in self.tensors if not name.startswith(PREFIX)]
+        if strange:
+            raise CheckpointError(f"the file holds {strange[0]!r}; names in this layout begin with {PREFIX!r}")
+        return {name.removeprefix(PREFIX): tensor for name, tensor in self.tensors.items()}
+
 
 def files_of(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, bytes]:
     """The files of a checkpoint, by name.
 
     Args:
         config: what goes into ``adapter_config.json``.
-        tensors: by the module's path and the tensor's own name.
+        tensors: by their names in the file.
     """
-    keyed = {f"{PREFIX}{name}": tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    keyed = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     return {
         TENSOR_FILE: safetensors_bytes(_own_storage(keyed), metadata={"format": "pt"}),
         CONFIG_FILE: (json.dumps(dict(config), indent=2, sort_keys=True) + "\n").encode(),
@@ -92,7 +103,7 @@ def read(path: str | os.PathLike[str], *, allow_pickle: bool = False) -> Checkpo
             tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
     except (safetensors.SafetensorError, OSError) as error:
         raise CheckpointError(f"{str(file)!r} is not a whole safetensors file: {error}") from error
-    return Checkpoint(directory, config, _without_prefix(tensors), file.stat().st_size)
+    return Checkpoint(directory, config, tensors, file.stat().st_size)
 
 
 def read_config(directory: Path) -> AdapterConfig:
@@ -139,11 +150,4 @@ def _read_pickled(directory: Path, config: AdapterConfig, allow_pickle: bool) ->
         raise CheckpointError(f"{str(file)!r} holds more than tensors, or is broken: {error}") from error
     if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise CheckpointError(f"{str(file)!r} is not a dictionary of tensors")
-    return Checkpoint(directory, config, _without_prefix(tensors), file.stat().st_size)
-
-
-def _without_prefix(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    strange = [name for name in tensors if not name.startswith(PREFIX)]
-    if strange:
-        raise CheckpointError(f"the file holds {strange[0]!r}; names in this layout begin with {PREFIX!r}")
-    return {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
+    return Checkpoint(directory, config, tensors, file.stat().st_size)

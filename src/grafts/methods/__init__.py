@@ -7,9 +7,10 @@ Built-in methods are the modules of this package; other packages offer theirs as
 from __future__ import annotations
 
 import importlib
+import inspect
 import pkgutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from typing import Any, TypeVar
 
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from grafts.blending import Blend
 from grafts.config import AdapterConfig
 from grafts.errors import ConfigError, did_you_mean
-from grafts.sites.module import Part
+from grafts.sites.site import Part
 from grafts.weights import Layer, LayerKind
 
 Build = Callable[[Any, "Place"], Part]
@@ -34,19 +35,45 @@ class Place:
         layer: what the module is.
         role: what it is there for, one of the words in `grafts.roles`.
         host: the module.
+        others: every place where the adapter has a part of the method, this one among them, in order.
     """
 
     path: str
     layer: Layer
     role: str
-    host: nn.Module
+    host: nn.Module = field(compare=False)
+    others: tuple[Place, ...] = field(default=(), compare=False, repr=False)
+
+    def takes(self, argument: str) -> bool:
+        """Whether the module's ``forward`` takes an argument of that name."""
+        return argument in inspect.signature(type(self.host).forward).parameters
 
 
 Parts = Mapping[str, Part]
 Check = Callable[[Any, Sequence[Place]], None]
 Values = Callable[[Mapping[str, Any], Parts], Mapping[str, Any]]
 Attached = Callable[[Any, Parts], None]
+Roles = tuple[frozenset[str], ...]
+Narrow = Callable[[Any, Sequence[Place], Sequence[Place]], Sequence[Place]]
+FileTarget = tuple[str, Mapping[str, Any]]  # the path of a target, and the shapes of its tensors by name
 Combine = Callable[[Sequence[tuple[Any, Parts, float]], Blend], tuple[AdapterConfig, Mapping[str, Tensor]]]
+
+
+@dataclass(frozen=True)
+class Files:
+    """How a method's tensors lie in a file, where that is not one by one under the path of their module.
+
+    Attributes:
+        prefix: what the names of other tensors (a trained head) begin with.
+        pack: ``pack(config, parts)`` gives the tensors of the method's parts by their whole names in the file.
+        unpack: ``unpack(config, tensors, targets)`` is its inverse: all tensors of a file by path and name.
+        config: ``config(config, tensors)`` gives the config as the tensors of a file show it.
+    """
+
+    prefix: str
+    pack: Callable[[Any, Parts], Mapping[str, Tensor]]
+    unpack: Callable[[Any, Mapping[str, Tensor], Sequence[FileTarget]], Mapping[str, Tensor]]
+    config: Callable[[Any, Mapping[str, Tensor]], AdapterConfig]
 
 
 @dataclass(frozen=True)
@@ -59,8 +86,8 @@ class Method:
         config: its config class.
         build: ``build(config, place)`` makes the part for one layer, on the default device.
         layers: the kinds of layer that it can stand beside.
-        default_roles: the roles of the layers that it takes when no targets are named: at least one layer of each set, and
-            all layers of all sets.
+        default_roles: ``default_roles(config)`` gives the roles of the layers that it takes when no targets are named: at
+            least one layer of each set, and all layers of all sets.
         inert: a fresh adapter leaves the output bitwise as it was, with the config's defaults.
         mergeable: it can be folded into the base weights.
         source: the paper.
@@ -72,6 +99,9 @@ class Method:
         file_values: ``file_values(values, parts)`` gives the fields that ``adapter_config.json`` must say otherwise than
             ``values``, the config with its targets resolved, because the model or the training has decided them.
         attached: ``attached(config, parts)`` is called when the parts of an adapter are in their places.
+        narrow: ``narrow(config, places, everywhere)`` gives the places that really get a part, in order, from those that
+            were selected and all that the model has.
+        files: how its tensors lie in a file, where that is not one by one.
     """
 
     name: str
@@ -79,7 +109,7 @@ class Method:
     config: type[AdapterConfig]
     build: Build
     layers: frozenset[LayerKind]
-    default_roles: tuple[frozenset[str], ...]
+    default_roles: Callable[[Any], Roles]
     inert: bool
     mergeable: bool
     source: str
@@ -89,6 +119,12 @@ class Method:
     check: Check | None = None
     file_values: Values | None = None
     attached: Attached | None = None
+    narrow: Narrow | None = None
+    files: Files | None = None
+
+    def __reduce__(self) -> tuple[Callable[[str], Method], tuple[str]]:
+        """Copied and pickled by name: a copy of a model has the methods that are registered where it is."""
+        return method_named, (self.name,)
 
     @property
     def peft_type(self) -> str:
@@ -105,7 +141,7 @@ def method(
     title: str,
     config: type[AdapterConfig],
     layers: set[LayerKind],
-    default_roles: Sequence[set[str]],
+    default_roles: Sequence[set[str]] | Callable[[Any], Sequence[set[str]]],
     inert: bool,
     mergeable: bool,
     source: str,
@@ -113,12 +149,16 @@ def method(
 ) -> Callable[[B], B]:
     """Register the decorated builder of parts as a method; the arguments are those of `Method`.
 
+    ``default_roles`` may be given as they are, where they are the same for every config.
+
     Raises:
         ConfigError: the name, the file type or the config class is registered already, or the config has no file type.
     """
 
     def register(build: B) -> B:
-        roles = tuple(map(frozenset, default_roles))
+        def roles(config: Any) -> Roles:
+            return tuple(map(frozenset, default_roles(config) if callable(default_roles) else default_roles))
+
         made = Method(name, title, config, build, frozenset(layers), roles, inert, mergeable, source, **more)
         if not config.peft_type:
             raise ConfigError(f"{config.__name__} names no peft_type, the method's name in adapter_config.json")

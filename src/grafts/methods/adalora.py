@@ -18,7 +18,8 @@ from grafts.errors import AdapterNameError, ConfigError, StateError
 from grafts.lowrank import product
 from grafts.methods import Parts, Place, method
 from grafts.roles import FUSED, KEY_VALUE, QUERY, VALUE
-from grafts.sites.module import Part, sites_in
+from grafts.sites.module import ModulePart
+from grafts.sites.site import Part, sites_in
 
 
 @config
@@ -83,7 +84,7 @@ class AdaLoraConfig(LowRankConfig):
         return (self.rank_pattern or {}).get(f"{path}.lora_E".lstrip("."), [True] * self.init_r)
 
 
-class AdaLoraPart(Part):
+class AdaLoraPart(ModulePart):
     """AdaLoRA beside one layer.
 
     Attributes:

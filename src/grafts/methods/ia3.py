@@ -15,7 +15,8 @@ from grafts.matching import matches, nearest_modules, unmatched
 from grafts.methods import Parts, Place, method
 from grafts.roles import FFN_OUT, FUSED, KEY, KEY_VALUE, VALUE
 from grafts.scaling import scaled
-from grafts.sites.module import Part
+from grafts.sites.module import ModulePart
+from grafts.sites.site import Part
 from grafts.weights import Layer
 
 
@@ -57,7 +58,7 @@ class IA3Config(AdapterConfig):
         return matches(place.path, self.feedforward_modules)
 
 
-class IA3Part(Part):
+class IA3Part(ModulePart):
     """(IA)3 beside one layer.
 
     Attributes:

@@ -19,7 +19,8 @@ from grafts.matching import pattern_value
 from grafts.methods import Parts, Place, method
 from grafts.roles import FUSED, KEY_VALUE, QUERY, VALUE
 from grafts.scaling import scaled
-from grafts.sites.module import Part
+from grafts.sites.module import ModulePart
+from grafts.sites.site import Part
 from grafts.weights import canonical_weight, describe, read
 
 _INITS = (True, False, "gaussian", "pissa", "olora", "orthogonal")
@@ -97,7 +98,7 @@ class Start(nn.Module):
         self.register_buffer("b", b, persistent=False)
 
 
-class LoraPart(Part):
+class LoraPart(ModulePart):
     """LoRA beside one layer.
 
     Attributes:

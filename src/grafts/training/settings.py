@@ -94,7 +94,8 @@ class RunSettings:
         Raises:
             ConfigError: an option is unknown or cannot be.
         """
-        options = {"target_modules": "all-linear", "task_type": task_type} | (self.adapter or {})
+        targets = {"target_modules": "all-linear"} if "linear" in method_named(self.method).layers else {}
+        options = targets | {"task_type": task_type} | (self.adapter or {})
         config = method_named(self.method).config
         config.check_names(options)
         try:

@@ -1,0 +1,136 @@
+"""The attention modules of a model and the modules that take its input: where adapters act that stand beside no single layer.
+
+Worked out from what a module's class does (which kernel it calls), its projections and its sizes; nothing is run.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from grafts.sites.attention import real_config, route_of
+from grafts.weights import Layer
+
+SELF_ATTENTION, CROSS_ATTENTION, ENCODER_ATTENTION = "self-attention", "cross-attention", "encoder self-attention"
+INPUT, ENCODER_INPUT, DECODER_INPUT = "input", "encoder input", "decoder input"
+
+_HEADS = ("num_attention_heads", "num_heads", "n_heads", "n_head", "nhead", "heads")
+_HEAD_DIM = ("head_dim", "attention_head_size", "key_value_proj_dim", "head_size", "d_kv", "attention_head_dim", "dim_head")
+
+
+def attending_modules(
+    model: nn.Module, modules: Mapping[str, nn.Module], layers: Mapping[str, Layer], roles: Mapping[str, str]
+) -> tuple[dict[str, Layer], dict[str, str]]:
+    """The modules whose attention kernel can be reached, described as layers, and their roles, by path.
+
+    The sizes of such a layer are those of what it attends to: its input is what keys are projected from, its output the
+    keys of all heads.
+    """
+    found, said = {}, {}
+    children: dict[str, dict[str, Layer]] = defaultdict(dict)
+    for path, layer in layers.items():
+        children[path.rpartition(".")[0]][roles[path]] = layer
+    for path, module in modules.items():
+        if path in layers or route_of(type(module)) is None:  # type: ignore[arg-type]
+            continue
+        if getattr(module, "reorder_and_upcast_attn", False):
+            continue  # it leaves out the kernel for one of its own
+        own = children[path]
+        projection = next((own[role] for role in ("key", "key+value", "query+key+value") if role in own), None)
+        if projection is None:
+            continue
+        heads = _said(module, _HEADS)
+        head_dim = _said(module, _HEAD_DIM) or (projection.in_features // heads if heads else 0)
+        width = _key_width(own, heads * head_dim)
+        found[path] = Layer(
+            "attending",
+            projection.in_features,
+            width,
+            projection.bias,
+            type(module).__name__,
+            heads=width // head_dim if head_dim and width % head_dim == 0 else 0,
+        )
+        said[path] = _attention_role(model, path, module)
+    return found, said
+
+
+def _key_width(own: Mapping[str, Layer], queries: int) -> int:
+    """How wide the keys of all heads are, given the module's projections by role and the width of the queries."""
+    if "key" in own:
+        return own["key"].out_features
+    if "key+value" in own:
+        return own["key+value"].out_features // 2
+    fused = own["query+key+value"].out_features
+    return (fused if "query" in own else fused - (queries or fused // 3)) // 2
+
+
+def _said(module: nn.Module, names: tuple[str, ...]) -> int:
+    """The first of the attributes ``names`` that the module, or its config, has as a number; 0 for none."""
+    config = real_config(getattr(module, "config", None))
+    for owner in (module, config):
+        for name in names:
+            value = getattr(owner, name, None)
+            if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+                return value
+    return 0
+
+
+def _attention_role(model: nn.Module, path: str, module: nn.Module) -> str:
+    name = re.sub(r"[^a-z]", "", path.rpartition(".")[2].lower() + path.rpartition(".")[0].rpartition(".")[2].lower())
+    crosses = getattr(module, "is_cross_attention", False) or any(word in name for word in ("cross", "encdec", "encoderattn"))
+    if crosses:
+        return CROSS_ATTENTION
+    config = getattr(model, "config", None)
+    both = bool(getattr(config, "is_encoder_decoder", False))
+    return ENCODER_ATTENTION if both and "encoder" in path.split(".") else SELF_ATTENTION
+
+
+def input_modules(model: nn.Module, modules: Mapping[str, nn.Module]) -> tuple[dict[str, Layer], dict[str, str]]:
+    """The modules that take the tokens' embeddings, described as layers, and their roles, by path.
+
+    That is the base model of a `transformers` model, the encoder and the decoder where it has both, and any other model
+    whose ``forward`` takes ``inputs_embeds``.
+    """
+    found, said = {}, {}
+    for role, module in _input_modules(model):
+        path = next((path for path, other in modules.items() if other is module), None)
+        embedding = _embedding(module)
+        if path is None or embedding is None or "inputs_embeds" not in inspect.signature(type(module).forward).parameters:
+            continue
+        size = embedding.embedding_dim
+        found[path] = Layer("input", size, size, False, type(module).__name__)
+        said[path] = role
+    return found, said
+
+
+def _input_modules(model: nn.Module) -> list[tuple[str, Any]]:
+    config = getattr(model, "config", None)
+    if config is None:
+        return [(INPUT, model)]
+    if getattr(config, "is_encoder_decoder", False):
+        return [(ENCODER_INPUT, _ask(model, "get_encoder")), (DECODER_INPUT, _ask(model, "get_decoder"))]
+    base = getattr(model, "base_model", model)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return [(INPUT, base if text is config else _ask(model, "get_decoder") or base)]
+
+
+def _ask(model: nn.Module, getter: str) -> Any:
+    return getattr(model, getter, lambda: None)()
+
+
+def _embedding(module: Any) -> nn.Embedding | None:
+    """A module's token embedding."""
+    if not isinstance(module, nn.Module):
+        return None
+    if hasattr(module, "get_input_embeddings"):
+        try:
+            named = module.get_input_embeddings()  # type: ignore[operator]
+        except NotImplementedError:
+            return None
+        return named if isinstance(named, nn.Embedding) else None
+    return next((child for child in module.children() if isinstance(child, nn.Embedding)), None)

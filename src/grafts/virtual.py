@@ -1,0 +1,159 @@
+"""What the methods with virtual tokens share: their config fields, the encoders that make the tokens, and their files.
+
+The files hold what the encoder gives, in one tensor ``prompt_embeddings``, as other libraries read it, and the encoder
+itself beside it, so that training can go on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from grafts.attentions import DECODER_INPUT, ENCODER_INPUT
+from grafts.config import AdapterConfig, option
+from grafts.config import config as config_class
+from grafts.errors import CheckpointError
+from grafts.methods import FileTarget, Parts, Place
+from grafts.sites.model import ModelPart
+
+PROMPT, ENCODER = "prompt_embeddings", "prompt_encoder."
+PREFIX = "base_model."
+
+
+@config_class
+class VirtualTokensConfig(AdapterConfig):
+    """What the configs of methods with virtual tokens have in common."""
+
+    num_virtual_tokens: int = option(20, "How many virtual tokens.")
+    token_dim: int | None = option(None, "Their size; worked out from the model.")
+    num_transformer_submodules: int | None = option(
+        None, "On an encoder-decoder: 1 for the encoder alone, 2 for both; worked out from the model."
+    )
+    num_attention_heads: int | None = option(None, "Worked out from the model, for the file.")
+    num_layers: int | None = option(None, "Worked out from the model, for the file.")
+
+    own_fields: ClassVar[frozenset[str]] = frozenset({"target_modules", "exclude_modules"})
+
+    def __post_init__(self) -> None:
+        """Refuse values that cannot be."""
+        super().__post_init__()
+        count = self.num_virtual_tokens
+        self.require("num_virtual_tokens", isinstance(count, int) and count > 0, "a positive number")
+        self.require("num_transformer_submodules", self.num_transformer_submodules in (None, 1, 2), "1 or 2")
+
+
+def model_sizes(host: nn.Module) -> dict[str, Any]:
+    """How many layers and heads the config of a module says that it has, by the fields of the files."""
+    config = getattr(host, "config", None)
+    names = {"num_layers": ("num_hidden_layers", "num_layers", "n_layer"), "num_attention_heads": ("num_attention_heads",)}
+    names["num_attention_heads"] += ("n_head", "num_heads", "encoder_attention_heads")
+    return {
+        field: next((v for n in some if (v := getattr(config, n, None)) is not None), None) for field, some in names.items()
+    }
+
+
+def split(tensors: Mapping[str, Tensor], sizes: Sequence[int], dim: int, shape: tuple[int, int]) -> list[Tensor]:
+    """The pieces of a file's ``prompt_embeddings``.
+
+    Raises:
+        CheckpointError: it is not there, or has another shape.
+    """
+    if PROMPT not in tensors:
+        raise CheckpointError(f"missing {PROMPT!r} in the file; it holds {', '.join(sorted(tensors)[:6]) or 'nothing'}")
+    there = tensors[PROMPT]
+    if tuple(there.shape) != shape:
+        raise CheckpointError(f"{PROMPT!r} is {tuple(there.shape)} in the file and {shape} here")
+    return list(torch.split(there, list(sizes), dim))
+
+
+def has_encoder(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether a file holds what its virtual tokens were made with."""
+    return any(name.startswith(ENCODER) for name in tensors)
+
+
+def encoder_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """An encoder's tensors by the names that a file gives them."""
+    return {ENCODER + name: tensor for name, tensor in module.named_parameters()}
+
+
+class VirtualPart(ModelPart):
+    """The virtual tokens in front of one input of a model, whatever makes them.
+
+    Attributes:
+        total: how many virtual tokens there are in front of all inputs of the model.
+        offset: how many of them belong to inputs before this one.
+        sizes: what the model's config says of itself, for the file.
+    """
+
+    def __init__(self, config: VirtualTokensConfig, place: Place) -> None:
+        super().__init__()
+        filled = [other for other in place.others if takes_tokens(config, other, place.others)]
+        count = config.num_virtual_tokens
+        self.total = count * len(filled)
+        self.offset = count * [other.path for other in filled].index(place.path) if place in filled else 0
+        self.length = count if place in filled else 0
+        self.kept = place.role == ENCODER_INPUT
+        self.after_first = bool(getattr(config, "after_first", False))
+        self.encoder_length = count if place.role == DECODER_INPUT and any(p.role == ENCODER_INPUT for p in filled) else 0
+        self.sizes = {**model_sizes(place.host), "token_dim": place.layer.in_features}
+
+    def numbers(self) -> Tensor:
+        """What a file holds of it, ``(length, embedding size)``."""
+        return self.virtual()
+
+
+def takes_tokens(config: VirtualTokensConfig, place: Place, places: Sequence[Place]) -> bool:
+    """Whether virtual tokens come in front of that input: of a decoder only if there are two, or no encoder that takes any."""
+    encoders = any(other.role == ENCODER_INPUT for other in places)
+    return place.role != DECODER_INPUT or config.num_transformer_submodules != 1 or not encoders
+
+
+def narrow_inputs(config: VirtualTokensConfig, places: Sequence[Place], everywhere: Sequence[Place]) -> list[Place]:
+    """All inputs, the encoder's first, as files have them."""
+    return sorted(places, key=lambda place: place.role == DECODER_INPUT)
+
+
+def file_values(values: Mapping[str, Any], parts: Parts) -> dict[str, Any]:
+    """The sizes, as `peft` completes them from the model."""
+    own = [part for part in parts.values() if isinstance(part, VirtualPart)]
+    changed = own[0].sizes | {"num_transformer_submodules": sum(part.length > 0 for part in own)}
+    if "encoder_hidden_size" in values:
+        changed["encoder_hidden_size"] = values["encoder_hidden_size"] or changed["token_dim"]
+    return changed
+
+
+def _by_offset(parts: Parts) -> list[VirtualPart]:
+    own = [part for part in parts.values() if isinstance(part, VirtualPart) and part.length]
+    return sorted(own, key=lambda part: part.offset)
+
+
+def packed(config: VirtualTokensConfig, parts: Parts) -> dict[str, Tensor]:
+    """The tensors of the file."""
+    own = _by_offset(parts)
+    with torch.no_grad():
+        tensors = {PROMPT: torch.cat([part.numbers() for part in own])}
+    encoders = [encoder for part in own if isinstance(encoder := getattr(part, "encoder", None), nn.Module)]
+    return tensors | (encoder_tensors(encoders[0]) if encoders else {})
+
+
+def unpacked(config: VirtualTokensConfig, tensors: Mapping[str, Tensor], targets: Sequence[FileTarget]) -> dict[str, Tensor]:
+    """The parts' tensors by path and name."""
+    result = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items() if name.startswith(PREFIX)}
+    owner = next((path for path, names in targets if any(name.startswith("encoder.") for name in names)), None)
+    if owner is not None:
+        encoder = {name: tensor for name, tensor in tensors.items() if name.startswith(ENCODER)}
+        return result | {f"{owner}.{name.removeprefix('prompt_')}".lstrip("."): tensor for name, tensor in encoder.items()}
+    own = sorted(
+        ((path, names["prompt"]) for path, names in targets if "prompt" in names), key=lambda item: "decoder" in item[0]
+    )
+    lengths = [shape[0] for _, shape in own]
+    pieces = split(tensors, lengths, 0, (sum(lengths), own[0][1][1]))
+    return result | {f"{path}.prompt".lstrip("."): piece for (path, _), piece in zip(own, pieces, strict=True)}
+
+
+def from_file(config: VirtualTokensConfig, tensors: Mapping[str, Tensor]) -> VirtualTokensConfig:
+    """The config as it is: nothing but the tokens themselves is in the file."""
+    return config
