@@ -24,11 +24,15 @@ if TYPE_CHECKING:
         UnmatchedTargetError,
         UnsupportedTargetError,
     )
-    from grafts.faces.peft import IA3Model
+    from grafts.faces.peft import AdaptionPromptModel, IA3Model
     from grafts.merging import MergeReport, merge, unmerge, verify_merge
     from grafts.methods.adalora import AdaLoraConfig, RankAllocator, rank_allocator
+    from grafts.methods.adaption_prompt import AdaptionPromptConfig
     from grafts.methods.ia3 import IA3Config
     from grafts.methods.lora import LoraConfig
+    from grafts.methods.p_tuning import PromptEncoderConfig
+    from grafts.methods.prefix_tuning import PrefixTuningConfig
+    from grafts.methods.prompt_tuning import PromptTuningConfig
     from grafts.planning import Plan, plan
     from grafts.registry import (
         AdapterStatus,
@@ -58,11 +62,15 @@ _HOMES = {
         "UnmatchedTargetError",
         "UnsupportedTargetError",
     ),
-    "grafts.faces.peft": ("IA3Model",),
+    "grafts.faces.peft": ("AdaptionPromptModel", "IA3Model"),
     "grafts.merging": ("MergeReport", "merge", "unmerge", "verify_merge"),
     "grafts.methods.adalora": ("AdaLoraConfig", "RankAllocator", "rank_allocator"),
+    "grafts.methods.adaption_prompt": ("AdaptionPromptConfig",),
     "grafts.methods.ia3": ("IA3Config",),
     "grafts.methods.lora": ("LoraConfig",),
+    "grafts.methods.p_tuning": ("PromptEncoderConfig",),
+    "grafts.methods.prefix_tuning": ("PrefixTuningConfig",),
+    "grafts.methods.prompt_tuning": ("PromptTuningConfig",),
     "grafts.planning": ("Plan", "plan"),
     "grafts.registry": (
         "AdapterStatus",
@@ -83,6 +91,8 @@ __all__ = [
     "AdapterConfig",
     "AdapterNameError",
     "AdapterStatus",
+    "AdaptionPromptConfig",
+    "AdaptionPromptModel",
     "CheckpointError",
     "ConfigError",
     "GraftsError",
@@ -93,6 +103,9 @@ __all__ = [
     "MergeError",
     "MergeReport",
     "Plan",
+    "PrefixTuningConfig",
+    "PromptEncoderConfig",
+    "PromptTuningConfig",
     "RankAllocator",
     "StateError",
     "UnmatchedTargetError",

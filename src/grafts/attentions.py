@@ -33,8 +33,11 @@ def attending_modules(
     """
     found, said = {}, {}
     children: dict[str, dict[str, Layer]] = defaultdict(dict)
+    names: dict[str, dict[str, str]] = defaultdict(dict)
     for path, layer in layers.items():
-        children[path.rpartition(".")[0]][roles[path]] = layer
+        owner, _, name = path.rpartition(".")
+        children[owner][roles[path]] = layer
+        names[owner][roles[path]] = name
     for path, module in modules.items():
         if path in layers or route_of(type(module)) is None:  # type: ignore[arg-type]
             continue
@@ -54,9 +57,18 @@ def attending_modules(
             projection.bias,
             type(module).__name__,
             heads=width // head_dim if head_dim and width % head_dim == 0 else 0,
+            projections=_apart(module, names[path]),
         )
         said[path] = _attention_role(model, path, module)
     return found, said
+
+
+def _apart(module: nn.Module, names: Mapping[str, str]) -> tuple[str, str] | None:
+    """The names of the linears for keys and values of a module that calls the kernel itself and norms its keys nowhere."""
+    if route_of(type(module)) != "call" or not {"key", "value"} <= set(names):  # type: ignore[arg-type]
+        return None
+    normed = any(re.search(r"(^|_)k(ey)?_?(norm|ln)|norm_?k(ey)?$", name) for name, _ in module.named_children())
+    return None if normed else (names["key"], names["value"])
 
 
 def _key_width(own: Mapping[str, Layer], queries: int) -> int:
@@ -128,9 +140,16 @@ def _embedding(module: Any) -> nn.Embedding | None:
     if not isinstance(module, nn.Module):
         return None
     if hasattr(module, "get_input_embeddings"):
-        try:
-            named = module.get_input_embeddings()  # type: ignore[operator]
-        except NotImplementedError:
-            return None
+        named = named_embedding(module)
         return named if isinstance(named, nn.Embedding) else None
     return next((child for child in module.children() if isinstance(child, nn.Embedding)), None)
+
+
+def named_embedding(model: nn.Module) -> nn.Module | None:
+    """What a `transformers` model names as its input embedding; None where it names none."""
+    get = getattr(model, "get_input_embeddings", None)
+    try:
+        named = get() if callable(get) else None
+    except NotImplementedError:  # models of several towers
+        return None
+    return named if isinstance(named, nn.Module) else None

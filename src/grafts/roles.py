@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from grafts.attentions import attending_modules, input_modules
+from grafts.attentions import attending_modules, input_modules, named_embedding
 from grafts.matching import collapsed, within
 from grafts.weights import Layer, describe, own_modules
 
@@ -78,8 +78,7 @@ def anatomy(model: nn.Module) -> Anatomy:
 
 def _input_embedding(model: nn.Module, layers: Mapping[str, Layer], modules: Mapping[str, nn.Module]) -> str | None:
     """What a `transformers` model says, else the only embedding that there is."""
-    get = getattr(model, "get_input_embeddings", None)
-    named = get() if callable(get) else None
+    named = named_embedding(model)
     embeddings = [path for path, layer in layers.items() if layer.kind == "embedding"]
     if named is None:
         return embeddings[0] if len(embeddings) == 1 else None

@@ -36,6 +36,8 @@ class Layer:
         kernel_size: of a convolution.
         groups: of a convolution.
         heads: how many heads of keys an attending module has; 0 where that is not known.
+        projections: the names of an attending module's linears for keys and values, where nothing else is between them and
+            the kernel and the module does more than attention; None where the module itself can be run over a prompt.
     """
 
     kind: LayerKind
@@ -46,6 +48,7 @@ class Layer:
     kernel_size: tuple[int, ...] = ()
     groups: int = 1
     heads: int = 0
+    projections: tuple[str, str] | None = None
 
     @property
     def is_linear(self) -> bool:

@@ -74,10 +74,13 @@ class AdapterModel(nn.Module):
             AdapterNameError: the name is taken.
             ConfigError: it is the config of another method.
         """
+        self._check_config(config)
+        registry.add(self.model, config, name=adapter_name)
+
+    def _check_config(self, config: AdapterConfig) -> None:
         wanted = method_named(self.method).config
         if type(config) is not wanted:
             raise ConfigError(f"{type(self).__name__} takes {wanted.__name__}, not {type(config).__name__}")
-        registry.add(self.model, config, name=adapter_name)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter.
@@ -172,6 +175,83 @@ class AdapterModel(nn.Module):
         """The configs as plain data, by name."""
         changed: dict[str, Any] = {"inference_mode": True} if inference else {}
         return {name: dataclasses.replace(config, **changed).to_dict() for name, config in self.peft_config.items()}
+
+
+class AdaptionPromptModel(AdapterModel):
+    """A model with adaption prompts (LLaMA-Adapter, Zhang et al. 2023), as `peft` has it, on any model.
+
+    All adapters stay where they are; switching is a pointer. The first one is active and trainable; adding another leaves
+    that as it is.
+    """
+
+    method = "adaption_prompt"
+    _resting: tuple[str, ...] | None = None
+
+    def __init__(
+        self,
+        model: nn.Module,
+        configs: AdapterConfig | Mapping[str, AdapterConfig],
+        adapter_name: str = "default",
+        low_cpu_mem_usage: bool = False,
+    ) -> None:
+        """Put the adapter on ``model``, in place, active and trainable.
+
+        Args:
+            model: the base model.
+            configs: the adapter's config, or configs by name, of which that of ``adapter_name`` is taken.
+            adapter_name: what to call it.
+            low_cpu_mem_usage: accepted for callers that give it; adapters are made once, where they live, in any case.
+        """
+        super().__init__(model, configs, adapter_name, low_cpu_mem_usage)
+
+    def add_adapter(self, adapter_name: str, config: AdapterConfig) -> None:
+        """Put one more adapter on the model; what is active stays active.
+
+        Raises:
+            AdapterNameError: the name is taken.
+            ConfigError: it is the config of another method, or asks for more layers than the model has.
+        """
+        self._check_config(config)
+        first = not registry.adapters(self.model)
+        registry.add(self.model, config, name=adapter_name, activate=first, train=first)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter; if it was the active one, another becomes active.
+
+        Raises:
+            AdapterNameError: there is none of that name.
+        """
+        was_active = adapter_name in self.active_adapters
+        super().delete_adapter(adapter_name)
+        left = list(registry.adapters(self.model))
+        if self._resting is not None:
+            self._resting = tuple(name for name in self._resting if name != adapter_name) or tuple(left[:1])
+        elif was_active and left:
+            registry.activate(self.model, left[0])
+
+    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Make an adapter active, and trainable unless ``inference_mode``; while adapters are off, the one that comes back.
+
+        Raises:
+            AdapterNameError: the name is unknown.
+        """
+        resting = self._resting is not None
+        super().set_adapter(adapter_name, inference_mode)
+        if resting:
+            self.disable_adapter_layers()
+
+    def disable_adapter_layers(self) -> None:
+        """Let the model compute as the bare base."""
+        active = tuple(self.active_adapters)
+        if active:
+            self._resting = active
+            registry.deactivate(self.model)
+
+    def enable_adapter_layers(self) -> None:
+        """Let what was active before `disable_adapter_layers` be active again."""
+        if self._resting:
+            registry.activate(self.model, self._resting)
+        self._resting = None
 
 
 class IA3Model(AdapterModel):

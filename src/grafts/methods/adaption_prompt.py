@@ -73,6 +73,7 @@ class AdaptionPromptPart(AttendingPart):
         self.adaption_prompt = nn.Parameter(torch.randn(1, config.adapter_len, place.layer.in_features))
         self.adaption_gate = nn.Parameter(torch.zeros(1))
         self.after_projection = config.after_projection
+        self.projections = place.layer.projections
 
     def beside(self, attention: Attention) -> Tensor:
         """What the heads read from the prompt, times the gate (Zhang et al. 2023, equations 5 to 9).
@@ -90,7 +91,7 @@ class AdaptionPromptPart(AttendingPart):
         prompt = self.adaption_prompt.to(attention.hidden.dtype)
         if attention.prompt_bias is not None:
             prompt = prompt + attention.prompt_bias.to(prompt.dtype)
-        keys, values = attention.project(prompt)
+        keys, values = attention.project(prompt, self.projections)
         keys, values = (_for_heads(x.to(query.dtype), query) for x in (keys, values))
         read = F.scaled_dot_product_attention(query, keys, values, scale=attention.scaling)
         return read * self.adaption_gate.to(read.dtype)

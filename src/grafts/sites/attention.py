@@ -54,16 +54,22 @@ class Attention:
     caches: bool
     where: Tensor | None = None
 
-    def project(self, prompt: Tensor) -> tuple[Tensor, Tensor]:
+    def project(self, prompt: Tensor, names: tuple[str, str] | None = None) -> tuple[Tensor, Tensor]:
         """Keys and values of ``prompt`` through the module's own projections (and norms), at position 0.
 
         Args:
             prompt: ``(batch or 1, length, hidden)``.
+            names: the module's children that make keys and values; without them the module itself runs over the prompt.
 
         Returns:
             Keys and values, ``(batch or 1, key-value heads, length, head_dim)``.
         """
-        keys, values = self.site.project(self.host, prompt)
+        if names is None:
+            keys, values = self.site.project(self.host, prompt)
+        else:
+            keys, values = (
+                _unflatten(self.host.get_submodule(name)(prompt), -1, (self.key_heads, -1)).transpose(1, 2) for name in names
+            )
         if self.where is None or keys.shape[0] in (1, self.query.shape[0]):
             return keys, values
         return keys.index_select(0, self.where), values.index_select(0, self.where)  # rows have chosen in the projections too
