@@ -30,6 +30,11 @@ def randomise(model: nn.Module, name: str, seed: int = 5, scale: float = 0.3) ->
                 parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter) * scale)
 
 
+def shake(model: nn.Module, name: str, seed: int) -> None:
+    """Give an adapter values that move a model's tokens."""
+    randomise(model, name, seed=seed, scale=0.7)
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """`method` runs over every registered method, `base` over every base model unless a test chooses its own."""
     if "method" in metafunc.fixturenames:
