@@ -274,7 +274,8 @@ class ModelSite(Site):
                     padded = nn.functional.pad(own, (0, 0, 0, count - own.shape[0])).expand(where.shape[0], -1, -1)
                     virtual = virtual.index_copy(0, where, padded)
                     lengths[where] = own.shape[0]
-            room = Room(count, tokens.shape[1], lengths, parts[0].after_first, snug, pooled)
+            even = None not in self.setup.rows.names and len({sum(part.length for part in some) for _, some in groups}) == 1
+            room = Room(count, tokens.shape[1], None if even else lengths, parts[0].after_first, snug, pooled)
         first = room.first(given.get("attention_mask"), batch, embeds.device)
         given["inputs_embeds"] = room.inserted(embeds, virtual, first)
         if "input_ids" in given:
@@ -362,7 +363,7 @@ class ModelSite(Site):
         own, self._own = self._own, 0
         if room is None or (isinstance(own, int) and own == 0):
             return output
-        return _cut(output, own)
+        return _cut(output, own, room.count + room.own)
 
 
 ModelPart.site = ModelSite
@@ -374,27 +375,25 @@ def _cache_in(output: Any) -> Any:
     return next((value for value in output if hasattr(value, "get_seq_length")), None) if isinstance(output, tuple) else None
 
 
-def _cut(value: Any, own: Tensor | int, length: int | None = None) -> Any:
+def _cut(value: Any, own: Tensor | int, length: int) -> Any:
     """An output, or several, with the tokens' own positions only: hidden states ``(batch, positions, size)`` and what
     attention has done from them, ``(batch, heads, positions, keys)``.
 
     Args:
         value: the output.
         own: the tokens' positions, ``(batch, tokens)``, or how many positions come before them.
-        length: how many positions there are; that of the first hidden states found if not given.
+        length: how many positions there are.
     """
     if isinstance(value, Mapping):
-        length = value["last_hidden_state"].shape[1] if "last_hidden_state" in value else length
         for name in list(value):
             value[name] = _cut(value[name], own, length)  # type: ignore[index]
         return value
     if isinstance(value, (tuple, list)):
-        length = value[0].shape[1] if length is None else length
         return type(value)(_cut(item, own, length) for item in value)
     dim = {3: 1, 4: 2}.get(value.dim(), 0) if isinstance(value, Tensor) else 0
     if not dim or value.shape[dim] != length:
         return value
-    return value.narrow(dim, own, value.shape[dim] - own) if isinstance(own, int) else _taken(value, own, dim)
+    return value.narrow(dim, own, length - own) if isinstance(own, int) else _taken(value, own, dim)
 
 
 def _counts_distances(host: nn.Module) -> bool:
