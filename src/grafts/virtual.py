@@ -23,15 +23,16 @@ PROMPT, ENCODER = "prompt_embeddings", "prompt_encoder."
 PREFIX = "base_model."
 
 
+DECODER_TOKENS = "On an encoder-decoder: virtual tokens in front of the decoder's input too, and not of the encoder's alone."
+
+
 @config_class
 class VirtualTokensConfig(AdapterConfig):
     """What the configs of methods with virtual tokens have in common."""
 
     num_virtual_tokens: int = option(20, "How many virtual tokens.")
     token_dim: int | None = option(None, "Their size; worked out from the model.")
-    num_transformer_submodules: int | None = option(
-        None, "On an encoder-decoder: 1 for the encoder alone, 2 for both; worked out from the model."
-    )
+    num_transformer_submodules: int | None = option(None, "Worked out, for the file: how many inputs have virtual tokens.")
     num_attention_heads: int | None = option(None, "Worked out from the model, for the file.")
     num_layers: int | None = option(None, "Worked out from the model, for the file.")
 
@@ -106,9 +107,9 @@ class VirtualPart(ModelPart):
 
 
 def takes_tokens(config: VirtualTokensConfig, place: Place, places: Sequence[Place]) -> bool:
-    """Whether virtual tokens come in front of that input: of a decoder only if there are two, or no encoder that takes any."""
+    """Whether virtual tokens come in front of that input: of a decoder if the config says so, or no encoder takes any."""
     encoders = any(other.role == ENCODER_INPUT for other in places)
-    return place.role != DECODER_INPUT or config.num_transformer_submodules != 1 or not encoders
+    return place.role != DECODER_INPUT or bool(getattr(config, "decoder_tokens", False)) or not encoders
 
 
 def narrow_inputs(config: VirtualTokensConfig, places: Sequence[Place], everywhere: Sequence[Place]) -> list[Place]:
@@ -150,6 +151,9 @@ def unpacked(config: VirtualTokensConfig, tensors: Mapping[str, Tensor], targets
         ((path, names["prompt"]) for path, names in targets if "prompt" in names), key=lambda item: "decoder" in item[0]
     )
     lengths = [shape[0] for _, shape in own]
+    if config.num_transformer_submodules == 2 and len(own) == 1 and PROMPT in tensors:
+        # `peft` writes tokens for the decoder too, and puts only the first half, in front of the encoder
+        tensors = {**tensors, PROMPT: tensors[PROMPT][: tensors[PROMPT].shape[0] // 2]}
     pieces = split(tensors, lengths, 0, (sum(lengths), own[0][1][1]))
     return result | {f"{path}.prompt".lstrip("."): piece for (path, _), piece in zip(own, pieces, strict=True)}
 

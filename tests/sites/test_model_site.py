@@ -141,21 +141,21 @@ def test_a_classifier_of_a_decoder_reads_its_last_token_and_not_the_padding() ->
     assert torch.allclose(model(input_ids=padded, attention_mask=(padded != 0).long()).logits[:1], alone, atol=1e-6)
 
 
-@pytest.mark.parametrize("submodules", [1, 2, None])
+@pytest.mark.parametrize("both", [False, True])
 @pytest.mark.parametrize("base", [T5, BART], ids=lambda base: base.name)
-def test_encoder_decoders_have_tokens_in_front_of_both_or_of_the_encoder(base: Base, submodules: int | None) -> None:
-    model = prompted(base.model(), grafts.PromptTuningConfig(num_virtual_tokens=3, num_transformer_submodules=submodules))
+def test_encoder_decoders_have_tokens_in_front_of_both_or_of_the_encoder(base: Base, both: bool) -> None:
+    model = prompted(base.model(), grafts.PromptTuningConfig(num_virtual_tokens=3, decoder_tokens=both))
     twin = base.model()
     inputs = base.inputs()
     mask = torch.ones_like(inputs["input_ids"])
     mask[0, 5:] = 0
     virtual = prompt_of(model)
-    assert len(virtual) == (3 if submodules == 1 else 6)
+    assert len(virtual) == (6 if both else 3)
     encoder, decoder = twin.get_encoder(), twin.get_decoder()
     longer = torch.cat([torch.ones(2, 3, dtype=torch.long), mask], 1)
     embeds = torch.cat([virtual[None, :3].expand(2, -1, -1), encoder.get_input_embeddings()(inputs["input_ids"])], 1)
     decoded = decoder.get_input_embeddings()(inputs["decoder_input_ids"])
-    if submodules != 1:
+    if both:
         decoded = torch.cat([virtual[None, 3:].expand(2, -1, -1), decoded], 1)
     expected = twin(inputs_embeds=embeds, attention_mask=longer, decoder_inputs_embeds=decoded).logits
     result = model(**inputs, attention_mask=mask)

@@ -232,7 +232,7 @@ def _prepare(model: nn.Module, name: str, path: Path, allow_pickle: bool) -> tup
     _check(tensors, wanted, f"adapter {name!r} from {str(path)!r} does not fit this {type(model).__name__}")
     parts = build_parts(model, made, name, tensors, blanks)
     _check_tied(made, parts, tensors, str(path))
-    return LoadReport(name, path, made, len(tensors), checkpoint.size, tuple(sorted(same))), parts
+    return LoadReport(name, path, made, len(checkpoint.tensors) - len(same), checkpoint.size, tuple(sorted(same))), parts
 
 
 def _base_weights_in(body: Anatomy, config: AdapterConfig, tensors: Mapping[str, Tensor]) -> tuple[list[str], set[str]]:

@@ -13,6 +13,7 @@ from grafts.attentions import DECODER_INPUT, ENCODER_INPUT, INPUT
 from grafts.config import config, option
 from grafts.methods import Files, Parts, Place, method
 from grafts.virtual import (
+    DECODER_TOKENS,
     PREFIX,
     VirtualPart,
     VirtualTokensConfig,
@@ -37,9 +38,10 @@ class PromptEncoderConfig(VirtualTokensConfig):
     encoder_num_layers: int = option(2, "How many layers an LSTM has.")
     encoder_dropout: float = option(0.0, "Dropout between the layers of an LSTM, while training.")
     flat: bool = option(False, "Only what the network has made, as in files that do not hold it; training goes on with that.")
+    decoder_tokens: bool = option(False, DECODER_TOKENS)
 
     peft_type: ClassVar[str] = "P_TUNING"
-    own_fields: ClassVar[frozenset[str]] = VirtualTokensConfig.own_fields | {"flat"}
+    own_fields: ClassVar[frozenset[str]] = VirtualTokensConfig.own_fields | {"flat", "decoder_tokens"}
 
     def __post_init__(self) -> None:
         """Refuse values that cannot be."""

@@ -13,6 +13,7 @@ from grafts.config import config, option
 from grafts.errors import ConfigError
 from grafts.methods import Files, Place, method
 from grafts.virtual import (
+    DECODER_TOKENS,
     PREFIX,
     VirtualPart,
     VirtualTokensConfig,
@@ -41,9 +42,10 @@ class PromptTuningConfig(VirtualTokensConfig):
     tokenizer_name_or_path: str | None = option(None, "The tokenizer that makes the text into tokens.")
     tokenizer_kwargs: dict[str, Any] | None = option(None, "What else AutoTokenizer.from_pretrained is given.")
     after_first: bool = option(False, "Put them after the first token (BOS, CLS) and not before it.")
+    decoder_tokens: bool = option(False, DECODER_TOKENS)
 
     peft_type: ClassVar[str] = "PROMPT_TUNING"
-    own_fields: ClassVar[frozenset[str]] = VirtualTokensConfig.own_fields | {"after_first"}
+    own_fields: ClassVar[frozenset[str]] = VirtualTokensConfig.own_fields | {"after_first", "decoder_tokens"}
 
     def __post_init__(self) -> None:
         """Refuse values that cannot be."""
