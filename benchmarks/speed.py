@@ -1,12 +1,16 @@
 """How fast training steps and the verbs are, as ratios to the frozen base, to the limit, and to `peft`, in one run.
 
-    python -m benchmarks.speed [--rounds 15] [--sizes small medium large] [--methods lora ia3 dora]
+    python -m benchmarks.speed [--rounds 15] [--sizes small medium large] [--methods lora ia3 ...] [--only-steps]
 
 - floor: the frozen base's own forward, and forward + backward down to its input embeddings.
 - limit: the floor plus the adapter's own floating-point work on the same shapes: for LoRA six matrix products a target, for
-  (IA)3 one multiplication forward and backward and one of the gradient with the activation, summed over the batch.
+  (IA)3 one multiplication forward and backward and one of the gradient with the activation, summed over the batch; inside
+  attention the products of queries with the keys and of weights with the values of the prompt or prefix, and for a prompt
+  its projections.
 - grafts, peft: the same model with LoRA or DoRA r=16 on every linear, or (IA)3 on every key, value and down projection; no
-  dropout. DoRA is measured beside LoRA.
+  dropout. DoRA is measured beside LoRA. An adaption prompt has 10 tokens in every layer, a prefix 20.
+
+With --only-steps what today's file holds of other methods and of the verbs stays in it.
 
 Every round measures all of them, in an order that rotates, and a figure is the median of the rounds' ratios. On a CPU one
 thread and the process's CPU time; on a GPU device events. Writes benchmarks/results/DATE-speed-DEVICE.json.
@@ -42,6 +46,7 @@ import grafts
 from grafts.registry import parts_of
 
 RANK = 16
+METHODS = ["lora", "ia3", "dora", "adaption_prompt", "prefix_tuning"]
 SIZES = {
     "small": {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 4, "num_attention_heads": 8, "rows": 4},
     "medium": {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 3, "num_attention_heads": 16, "rows": 4},
@@ -93,10 +98,14 @@ def llama(size: str) -> nn.Module:
     return LlamaForCausalLM(config).to(DEVICE, DTYPE).requires_grad_(False)
 
 
-def config(library: object, method: str = "lora") -> object:
+def config(library: object, method: str = "lora", layers: int | None = None) -> object:
     if method == "ia3":
         targets = ["k_proj", "v_proj", "down_proj"]
         return library.IA3Config(target_modules=targets, feedforward_modules=["down_proj"])  # type: ignore[attr-defined]
+    if method == "adaption_prompt":
+        return library.AdaptionPromptConfig(adapter_len=10, adapter_layers=layers, task_type="CAUSAL_LM")  # type: ignore[attr-defined]
+    if method == "prefix_tuning":
+        return library.PrefixTuningConfig(num_virtual_tokens=20, task_type="CAUSAL_LM")  # type: ignore[attr-defined]
     options = {"r": RANK, "lora_alpha": RANK, "lora_dropout": 0.0, "target_modules": "all-linear"}
     return library.LoraConfig(**options, use_dora=method == "dora")  # type: ignore[attr-defined]
 
@@ -161,6 +170,45 @@ def scalings(model: nn.Module, rows: int, *, backward: bool) -> Step:
     return step
 
 
+def attention_products(model: nn.Module, rows: int, *, backward: bool) -> Step:
+    """What a prompt or a prefix multiplies in attention, alone, into buffers that are there."""
+    jobs: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def job(left: Tensor, right: Tensor) -> None:
+        shape = (*left.shape[:-1], right.shape[-1])
+        jobs.append((left, right, torch.empty(shape, device=DEVICE, dtype=DTYPE)))
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=DEVICE, dtype=DTYPE)
+
+    heads, size = model.config.num_attention_heads, model.config.head_dim
+    for path, part in parts_of(model, "default"):
+        if not hasattr(part, "beside"):
+            continue
+        prompt = getattr(part, "adaption_prompt", None)
+        length = 20 if prompt is None else prompt.shape[1]
+        query, keys, weights = (random(rows * heads, *shape) for shape in ((LENGTH, size), (length, size), (LENGTH, length)))
+        job(query, keys.mT)
+        job(weights, keys)
+        if backward:  # to the weights and the values, to the queries and the keys
+            job(query, keys.mT)
+            job(weights.mT, query)
+            job(weights, keys)
+            job(weights.mT, query)
+        if prompt is not None:
+            attention = model.get_submodule(path)
+            for linear in (attention.k_proj, attention.v_proj):
+                job(prompt[0].detach().to(DTYPE), linear.weight.T)
+                if backward:
+                    job(random(length, linear.out_features), linear.weight)
+
+    def step() -> None:
+        for left, right, result in jobs:
+            torch.matmul(left, right, out=result)
+
+    return step
+
+
 def peak_bytes(step: Step) -> int:
     """The most that one step holds beyond what was there before it."""
     step()
@@ -186,7 +234,7 @@ def steps(size: str, rounds: int, method: str) -> dict[str, float]:
     models = {
         "floor": base,
         "grafts": grafts.add(copy.deepcopy(base), config(grafts, method)),
-        "peft": peft.get_peft_model(copy.deepcopy(base), config(peft, method)),
+        "peft": peft.get_peft_model(copy.deepcopy(base), config(peft, method, base.config.num_hidden_layers)),
     }
     if method == "dora":
         models |= {"grafts LoRA": grafts.add(copy.deepcopy(base), config(grafts))}
@@ -195,7 +243,7 @@ def steps(size: str, rounds: int, method: str) -> dict[str, float]:
     for kind, make in (("forward", forward), ("training", training)):
         measured: dict[str, Step] = {name: make(model, embeddings) for name, model in models.items()}
         if method != "dora":
-            work = products if method == "lora" else scalings
+            work = {"lora": products, "ia3": scalings}.get(method, attention_products)
             measured["work"] = work(models["grafts"], rows, backward=kind == "training")
             measured["idle"] = make(grafts.deactivate(copy.deepcopy(models["grafts"])), embeddings)
         found = interleaved(measured, rounds)
@@ -349,13 +397,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["small", "medium", "large"])
-    parser.add_argument("--methods", nargs="+", choices=["lora", "ia3", "dora"], default=["lora", "ia3", "dora"])
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
+    parser.add_argument("--only-steps", action="store_true")
     parser.add_argument("--adapters", type=int, default=64)
     given = parser.parse_args()
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     console = Console(width=110)
-    result: dict[str, object] = {"machine": machine(), "rank": RANK, "rounds": given.rounds, "steps": {}, "verbs": {}}
     measured = {method: {size: steps(size, given.rounds, method) for size in given.sizes} for method in given.methods}
     for method, by_size in measured.items():
         table = Table(box=None, header_style="bold")
@@ -365,13 +413,14 @@ def main() -> None:
         for row in next(iter(by_size.values())):
             table.add_row(row, *(f"{by_size[size][row]:.3f}" for size in by_size))
         console.print(table)
-    times = verbs(given.rounds) | loading(given.rounds) | crowd(given.adapters)
-    for name, value in times.items():
-        console.print(f"{name:<48}{value:>12.3f}", highlight=False)
-    result |= {"steps": measured, "verbs": times}
     kind = "cuda" if CUDA else "cpu"
     file = Path(__file__).parent / "results" / f"{datetime.date.today()}-speed-{kind}.json"
-    file.write_text(json.dumps(result, indent=2) + "\n")
+    before = json.loads(file.read_text()) if given.only_steps and file.exists() else {"steps": {}, "verbs": {}}
+    times = before["verbs"] if given.only_steps else verbs(given.rounds) | loading(given.rounds) | crowd(given.adapters)
+    for name, value in times.items():
+        console.print(f"{name:<48}{value:>12.3f}", highlight=False)
+    about = {"machine": machine(), "rank": RANK, "rounds": given.rounds}
+    file.write_text(json.dumps(about | {"steps": before["steps"] | measured, "verbs": times}, indent=2) + "\n")
     console.print(f"written to {file}")
 
 
