@@ -11,7 +11,7 @@ def capabilities(method: Method) -> str:
     """The record of a method as a section in Markdown."""
     rows = {
         "stands beside": ", ".join(sorted(method.layers)),
-        "targets if none are named": " and ".join(", ".join(sorted(roles)) for roles in method.default_roles),
+        "targets if none are named": " and ".join(", ".join(sorted(r)) for r in method.default_roles(method.config())),
         "a fresh adapter leaves the output bitwise": "yes" if method.inert else "no",
         "merge and unmerge": "yes" if method.mergeable else "no",
         "rows of a batch can choose": "yes" if method.routable else "no",
