@@ -1,5 +1,5 @@
 # Each target makes the virtual environment that it needs; PYTHON=python3.12 make ... chooses another interpreter.
-.PHONY: demo test check bench docs test-matrix format clean
+.PHONY: demo test check bench docs test-matrix test-adapterhub format clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -30,6 +30,12 @@ docs: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.speed
+
+# AdapterHub's library needs an older transformers, and so an environment of its own.
+test-adapterhub: $(VENV)/.dev
+	scripts/venv.sh .venv-hub dev transformers==4.57.6 datasets accelerate
+	.venv-hub/bin/python -m pip install --quiet --disable-pip-version-check adapters==1.3.0
+	$(BIN)/python -m pytest tests/checkpoints/test_adapterhub_files.py
 
 # The suite on the oldest and the newest supported transformers, each in its own environment.
 test-matrix:

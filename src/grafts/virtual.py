@@ -56,17 +56,19 @@ def model_sizes(host: nn.Module) -> dict[str, Any]:
     }
 
 
-def split(tensors: Mapping[str, Tensor], sizes: Sequence[int], dim: int, shape: tuple[int, int]) -> list[Tensor]:
-    """The pieces of a file's ``prompt_embeddings``.
+def split(
+    tensors: Mapping[str, Tensor], sizes: Sequence[int], dim: int, shape: tuple[int, int], name: str = PROMPT
+) -> list[Tensor]:
+    """The pieces of a file's ``prompt_embeddings``, or of what is called so.
 
     Raises:
         CheckpointError: it is not there, or has another shape.
     """
-    if PROMPT not in tensors:
-        raise CheckpointError(f"missing {PROMPT!r} in the file; it holds {', '.join(sorted(tensors)[:6]) or 'nothing'}")
-    there = tensors[PROMPT]
+    if name not in tensors:
+        raise CheckpointError(f"missing {name!r} in the file; it holds {', '.join(sorted(tensors)[:6]) or 'nothing'}")
+    there = tensors[name]
     if tuple(there.shape) != shape:
-        raise CheckpointError(f"{PROMPT!r} is {tuple(there.shape)} in the file and {shape} here")
+        raise CheckpointError(f"{name!r} is {tuple(there.shape)} in the file and {shape} here")
     return list(torch.split(there, list(sizes), dim))
 
 
@@ -143,12 +145,12 @@ def packed(config: VirtualTokensConfig, parts: Parts) -> dict[str, Tensor]:
 def unpacked(config: VirtualTokensConfig, tensors: Mapping[str, Tensor], targets: Sequence[FileTarget]) -> dict[str, Tensor]:
     """The parts' tensors by path and name."""
     result = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items() if name.startswith(PREFIX)}
-    owner = next((path for path, names in targets if any(name.startswith("encoder.") for name in names)), None)
+    owner = next((path for path, names, _ in targets if any(name.startswith("encoder.") for name in names)), None)
     if owner is not None:
         encoder = {name: tensor for name, tensor in tensors.items() if name.startswith(ENCODER)}
         return result | {f"{owner}.{name.removeprefix('prompt_')}".lstrip("."): tensor for name, tensor in encoder.items()}
     own = sorted(
-        ((path, names["prompt"]) for path, names in targets if "prompt" in names), key=lambda item: "decoder" in item[0]
+        ((path, names["prompt"]) for path, names, _ in targets if "prompt" in names), key=lambda item: "decoder" in item[0]
     )
     lengths = [shape[0] for _, shape in own]
     if config.num_transformer_submodules == 2 and len(own) == 1 and PROMPT in tensors:

@@ -7,15 +7,15 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
 
-from grafts.checkpoints import peft
+from grafts.checkpoints import adapterhub, peft
 from grafts.checkpoints.files import write_all
 from grafts.config import AdapterConfig
-from grafts.errors import AdapterNameError, CheckpointError, did_you_mean
+from grafts.errors import AdapterNameError, CheckpointError, ConfigError, did_you_mean
 from grafts.matching import matches, within
 from grafts.methods import method_of
 from grafts.planning import ALL_LINEAR, Plan
@@ -57,7 +57,13 @@ class LoadReport:
         return "\n".join(lines)
 
 
-def save(model: nn.Module, name: str | Sequence[str], path: str | os.PathLike[str]) -> Path:
+def save(
+    model: nn.Module,
+    name: str | Sequence[str],
+    path: str | os.PathLike[str],
+    *,
+    layout: Literal["peft", "adapterhub"] = "peft",
+) -> Path:
     """Write an adapter in the layout of `peft`: ``adapter_config.json``, ``adapter_model.safetensors``, ``README.md``.
 
     Written whole or not at all: a process killed on the way leaves the old checkpoint or the new one.
@@ -66,18 +72,20 @@ def save(model: nn.Module, name: str | Sequence[str], path: str | os.PathLike[st
         model: the model that carries the adapter.
         name: which adapter; several are written together, each into the folder of its name.
         path: the directory; made if needed, other files in it stay.
+        layout: ``"adapterhub"`` writes a prefix as that library reads it.
 
     Returns:
         The directory.
 
     Raises:
         AdapterNameError: there is no such adapter, or its name cannot be that of a folder.
+        ConfigError: the adapter has no place in that layout, or there is no such layout.
         CheckpointError: the directory cannot be written.
     """
     if isinstance(name, str):
-        files = checkpoint_files(model, name)
+        files = checkpoint_files(model, name, layout)
     else:
-        files = {f"{_folder(n)}/{file}": data for n in name for file, data in checkpoint_files(model, n).items()}
+        files = {f"{_folder(n)}/{file}": data for n in name for file, data in checkpoint_files(model, n, layout).items()}
     write_all(Path(path), files)
     return Path(path)
 
@@ -88,15 +96,21 @@ def _folder(name: str) -> str:
     return name
 
 
-def checkpoint_files(model: nn.Module, name: str) -> dict[str, bytes]:
+def checkpoint_files(model: nn.Module, name: str, layout: str = "peft") -> dict[str, bytes]:
     """The files of an adapter's checkpoint, by name.
 
     Raises:
         AdapterNameError: there is no such adapter.
+        ConfigError: the adapter has no place in that layout, or there is no such layout.
     """
     inner = unwrapped(model)
     registry = registry_of(inner)
-    registry.require(name)
+    made = registry.require(name)
+    if layout == "adapterhub":
+        roles = {target.path: target.role for target in made.targets}
+        return adapterhub.files_of(inner, name, made.config, dict(parts_of(inner, name)), roles)
+    if layout != "peft":
+        raise ConfigError(f"there is no layout {layout!r}; it is 'peft' or 'adapterhub'")
     method = registry.plans[name].method
     files = method.files
     own = registry.own_parts(name)
@@ -214,7 +228,8 @@ def load(
 
 def _prepare(model: nn.Module, name: str, path: Path, allow_pickle: bool) -> tuple[LoadReport, list[tuple[str, Part]]]:
     """An adapter of a checkpoint, checked and made, without touching the model."""
-    checkpoint = peft.read(path, allow_pickle=allow_pickle)
+    foreign = adapterhub.recognises(path)
+    checkpoint = (adapterhub if foreign else peft).read(path, allow_pickle=allow_pickle)
     config, files = checkpoint.config, method_of(checkpoint.config).files
     body = anatomy(model)
     blanks: dict[tuple[str, str], Part] = {}
@@ -223,10 +238,13 @@ def _prepare(model: nn.Module, name: str, path: Path, allow_pickle: bool) -> tup
         replaced, same = _base_weights_in(body, config, given)
         made = prepare_plan(model, config, name=name, lenient=True, replaced=replaced, body=body, blanks=blanks)
     else:
+        if foreign:
+            adapterhub.refuse_relative(model)
         config, same = files.config(config, checkpoint.tensors), set()
         made = prepare_plan(model, config, name=name, lenient=True, body=body, blanks=blanks)
-        own = [(target.path, target.tensors) for target in made.targets if target.kind == made.method.name]
-        given = dict(files.unpack(config, checkpoint.tensors, own))
+        own = [(target.path, target.tensors, target.role) for target in made.targets if target.kind == made.method.name]
+        named = adapterhub.fitted(checkpoint.tensors, own) if foreign else checkpoint.tensors
+        given = dict(files.unpack(config, named, own))
     tensors = {key: tensor for key, tensor in given.items() if key not in same}
     wanted = {f"{target.path}.{key}".lstrip("."): shape for target in made.targets for key, shape in target.tensors.items()}
     _check(tensors, wanted, f"adapter {name!r} from {str(path)!r} does not fit this {type(model).__name__}")

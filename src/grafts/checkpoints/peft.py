@@ -113,16 +113,9 @@ def read_config(directory: Path) -> AdapterConfig:
         CheckpointError: there is no such file, or it is not a JSON object that names a method.
         ConfigError: the method or an option is not known.
     """
-    file = find(directory, CONFIG_FILE)
-    if file is None:
-        there = sorted(p.name for p in directory.iterdir())[:8] if directory.is_dir() else None
-        found = "no such directory" if there is None else f"it holds {', '.join(there) or 'nothing'}"
-        raise CheckpointError(f"{str(directory)!r} holds no {CONFIG_FILE}: {found}")
-    try:
-        data = json.loads(file.read_text("utf-8"))
-    except (ValueError, OSError, RecursionError) as error:
-        raise CheckpointError(f"{str(file)!r} is not JSON: {error}") from error
-    if not isinstance(data, dict) or not isinstance(data.get("peft_type"), str):
+    data = read_json(directory)
+    file = directory / CONFIG_FILE
+    if not isinstance(data.get("peft_type"), str):
         raise CheckpointError(f"{str(file)!r} names no 'peft_type', the method of the adapter")
     method = method_named(data.pop("peft_type"))
     data.pop("peft_version", None)
@@ -134,11 +127,40 @@ def read_config(directory: Path) -> AdapterConfig:
         raise CheckpointError(f"{str(file)!r} holds a value of the wrong type: {error}") from error
 
 
+def read_json(directory: Path) -> dict[str, Any]:
+    """What a directory's ``adapter_config.json`` holds.
+
+    Raises:
+        CheckpointError: there is no such file, or it is not a JSON object.
+    """
+    file = find(directory, CONFIG_FILE)
+    if file is None:
+        there = sorted(p.name for p in directory.iterdir())[:8] if directory.is_dir() else None
+        found = "no such directory" if there is None else f"it holds {', '.join(there) or 'nothing'}"
+        raise CheckpointError(f"{str(directory)!r} holds no {CONFIG_FILE}: {found}")
+    try:
+        data = json.loads(file.read_text("utf-8"))
+    except (ValueError, OSError, RecursionError) as error:
+        raise CheckpointError(f"{str(file)!r} is not JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{str(file)!r} names no 'peft_type', the method of the adapter")
+    return data
+
+
 def _read_pickled(directory: Path, config: AdapterConfig, allow_pickle: bool) -> Checkpoint:
     file = find(directory, PICKLE_FILE)
     if file is None:
         raise CheckpointError(f"{str(directory)!r} holds no {TENSOR_FILE}")
-    if not allow_pickle:
+    return Checkpoint(directory, config, read_pickle(file, allow_pickle), file.stat().st_size)
+
+
+def read_pickle(file: Path, allowed: bool) -> dict[str, Tensor]:
+    """The tensors of a pickle, of which nothing but tensors is unpickled.
+
+    Raises:
+        CheckpointError: it was not ``allowed``, or holds more than tensors, or is broken.
+    """
+    if not allowed:
         raise CheckpointError(
             f"{str(file)!r} is a pickle, which can run code when it is loaded. To convert it, load it once with "
             "grafts.load(model, path, allow_pickle=True) from a source that you trust and write it with grafts.save, "
@@ -150,4 +172,4 @@ def _read_pickled(directory: Path, config: AdapterConfig, allow_pickle: bool) ->
         raise CheckpointError(f"{str(file)!r} holds more than tensors, or is broken: {error}") from error
     if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise CheckpointError(f"{str(file)!r} is not a dictionary of tensors")
-    return Checkpoint(directory, config, tensors, file.stat().st_size)
+    return tensors

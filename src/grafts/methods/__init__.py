@@ -55,7 +55,7 @@ Values = Callable[[Mapping[str, Any], Parts], Mapping[str, Any]]
 Attached = Callable[[Any, Parts], None]
 Roles = tuple[frozenset[str], ...]
 Narrow = Callable[[Any, Sequence[Place], Sequence[Place]], Sequence[Place]]
-FileTarget = tuple[str, Mapping[str, Any]]  # the path of a target, and the shapes of its tensors by name
+FileTarget = tuple[str, Mapping[str, Any], str]  # the path of a target, the shapes of its tensors by name, its role
 Combine = Callable[[Sequence[tuple[Any, Parts, float]], Blend], tuple[AdapterConfig, Mapping[str, Tensor]]]
 
 

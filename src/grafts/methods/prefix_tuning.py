@@ -19,7 +19,7 @@ from grafts.sites.model import ModelPart
 from grafts.sites.site import Part
 from grafts.virtual import PREFIX, PROMPT, VirtualTokensConfig, encoder_tensors, has_encoder, split
 
-_ROLES = {"self": SELF_ATTENTION, "cross": CROSS_ATTENTION, "encoder": ENCODER_ATTENTION}
+LOCATIONS = {"self": SELF_ATTENTION, "cross": CROSS_ATTENTION, "encoder": ENCODER_ATTENTION}
 
 
 @config
@@ -53,7 +53,9 @@ class PrefixTuningConfig(VirtualTokensConfig):
         if isinstance(self.attention, str):
             object.__setattr__(self, "attention", (self.attention,))
         super().__post_init__()
-        self.require("attention", bool(self.attention) and set(self.attention) <= set(_ROLES), f"some of {', '.join(_ROLES)}")
+        self.require(
+            "attention", bool(self.attention) and set(self.attention) <= set(LOCATIONS), f"some of {', '.join(LOCATIONS)}"
+        )
         self.require("init_weights", self.init_weights in (None, "zero"), "'zero' or left out")
         size = self.encoder_hidden_size
         self.require("encoder_hidden_size", size is None or (isinstance(size, int) and size > 0), "a positive number")
@@ -211,18 +213,28 @@ def unpacked(config: PrefixTuningConfig, tensors: Mapping[str, Tensor], targets:
     """The parts' tensors by path and name."""
     result = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items() if name.startswith(PREFIX)}
     if config.prefix_projection:
-        path = next(path for path, names in targets if any(name.startswith("encoder.") for name in names))
+        path = next(path for path, names, _ in targets if any(name.startswith("encoder.") for name in names))
         encoder = {name: t for name, t in tensors.items() if name.startswith("prompt_encoder.")}
         return result | {f"{path}.{name.removeprefix('prompt_')}": tensor for name, tensor in encoder.items()}
-    own = [(path, names["prefix"]) for path, names in targets if "prefix" in names]
-    widths = [shape[1] for _, shape in own]
-    pieces = split(tensors, widths, 1, (own[0][1][0], sum(widths)))
-    return result | {f"{path}.prefix".lstrip("."): piece for (path, _), piece in zip(own, pieces, strict=True)}
+    everything = [(path, names["prefix"], role) for path, names, role in targets if "prefix" in names]
+    groups = {PROMPT: everything}
+    if PROMPT not in tensors and any(name.startswith(f"{PROMPT}.") for name in tensors):
+        groups = {f"{PROMPT}.{name}": [t for t in everything if t[2] == role] for name, role in LOCATIONS.items()}
+    for name, own in groups.items():
+        widths = [shape[1] for _, shape, _ in own]
+        pieces = split(tensors, widths, 1, (config.num_virtual_tokens, sum(widths)), name) if own else []
+        result |= {f"{path}.prefix".lstrip("."): piece for (path, _, _), piece in zip(own, pieces, strict=True)}
+    return result
 
 
 def from_file(config: PrefixTuningConfig, tensors: Mapping[str, Tensor]) -> PrefixTuningConfig:
-    """Without the MLP where the file holds only what it gave."""
-    return config if has_encoder(tensors) else replace(config, prefix_projection=False)
+    """Without the MLP where the file holds only what it gave; for the attention that has a prefix of its own in the file."""
+    there = tuple(name for name in LOCATIONS if f"{PROMPT}.{name}" in tensors)
+    return replace(
+        config,
+        prefix_projection=config.prefix_projection and has_encoder(tensors),
+        attention=there or config.attention,
+    )
 
 
 @method(
@@ -230,7 +242,7 @@ def from_file(config: PrefixTuningConfig, tensors: Mapping[str, Tensor]) -> Pref
     title="Prefix tuning",
     config=PrefixTuningConfig,
     layers={"attending", "input"},
-    default_roles=lambda config: ({_ROLES[name] for name in config.attention},),
+    default_roles=lambda config: ({LOCATIONS[name] for name in config.attention},),
     inert=False,
     mergeable=False,
     source="Li & Liang 2021, https://arxiv.org/abs/2101.00190",

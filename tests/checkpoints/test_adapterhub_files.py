@@ -1,0 +1,133 @@
+"""Prefixes in AdapterHub's layout: its own files give its outputs, and it reads ours."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import grafts
+from conftest import randomise
+
+ROOT = Path(__file__).parents[2]
+DATA = ROOT / "tests" / "data" / "adapterhub"  # made by scripts/adapterhub_reference.py
+CASES = sorted(path.name for path in DATA.iterdir())
+PEER = ROOT / ".venv-hub" / "bin" / "python"
+sys.path.append(str(ROOT / "scripts"))
+
+
+def base(case: str) -> tuple[nn.Module, dict[str, Tensor], Tensor]:
+    """The base of a case, its inputs and its expected output."""
+    from adapterhub_reference import model
+
+    data = load_file(DATA / case / "case.safetensors")
+    inputs = {name.removeprefix("input."): tensor for name, tensor in data.items() if name.startswith("input.")}
+    made = model(case)
+    made.load_state_dict({n: t for n, t in data.items() if n != "output" and not n.startswith("input.")})
+    return made.requires_grad_(False), inputs, data["output"]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kernel", ["eager", "sdpa"])
+@pytest.mark.parametrize("case", [name for name in CASES if not name.startswith("t5")])
+def test_files_of_adapterhub_give_its_outputs(case: str, kernel: str) -> None:
+    from adapterhub_reference import output
+
+    model, inputs, expected = base(case)
+    model.set_attn_implementation(kernel)
+    bare = output(case, model, inputs)
+    grafts.load(model, DATA / case / "adapter", name="any", allow_pickle=True)
+    torch.testing.assert_close(output(case, model, inputs), expected, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(bare, expected, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", ["bert-gated", "gpt2"])
+def test_our_files_come_back_and_adapterhub_reads_them(case: str, tmp_path: Path) -> None:
+    from adapterhub_reference import output
+
+    like = next(name for name in CASES if name.startswith(case.split("-", maxsplit=1)[0]))
+    model, inputs, _ = base(like)
+    config = grafts.PrefixTuningConfig(
+        num_virtual_tokens=4, count_positions=False, use_gating="gated" in case, prefix_projection=True
+    )
+    grafts.add(model, config, name="en")
+    randomise(model, "en")
+    expected = output(like, model, inputs)
+    folder = tmp_path / like
+    grafts.save(model, "en", folder / "adapter", layout="adapterhub")
+    again, _, _ = base(like)
+    grafts.load(again, folder / "adapter", allow_pickle=True)
+    torch.testing.assert_close(output(like, again, inputs), expected, rtol=1e-5, atol=1e-5)
+    if not PEER.exists():
+        return
+    data = load_file(DATA / like / "case.safetensors")
+    save_file(data | {"output": expected.contiguous()}, folder / "case.safetensors")
+    command = [str(PEER), str(ROOT / "scripts" / "adapterhub_reference.py"), "read", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert "the same" in done.stdout, done.stderr
+
+
+def test_what_has_no_place_in_that_layout_is_refused(tmp_path: Path) -> None:
+    model, _, _ = base("bert-flat")
+    grafts.add(model, grafts.LoraConfig(), name="lora")
+    grafts.add(model, grafts.PrefixTuningConfig(), name="counted")
+    with pytest.raises(grafts.ConfigError, match="layout of AdapterHub is here for prefix tuning"):
+        grafts.save(model, "lora", tmp_path, layout="adapterhub")
+    with pytest.raises(grafts.ConfigError, match="counts positions"):
+        grafts.save(model, "counted", tmp_path, layout="adapterhub")
+    with pytest.raises(grafts.ConfigError, match="no layout 'hub'"):
+        grafts.save(model, "lora", tmp_path, layout="hub")  # type: ignore[call-overload]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_files_that_cannot_be_read_say_why_and_touch_nothing(tmp_path: Path) -> None:
+    model, _, _ = base("bert-flat")
+    with pytest.raises(grafts.CheckpointError, match="is a pickle"):
+        grafts.load(model, DATA / "bert-flat" / "adapter")
+    folder = tmp_path / "adapter"
+    shutil.copytree(DATA / "bert-flat" / "adapter", folder)
+    file = folder / "adapter_config.json"
+    original = json.loads(file.read_text())
+    for changes, message in (
+        ({"architecture": "lora"}, "architecture 'lora'"),
+        ({"leave_out": [1]}, r"leave_out=\[1\] cannot be honoured"),
+        ({"non_linearity": "relu"}, "non_linearity='relu'"),
+        ({"prefix_length": 5}, "a prefix of 192 numbers is none of 5 tokens"),
+    ):
+        file.write_text(json.dumps(original | {"config": original["config"] | changes}))
+        with pytest.raises((grafts.ConfigError, grafts.CheckpointError), match=message):
+            grafts.load(model, folder, allow_pickle=True)
+    file.write_text(json.dumps(original))
+    torch.save({"something.else": torch.zeros(2)}, folder / "pytorch_adapter.bin")
+    with pytest.raises(grafts.CheckpointError, match=r"'something\.else' is no tensor of a prefix"):
+        grafts.load(model, folder, allow_pickle=True)
+    save_file({"prefix_tuning.prefix_tunings.en.self_prefix.control_trans": torch.zeros(8)}, folder / "adapter.safetensors")
+    with pytest.raises(grafts.CheckpointError, match="a prefix of 8 numbers is none of 3 tokens"):
+        grafts.load(model, folder)
+    for name in ("pytorch_adapter.bin", "adapter.safetensors"):
+        (folder / name).unlink()
+    with pytest.raises(grafts.CheckpointError, match=r"holds no pytorch_adapter\.bin"):
+        grafts.load(model, folder, allow_pickle=True)
+    for case, others in (("gpt2-flat", "bert-mlp"), ("t5-flat", "bert-flat")):
+        other, _, _ = base(case)
+        with pytest.raises((grafts.CheckpointError, grafts.ConfigError)):
+            grafts.load(other, DATA / others / "adapter", allow_pickle=True)
+        assert grafts.adapters(other) == {}
+    assert grafts.adapters(model) == {}
+
+
+def test_t5_is_refused_because_that_library_moves_its_distances(tmp_path: Path) -> None:
+    model, _, _ = base("t5-flat")
+    with pytest.raises(grafts.ConfigError, match="moves the distances between the tokens"):
+        grafts.load(model, DATA / "t5-flat" / "adapter", allow_pickle=True)
+    grafts.add(model, grafts.PrefixTuningConfig(), name="en")
+    with pytest.raises(grafts.ConfigError, match="moves the distances between the tokens"):
+        grafts.save(model, "en", tmp_path, layout="adapterhub")
