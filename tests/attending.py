@@ -208,4 +208,6 @@ def slow_prefixes(monkeypatch: pytest.MonkeyPatch, hosts: Mapping[nn.Module, Ten
 def _everywhere(monkeypatch: pytest.MonkeyPatch, hosts: Any, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
     for name in {type(host).__module__ for host in hosts}:
         module = sys.modules[name]
+        if not hasattr(module, "eager_attention_forward"):
+            pytest.skip("in this version of transformers it computes attention on its own")
         monkeypatch.setattr(module, "eager_attention_forward", wrap(module.eager_attention_forward))

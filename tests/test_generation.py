@@ -148,8 +148,9 @@ def test_generate_equals_a_loop_over_full_forwards(
     else:
         expected = slow(model, tokens, mask, lambda logits: logits.argmax(-1, keepdim=True))
     assert torch.equal(result, expected)
-    bare = grafts.deactivate(model).generate(tokens, **settings | {"do_sample": False})
-    assert not torch.equal(result, bare)
+    decoded = torch.zeros(3, 1, dtype=torch.long) if name == "t5" else None
+    moved = full_forward(model, tokens, mask, decoded)
+    assert not torch.allclose(moved, full_forward(grafts.deactivate(model), tokens, mask, decoded), atol=1e-2)
 
 
 @torch.no_grad()

@@ -13,7 +13,8 @@ from typing import Any
 
 from torch import nn
 
-from grafts.sites.attention import real_config, route_of
+from grafts.sites.attention import real_config
+from grafts.sites.interception import route_of
 from grafts.weights import Layer
 
 SELF_ATTENTION, CROSS_ATTENTION, ENCODER_ATTENTION = "self-attention", "cross-attention", "encoder self-attention"
@@ -64,8 +65,8 @@ def attending_modules(
 
 
 def _apart(module: nn.Module, names: Mapping[str, str]) -> tuple[str, str] | None:
-    """The names of the linears for keys and values of a module that calls the kernel itself and norms its keys nowhere."""
-    if route_of(type(module)) != "call" or not {"key", "value"} <= set(names):  # type: ignore[arg-type]
+    """The names of the linears for keys and values of a module that does attention itself and norms its keys nowhere."""
+    if route_of(type(module)) == "interface" or not {"key", "value"} <= set(names):  # type: ignore[arg-type]
         return None
     normed = any(re.search(r"(^|_)k(ey)?_?(norm|ln)|norm_?k(ey)?$", name) for name, _ in module.named_children())
     return None if normed else (names["key"], names["value"])

@@ -189,6 +189,8 @@ def _chosen(body: Anatomy, config: AdapterConfig, method: Method, copied: Sequen
         paths = _matched(body, "target_modules", wanted, lenient, apart_from=copied)
     excluded = _matched(body, "exclude_modules", config.exclude_modules or (), lenient)
     paths = _in_layers([path for path in paths if path not in excluded], config)
+    if method.layers <= {"attending", "input"}:  # a name may be that of attention and of what stands around it
+        paths = [path for path in paths if path in body.layers and body.layers[path].kind in method.layers] or paths
     extras = getattr(config, "trainable_token_indices", None) is not None and wanted == ()
     if not paths and not (lenient and copied) and not extras:
         raise UnmatchedTargetError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch import nn
 
 import grafts
 from attending import ARCHITECTURES, CUSTOM, Architecture, read_prompt, slow_prefixes, slow_prompts
-from bases import BY_NAME, ids, noise
+from bases import BY_NAME, SDPABlock, ids, noise
 from conftest import randomise
 from grafts.registry import parts_of
 from grafts.sites.attention import AttendingPart, ConfigView
@@ -158,6 +159,55 @@ def test_a_module_that_calls_the_kernel_itself_is_reached(monkeypatch: pytest.Mo
         assert torch.equal(CUSTOM.base.output(grafts.detach(model)), bare)
 
 
+class SteppedBlock(SDPABlock):
+    """The same attention, written out."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.norm1(x)
+        q, k, v = (w(h).unflatten(-1, (2, -1)).transpose(1, 2) for w in (self.wq, self.wk, self.wv))
+        scores = torch.matmul(q, k.transpose(-1, -2)) / math.sqrt(q.shape[-1])
+        scores = scores.masked_fill(~torch.ones(q.shape[2], q.shape[2], dtype=torch.bool).tril(), -torch.inf)
+        weights = F.dropout(F.softmax(scores, dim=-1), 0.1, self.training)
+        x = x + self.wo(torch.matmul(weights, v).transpose(1, 2).flatten(-2))
+        return x + self.down(F.gelu(self.up(self.norm2(x))))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [grafts.AdaptionPromptConfig(adapter_len=3), grafts.PrefixTuningConfig(num_virtual_tokens=3)],
+    ids=["prompt", "prefix"],
+)
+def test_attention_written_out_in_steps_is_reached_as_the_kernel_is(config: grafts.AdapterConfig) -> None:
+    called, stepped = CUSTOM.base.model(), CUSTOM.base.model()
+    for block in stepped.blocks:
+        block.__class__ = SteppedBlock
+    bare = CUSTOM.base.output(stepped)
+    assert close(bare, CUSTOM.base.output(called))
+    for model in (called, stepped):
+        torch.manual_seed(3)
+        for name in ("en", "de"):
+            grafts.add(model, config, name=name)
+            randomise(model, name)
+        grafts.activate(model, "en")
+    assert close(CUSTOM.base.output(stepped), CUSTOM.base.output(called))
+    assert not close(CUSTOM.base.output(stepped), bare)
+    rows = {"adapter_names": ["de", None]}
+    assert close(stepped(ids(), **rows), called(ids(), **rows))
+    grafts.train_only(grafts.activate(stepped, "en"), "en")
+    CUSTOM.base.output(stepped).square().mean().backward()
+    assert all(p.grad.any() for _, part in parts_of(stepped, "en") for p in part.parameters())
+    assert torch.equal(CUSTOM.base.output(grafts.detach(stepped)), bare)
+
+
+def test_a_module_that_comes_to_no_kernel_says_so() -> None:
+    model = CUSTOM.base.model()
+    grafts.add(model, grafts.PrefixTuningConfig(), name="en")
+    for block in model.blocks:
+        block.forward = lambda x: x
+    with pytest.raises(grafts.StateError, match="came to no attention kernel"):
+        CUSTOM.base.output(model)
+
+
 def test_a_failing_module_leaves_its_interception(monkeypatch: pytest.MonkeyPatch) -> None:
     model = CUSTOM.base.model()
     bare = CUSTOM.base.output(model)
@@ -261,20 +311,20 @@ def test_packed_sequences_each_see_the_prefix() -> None:
 
 
 def test_flash_attention_with_a_window_is_refused_and_its_padding_mask_follows() -> None:
-    from grafts.sites.attention import _extended, _Prefix
+    from grafts.sites.prefixes import Prefix, extended
 
-    prefix = _Prefix(noise(1, 2, 3, 4), noise(1, 2, 3, 4), None)
+    prefix = Prefix(noise(1, 2, 3, 4), noise(1, 2, 3, 4), None)
     query = noise(2, 2, 5, 4)
     mask = torch.tensor([[0, 1, 1, 1, 1], [1, 1, 1, 1, 1]])
-    longer, _ = _extended(mask, "flash_attention_2", True, query, 5, prefix, {})
+    longer, _ = extended(mask, "flash_attention_2", True, query, 5, prefix, {})
     assert torch.equal(longer, F.pad(mask, (3, 0), value=1))
-    assert _extended(None, "flash_attention_2", True, query, 5, prefix, {})[0] is None
-    some = _Prefix(prefix.keys.expand(2, -1, -1, -1), prefix.values, torch.tensor([[True] * 3, [False] * 3]))
-    longer, _ = _extended(None, "flash_attention_2", True, query, 5, some, {})
+    assert extended(None, "flash_attention_2", True, query, 5, prefix, {})[0] is None
+    some = Prefix(prefix.keys.expand(2, -1, -1, -1), prefix.values, torch.tensor([[True] * 3, [False] * 3]))
+    longer, _ = extended(None, "flash_attention_2", True, query, 5, some, {})
     assert longer.tolist() == [[1] * 8, [0] * 3 + [1] * 5]
     for arguments in ({"sliding_window": 4}, {"cu_seq_lens_q": torch.tensor([0, 5])}):
         with pytest.raises(grafts.StateError, match="cannot attend to a prefix"):
-            _extended(mask, "flash_attention_2", True, query, 5, prefix, arguments)
+            extended(mask, "flash_attention_2", True, query, 5, prefix, arguments)
 
 
 def test_a_third_partys_part_acts_there_like_those_of_this_library() -> None:

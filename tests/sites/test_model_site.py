@@ -118,10 +118,14 @@ def test_encoders_give_what_embeddings_put_in_by_hand_give(name: str, shape: tup
 
 
 def test_question_answering_points_at_tokens() -> None:
-    from transformers import BertConfig, BertForQuestionAnswering
+    from transformers import BertForQuestionAnswering
 
-    values = bases.bert_config().to_dict() | {"num_labels": 2}
-    base = Base("qa", lambda: BertForQuestionAnswering(BertConfig(**values)), BERT.inputs, embeds=True)
+    def build() -> nn.Module:
+        config = bases.bert_config()
+        config.num_labels = 2
+        return BertForQuestionAnswering(config)
+
+    base = Base("qa", build, BERT.inputs, embeds=True)
     model = prompted(base.model(), grafts.PromptEncoderConfig(num_virtual_tokens=3, task_type="QUESTION_ANS"))
     result = model(input_ids=ids(), start_positions=torch.tensor([0, 6]), end_positions=torch.tensor([1, 6]))
     assert result.start_logits.shape == result.end_logits.shape == (2, 7)

@@ -201,7 +201,7 @@ class ModelSite(Site):
             return None
         if view is not None:
             view.inside = True
-        past = int(cache.get_seq_length()) if cache is not None and hasattr(cache, "get_seq_length") else 0
+        past = _past(cache, given.get("cache_position"), view)
         embeds = given.get("inputs_embeds")
         tokens = given.get("input_ids") if embeds is None else embeds
         if tokens is None:
@@ -367,6 +367,16 @@ class ModelSite(Site):
 
 
 ModelPart.site = ModelSite
+
+
+def _past(cache: Any, position: Tensor | None, view: CacheView | None) -> int:
+    """How many positions a cache holds, virtual tokens too."""
+    if cache is None or not hasattr(cache, "get_seq_length"):
+        return 0
+    if position is None:
+        return int(cache.get_seq_length())
+    begin = int(position[0])  # older static caches cannot count padding; callers count tokens
+    return begin + view.room.count if begin and view is not None else begin
 
 
 def _cache_in(output: Any) -> Any:
