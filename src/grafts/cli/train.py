@@ -28,6 +28,10 @@ def train(
     adapter = {p.name: values.pop(p.name) for p in adapter_parameters()}
     run = importlib.import_module("grafts.training.run").run  # loads transformers, which help does not need
     run(RunSettings.combined(config, values, adapter_options(adapter)), err)
+    distributed = importlib.import_module("torch.distributed")
+    if distributed.is_available() and distributed.is_initialized():  # threads of a group left open end a process by abort
+        distributed.barrier()
+        distributed.destroy_process_group()
 
 
 def command() -> Callable[..., None]:
