@@ -368,3 +368,24 @@ def test_reordered_upcast_attention_has_no_kernel_to_reach() -> None:
     model = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=1, eos_token_id=1, reorder_and_upcast_attn=True))
     with pytest.raises(grafts.UnmatchedTargetError, match="no modules that are recognised as self-attention"):
         grafts.add(model, grafts.AdaptionPromptConfig())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+def test_the_softmax_over_the_prompt_is_made_in_float32_in_half_precision_too(dtype: torch.dtype) -> None:
+    from grafts.sites.attention import Attention
+
+    part = parts_of(grafts.add(LLAMA.model(), grafts.AdaptionPromptConfig(adapter_len=9)), "default")[0][1]
+    part.adaption_gate.fill_(1.0)
+    query, keys, values = (noise(2, heads, n, 4).to(dtype) * 4 for heads, n in ((4, 5), (2, 9), (2, 9)))
+
+    class Given(Attention):
+        """A call whose projections are given."""
+
+        def project(self, prompt: torch.Tensor, names: object = None) -> tuple[torch.Tensor, torch.Tensor]:
+            return keys[:1], values[:1]
+
+    call = Given(None, None, query, 2, 0.5, query, None, False)  # type: ignore[arg-type]
+    wide = read_prompt(query.float(), (keys[:1].float(), values[:1].float()), 0.5, torch.ones(1))
+    # one rounding of weights and one of the sum at most: what a softmax in the narrow format would lose is several times that
+    assert (part.beside(call).float() - wide).abs().max() <= 2 * torch.finfo(dtype).eps * wide.abs().max()

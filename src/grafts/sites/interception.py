@@ -5,17 +5,36 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import Any, Literal, Protocol, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-if TYPE_CHECKING:
-    from grafts.sites.attention import AttentionSite
-
 Route = Literal["interface", "call", "steps"]
+
+
+class Listener(Protocol):
+    """What is told of the attention of a module that is watched."""
+
+    def call(self, host: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        """Instead of `F.scaled_dot_product_attention`."""
+
+    def prefix_scores(self, host: nn.Module, query: Tensor, key: Tensor, scaling: float) -> Tensor | None:
+        """The scores of a prefix, before the softmax."""
+
+    def read(
+        self,
+        host: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        scaling: float,
+        weights: Tensor,
+        value: Tensor,
+        of_prefix: Tensor | None,
+    ) -> Tensor:
+        """Instead of the product of weights and values."""
 
 
 class Interception(TorchFunctionMode):
@@ -25,7 +44,7 @@ class Interception(TorchFunctionMode):
         reached: whether there was such a call.
     """
 
-    def __init__(self, site: AttentionSite, host: nn.Module) -> None:
+    def __init__(self, site: Listener, host: nn.Module) -> None:
         super().__init__()
         self.site, self.host, self.reached = site, host, False
 
@@ -57,7 +76,7 @@ class Steps(Interception):
         scaling: what that product was multiplied by since.
     """
 
-    def __init__(self, site: AttentionSite, host: nn.Module) -> None:
+    def __init__(self, site: Listener, host: nn.Module) -> None:
         super().__init__(site, host)
         self.query: Tensor | None = None
         self.key: Tensor | None = None
