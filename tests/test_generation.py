@@ -239,3 +239,22 @@ def test_cache_lengths_and_cropping_count_tokens_only() -> None:
     assert cache.get_seq_length() == 4
     again = model(input_ids=tokens[:, 4:], past_key_values=cache).logits[:, -1]
     torch.testing.assert_close(again, model(input_ids=tokens).logits[:, -1])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("how", ["assistant", "lookup", "chunks"])
+@each_config
+def test_other_ways_of_generating_give_the_same_tokens(config: grafts.AdapterConfig, how: str) -> None:
+    model = model_of("llama", config)
+    tokens, _ = batch()
+    row = tokens[:1]
+    settings = {"max_new_tokens": NEW, "do_sample": False}
+    expected = model.generate(row, **settings)
+    more = {
+        "assistant": lambda: {"assistant_model": decoder("llama")().eval()},
+        "lookup": lambda: {"prompt_lookup_num_tokens": 2},
+        "chunks": lambda: {"prefill_chunk_size": 2},
+    }[how]()
+    assert torch.equal(model.generate(row, **settings, **more), expected)
+    embeds = model.get_input_embeddings()(row)
+    assert torch.equal(model.generate(inputs_embeds=embeds, **settings), expected[:, row.shape[1] :])

@@ -95,7 +95,8 @@ def test_generation_and_rows_go_together_with_image_features(options: dict[str, 
     each = options.get("num_return_sequences", 1)
     for row, name in enumerate(names):
         grafts.activate(model, () if name is None else name)
-        alone = model.generate(tokens[row : row + 1], prompt_bias=bias[row : row + 1], **settings)
+        moved = {} if name is None else {"prompt_bias": bias[row : row + 1]}
+        alone = model.generate(tokens[row : row + 1], **moved, **settings)
         assert torch.equal(together[row * each : (row + 1) * each], alone)
 
 
@@ -130,6 +131,19 @@ def test_several_prompts_add_up_and_merging_is_refused() -> None:
     assert (both - alone[1]).abs().max() > 1e-4
     with pytest.raises(grafts.MergeError, match="Adaption prompt has no exact merge"):
         grafts.merge(model, "a")
+
+
+def test_a_prompt_bias_that_nothing_takes_is_an_error() -> None:
+    model = LLAMA.model()
+    grafts.add(model, grafts.LoraConfig(), name="lora")
+    grafts.add(model, grafts.AdaptionPromptConfig(), name="en", activate=False)
+    bias = noise(2, 1, 16)
+    with pytest.raises(grafts.StateError, match="no adapter that acts in this call takes it"):
+        model(input_ids=ids(), prompt_bias=bias)
+    with pytest.raises(grafts.StateError, match="no adapter that acts in this call takes it"):
+        model.generate(ids(), prompt_bias=bias, max_new_tokens=2)
+    model(input_ids=ids(), prompt_bias=bias, adapter_names=["en", None])
+    grafts.activate(model, "en")(input_ids=ids(), prompt_bias=bias)
 
 
 def test_a_prompt_bias_of_another_size_is_an_error_of_pytorch_and_leaves_nothing() -> None:

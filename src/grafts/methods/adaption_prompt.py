@@ -68,6 +68,8 @@ class AdaptionPromptPart(AttendingPart):
         adaption_gate: how much of it is added, ``(1,)``.
     """
 
+    takes_bias = True
+
     def __init__(self, config: AdaptionPromptConfig, place: Place) -> None:
         super().__init__()
         self.adaption_prompt = nn.Parameter(torch.randn(1, config.adapter_len, place.layer.in_features))

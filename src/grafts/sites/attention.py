@@ -91,9 +91,11 @@ class AttendingPart(Part):
 
     Attributes:
         after_projection: what `beside` gives is added to the module's output and not before its output projection.
+        takes_bias: it reads the call's ``prompt_bias``.
     """
 
     after_projection: bool = False
+    takes_bias: bool = False
 
     def in_front(self, attention: Attention) -> tuple[Tensor, Tensor] | None:
         """Keys and values that every query attends to before the others.

@@ -53,6 +53,7 @@ class Calls:
         if kwargs.get(ARGUMENT) is not None:
             setup.rows = self.rows(model, kwargs[ARGUMENT], args, kwargs)
         if kwargs.get(BIAS) is not None:
+            self.require_bias(model)
             setup.prompt_bias = kwargs[BIAS]
         if (setup.rows is not None and ARGUMENT in kwargs) or kwargs.get(BIAS) is not None:
             if self._end is not None:
@@ -71,6 +72,17 @@ class Calls:
         if output is not None and self._end is not None:  # PyTorch is looking at its hooks when the call has failed
             self._end.remove()
             self._end = None
+
+    def require_bias(self, model: nn.Module) -> None:
+        """Refuse a ``prompt_bias`` that nothing would read.
+
+        Raises:
+            StateError: no adapter that acts now takes it.
+        """
+        keys = self.setup.running if self.setup.rows is None else self.setup.rows.keys
+        parts = (site._modules[name] for _, site in sites_in(model) for key in keys for name in site.children_of.get(key, ()))
+        if not any(getattr(part, "takes_bias", False) for part in parts):
+            raise StateError("prompt_bias was given, and no adapter that acts in this call takes it")
 
     def rows(self, model: nn.Module, names: Sequence[str | None], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Rows:
         """What the rows of a call ask for.
@@ -123,6 +135,7 @@ class AdaptedGenerate:
         if adapter_names is not None:
             setup.rows = self.calls.rows(self.model, adapter_names, args, kwargs)
         if prompt_bias is not None:
+            self.calls.require_bias(self.model)
             beams = int(kwargs.get("num_beams") or getattr(kwargs.get("generation_config"), "num_beams", None) or 1)
             copies = max(beams, 1) * int(kwargs.get("num_return_sequences") or 1 if beams == 1 else 1)
             setup.prompt_bias = prompt_bias.repeat_interleave(copies, 0)

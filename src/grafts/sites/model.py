@@ -160,8 +160,8 @@ class _Crop:
         self.cache, self.view = cache, view
 
     def __call__(self, max_length: int) -> Any:
-        """Forget all but the first ``max_length`` tokens, or the last ones if it is negative."""
-        return type(self.cache).crop(self.cache, max_length if max_length < 0 else max_length + self.view.room.count)
+        """Forget the last ``-max_length`` tokens; in older versions, where it may be positive, all but the first."""
+        return type(self.cache).crop(self.cache, max_length + self.view.room.count if max_length > 0 else max_length)
 
 
 def _forget_view(cache: Any) -> None:
