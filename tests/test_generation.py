@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import grafts
 from bases import ids
 from conftest import shake
+from grafts.registry import parts_of
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning"),
@@ -35,6 +36,11 @@ def decoder(name: str) -> Callable[[], nn.Module]:
             sizes = {"d_model": 32, "d_ff": 48, "d_kv": 8, "num_layers": 2, "num_heads": 4, "initializer_factor": 3.0}
             special = SPECIAL | {"decoder_start_token_id": 0}
             return transformers.T5ForConditionalGeneration(transformers.T5Config(**special, **sizes))
+        if name == "bart":
+            sizes = {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "init_std": 0.3}
+            sizes |= {"decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48}
+            special = SPECIAL | {"decoder_start_token_id": 0, "forced_eos_token_id": None, "max_position_embeddings": 64}
+            return transformers.BartForConditionalGeneration(transformers.BartConfig(**special, **sizes))
         sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
         sizes |= {"num_key_value_heads": 2, "initializer_range": 0.3, "max_position_embeddings": 64}
         if name == "llama":
@@ -258,3 +264,23 @@ def test_other_ways_of_generating_give_the_same_tokens(config: grafts.AdapterCon
     assert torch.equal(model.generate(row, **settings, **more), expected)
     embeds = model.get_input_embeddings()(row)
     assert torch.equal(model.generate(inputs_embeds=embeds, **settings), expected[:, row.shape[1] :])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"cache_implementation": "static"}, {"use_cache": False}], ids=str)
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_counted_prefixes_of_encoder_decoders_generate_as_full_forwards(name: str, options: dict[str, object]) -> None:
+    config = grafts.PrefixTuningConfig(num_virtual_tokens=3, count_positions=True)
+    model = model_of(name, config)
+    tokens, mask = batch()
+    result = model.generate(tokens, attention_mask=mask, max_new_tokens=NEW, do_sample=False, **options)
+    if "num_beams" in options:
+        expected = slow_beams(model, tokens, mask, 3)
+    else:
+        expected = slow(model, tokens, mask, lambda logits: logits.argmax(-1, keepdim=True))
+    assert torch.equal(result, expected)
+    counted = full_forward(model, tokens, mask, expected)
+    grafts.add(model, grafts.PrefixTuningConfig(num_virtual_tokens=3, count_positions=False), name="not counted")
+    for (_, part), (_, other) in zip(parts_of(model, "not counted"), parts_of(model, "en"), strict=False):
+        part.prefix.copy_(other.prefix if hasattr(other, "prefix") else part.prefix)
+    assert not torch.allclose(full_forward(model, tokens, mask, expected), counted, atol=1e-3)

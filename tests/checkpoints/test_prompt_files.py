@@ -174,12 +174,43 @@ def test_gpt2_prompts_say_where_they_add(tmp_path: Path) -> None:
     assert not torch.allclose(GPT2.output(legacy), before)
 
 
-def test_prefixes_over_two_stacks_in_another_layout_are_refused(tmp_path: Path) -> None:
-    grafts.add(model := LLAMA.model(), grafts.PrefixTuningConfig(num_virtual_tokens=4), name="en")
-    grafts.save(model, "en", tmp_path)
+def bart(layers: int = 2) -> nn.Module:
+    from transformers import BartConfig, BartForConditionalGeneration
+
+    sizes = {"d_model": 16, "encoder_layers": layers, "decoder_layers": layers, "encoder_attention_heads": 2}
+    sizes |= {"decoder_attention_heads": 2, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "vocab_size": 50, "pad_token_id": 0}
+    return BartForConditionalGeneration(BartConfig(**sizes, bos_token_id=1, eos_token_id=2, init_std=0.5))
+
+
+def deep_t5() -> nn.Module:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    sizes = {"vocab_size": 50, "d_model": 16, "d_ff": 24, "d_kv": 8, "num_layers": 3, "num_heads": 2}
+    return T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("projection", [False, True])
+@pytest.mark.parametrize("build", [bart, lambda: bart(3), deep_t5], ids=["bart", "bart-3", "t5-3"])
+def test_prefixes_of_peft_for_encoder_decoders_give_its_outputs(build: object, projection: bool, tmp_path: Path) -> None:
+    base = Base("both", build, T5.inputs)  # type: ignore[arg-type]
+    config = peft.PrefixTuningConfig(num_virtual_tokens=4, task_type=SEQ2SEQ, prefix_projection=projection)
+    _, expected = written_by_peft(base, config, tmp_path)
+    model = base.model()
+    bare = base.output(model)
+    grafts.load(model, tmp_path)
+    torch.testing.assert_close(base.output(model), expected, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(bare, expected, atol=1e-3)
+    grafts.save(model, "default", tmp_path / "again")
+    grafts.load(again := base.model(), tmp_path / "again")
+    assert torch.equal(base.output(again), base.output(model))
+
+
+def test_a_prefix_of_peft_for_another_encoder_decoder_is_told(tmp_path: Path) -> None:
+    written_by_peft(Base("t5", deep_t5, T5.inputs), peft.PrefixTuningConfig(num_virtual_tokens=4, task_type=SEQ2SEQ), tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
-    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"num_transformer_submodules": 2}))
-    with pytest.raises(grafts.ConfigError, match="made by another library for an encoder-decoder"):
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"num_layers": 2}))
+    with pytest.raises(grafts.CheckpointError, match=r"\(4, 96\) in the file and \(4, 64\) for 2 layers here"):
         grafts.load(T5.model(), tmp_path)
 
 
@@ -213,15 +244,11 @@ def test_prefix_of_a_bare_encoder_and_its_head_in_the_file(tmp_path: Path) -> No
 
 
 def test_the_number_of_virtual_tokens_on_both_stacks_of_bart(tmp_path: Path) -> None:
-    from transformers import BartConfig, BartForConditionalGeneration
-
-    sizes = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "vocab_size": 50}
-    sizes |= {"decoder_attention_heads": 2, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "pad_token_id": 0}
-    bart = Base("bart", lambda: BartForConditionalGeneration(BartConfig(**sizes, bos_token_id=1, eos_token_id=2)), T5.inputs)
+    base = Base("bart", bart, T5.inputs)
     config = grafts.PromptTuningConfig(num_virtual_tokens=4, decoder_tokens=True)
-    grafts.add(model := bart.model(), config, name="en")
+    grafts.add(model := base.model(), config, name="en")
     randomise(model, "en")
     grafts.save(model, "en", tmp_path)
     assert load_file(tmp_path / "adapter_model.safetensors")["prompt_embeddings"].shape == (8, 16)
-    grafts.load(again := bart.model(), tmp_path)
-    assert torch.equal(bart.output(again), bart.output(model))
+    grafts.load(again := base.model(), tmp_path)
+    assert torch.equal(base.output(again), base.output(model))

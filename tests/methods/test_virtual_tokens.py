@@ -111,8 +111,10 @@ def test_where_positions_are_counted_and_where_they_cannot_be() -> None:
     assert {target.role for target in alone.targets} == {"self-attention"}
     assert {target.role for target in grafts.plan(T5.model(), grafts.PrefixTuningConfig()).targets} == {"self-attention"}
     assert {target.role for target in grafts.plan(VIT.model(), grafts.PrefixTuningConfig()).targets} == {"self-attention"}
+    counted = grafts.plan(T5.model(), grafts.PrefixTuningConfig(count_positions=True))  # by distance, in the scores
+    assert {target.role for target in counted.targets} == {"self-attention"}
     with pytest.raises(grafts.ConfigError, match="takes no position_ids"):
-        grafts.add(T5.model(), grafts.PrefixTuningConfig(count_positions=True))
+        grafts.add(VIT.model(), grafts.PrefixTuningConfig(count_positions=True))
 
 
 def test_a_counted_prefix_moves_positions_as_a_cache_of_its_length_would() -> None:

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from grafts.attentions import CROSS_ATTENTION, DECODER_INPUT, ENCODER_ATTENTION, ENCODER_INPUT, INPUT, SELF_ATTENTION
 from grafts.config import config, option
-from grafts.errors import ConfigError, StateError
+from grafts.errors import CheckpointError, ConfigError, StateError
 from grafts.methods import Files, FileTarget, Parts, Place, method
 from grafts.sites.attention import AttendingPart, Attention
-from grafts.sites.model import ModelPart
+from grafts.sites.model import ModelPart, embeds_positions
 from grafts.sites.site import Part
 from grafts.virtual import PREFIX, PROMPT, VirtualTokensConfig, encoder_tensors, has_encoder, split
 
@@ -62,16 +62,9 @@ class PrefixTuningConfig(VirtualTokensConfig):
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """A config from plain data.
-
-        Raises:
-            ConfigError: it is of a prefix over encoder and decoder in another library's layout.
-        """
-        if data.get("num_transformer_submodules") == 2 and "attention" not in data:
-            raise ConfigError(
-                "this prefix was made by another library for an encoder-decoder, where the same numbers are the prefix of "
-                "self- and cross-attention in turns: there is no such layout here"
-            )
+        """A config from plain data; what `peft` has made for an encoder-decoder is a counted prefix of the decoder's."""
+        if data.get("num_transformer_submodules") == 2 and "attention" not in data:  # `peft`'s for an encoder-decoder
+            data = {**data, "attention": ("self",), "count_positions": True}
         return super().from_dict(data)
 
 
@@ -101,6 +94,8 @@ class PrefixPart(AttendingPart):
             self.encoder = PrefixEncoder(config, self.width, 2 * sum(layer.out_features for layer in layers))
         self.gate = nn.Linear(place.layer.in_features, 2) if config.use_gating else None
         self.source: tuple[PrefixPart, ...] = (self,)
+        self.counted = bool(config.count_positions)
+        self.distances: tuple[nn.Module, ...] = ()  # at the first part: the module that knows the bias by distance
 
     def numbers(self) -> Tensor:
         """Keys and values, ``(length, 2 * width)``."""
@@ -135,6 +130,25 @@ class PrefixPart(AttendingPart):
         )
         key, value = torch.sigmoid(gates).mean(1).unbind(-1)
         return keys * key.view(-1, 1, 1, 1), values * value.view(-1, 1, 1, 1)
+
+    def position_bias(self, attention: Attention) -> Tensor | None:
+        """For a counted prefix, the bias of T5's scores by their distance (Raffel et al. 2020, section 2.1)."""
+        host, first = attention.host, self.source[0]
+        if getattr(host, "has_relative_attention_bias", False):
+            first.distances = (host,)
+        if not self.counted or not first.distances or hasattr(host, "is_cross_attention"):
+            return None
+        knows: Any = first.distances[0]
+        numbers = self.numbers()
+        here = torch.arange(attention.query.shape[2], device=numbers.device)[:, None] + numbers.shape[0] + attention.past
+        buckets = knows._relative_position_bucket(
+            torch.arange(numbers.shape[0], device=numbers.device)[None] - here,
+            bidirectional=not knows.is_decoder,
+            num_buckets=knows.relative_attention_num_buckets,
+            max_distance=knows.relative_attention_max_distance,
+        )
+        bias: Tensor = knows.relative_attention_bias(buckets)
+        return bias.permute(2, 0, 1)[None]
 
 
 class PrefixEncoder(nn.Module):
@@ -182,7 +196,10 @@ def counted(config: PrefixTuningConfig, places: Sequence[Place], everywhere: Seq
     inputs = [place for place in everywhere if place.layer.kind == "input"]
     heard = {INPUT, DECODER_INPUT if {"self", "cross"} & set(config.attention) else ENCODER_INPUT}
     taking = [place for place in inputs if place.role in heard and place.takes("position_ids")]
-    if config.count_positions and not taking:
+    if config.count_positions:
+        taking = taking or [place for place in inputs if place.role in heard and embeds_positions(place.host)]
+    by_distance = any(getattr(place.host, "has_relative_attention_bias", False) for place in attending)
+    if config.count_positions and not taking and not by_distance:
         raise ConfigError("count_positions: this model takes no position_ids, so its tokens cannot be moved behind the prefix")
     return [*attending, *([] if config.count_positions is False else taking)]
 
@@ -193,7 +210,8 @@ def file_values(values: Mapping[str, Any], parts: Parts) -> dict[str, Any]:
     sizes = {"num_layers": len(own), "token_dim": own[0].width, "num_attention_heads": own[0].heads}
     hidden = values["encoder_hidden_size"] or own[0].width
     shifts = any(isinstance(part, CountedPrefix) for part in parts.values())
-    counts = {"count_positions": False} if not shifts else {}
+    shifts = shifts or own[0].counted
+    counts = {} if shifts else {"count_positions": False}
     return {**sizes, **counts, "encoder_hidden_size": hidden, "num_transformer_submodules": 1}
 
 
@@ -218,6 +236,8 @@ def unpacked(config: PrefixTuningConfig, tensors: Mapping[str, Tensor], targets:
         return result | {f"{path}.{name.removeprefix('prompt_')}": tensor for name, tensor in encoder.items()}
     everything = [(path, names["prefix"], role) for path, names, role in targets if "prefix" in names]
     groups = {PROMPT: everything}
+    if config.num_transformer_submodules == 2 and PROMPT in tensors:
+        return result | _of_peft(config, tensors[PROMPT], [(path, shape) for path, shape, _ in everything])
     if PROMPT not in tensors and any(name.startswith(f"{PROMPT}.") for name in tensors):
         groups = {f"{PROMPT}.{name}": [t for t in everything if t[2] == role] for name, role in LOCATIONS.items()}
     for name, own in groups.items():
@@ -225,6 +245,22 @@ def unpacked(config: PrefixTuningConfig, tensors: Mapping[str, Tensor], targets:
         pieces = split(tensors, widths, 1, (config.num_virtual_tokens, sum(widths)), name) if own else []
         result |= {f"{path}.prefix".lstrip("."): piece for (path, _, _), piece in zip(own, pieces, strict=True)}
     return result
+
+
+def _of_peft(config: PrefixTuningConfig, numbers: Tensor, own: Sequence[tuple[str, Any]]) -> dict[str, Tensor]:
+    """`peft`'s numbers for an encoder-decoder: those of layer 2 i, counted in a circle, serve layer i of the decoder.
+
+    It lays them out for self- and cross-attention in turns, and then leaves those of cross-attention out.
+
+    Raises:
+        CheckpointError: they are not those of so many layers of this size.
+    """
+    layers, shape = config.num_layers or len(own), own[0][1]
+    if tuple(numbers.shape) != (shape[0], layers * shape[1]) or len(own) > layers:
+        wanted = (shape[0], layers * shape[1])
+        raise CheckpointError(f"{PROMPT!r} is {tuple(numbers.shape)} in the file and {wanted} for {layers} layers here")
+    pieces = torch.split(numbers, shape[1], 1)
+    return {f"{path}.prefix".lstrip("."): pieces[2 * index % layers] for index, (path, _) in enumerate(own)}
 
 
 def from_file(config: PrefixTuningConfig, tensors: Mapping[str, Tensor]) -> PrefixTuningConfig:

@@ -25,6 +25,7 @@ from grafts.sites.prefixes import Prefix, extended
 from grafts.sites.site import Part, Site
 
 KERNEL = "grafts"  # the name under which `transformers` finds the kernel of this file
+_CACHES = ("past_key_values", "past_key_value", "layer_past")
 _OTHER_STATES = ("key_value_states", "encoder_hidden_states")  # what cross-attention calls that which it attends to
 
 
@@ -41,6 +42,7 @@ class Attention:
         hidden: the module's input, ``(batch, queries, hidden)``.
         prompt_bias: what the caller gave for the prompts of each row, ``(batch, 1 or length, hidden)``, or None.
         caches: whether the module was called with a cache.
+        past: how many tokens came before the queries.
         where: which rows of the batch these are; None for all.
     """
 
@@ -52,6 +54,7 @@ class Attention:
     hidden: Tensor
     prompt_bias: Tensor | None
     caches: bool
+    past: int = 0
     where: Tensor | None = None
 
     def project(self, prompt: Tensor, names: tuple[str, str] | None = None) -> tuple[Tensor, Tensor]:
@@ -102,6 +105,14 @@ class AttendingPart(Part):
 
         Returns:
             ``(batch or 1, key-value heads, length, head_dim)`` each, or None.
+        """
+        return None
+
+    def position_bias(self, attention: Attention) -> Tensor | None:
+        """What is added to the scores of what stands `in_front`, in a model whose scores have a bias by position.
+
+        Returns:
+            ``(1, heads, queries, length)``, or None.
         """
         return None
 
@@ -216,9 +227,10 @@ class AttentionSite(Site):
         assert self._called is not None
         args, kwargs = self._called
         hidden = args[0] if args else kwargs[self.names[0]]
-        cached = any(kwargs.get(name) is not None for name in ("past_key_values", "past_key_value", "layer_past"))
+        cache = next((c for name in _CACHES if (c := kwargs.get(name)) is not None), None)
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        return Attention(self, host, query, key.shape[1], scale, hidden, self.setup.prompt_bias, cached)
+        past = _past(cache, kwargs.get("cache_position"), query.shape[2])
+        return Attention(self, host, query, key.shape[1], scale, hidden, self.setup.prompt_bias, cache is not None, past)
 
     def kernel(
         self, host: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, arguments: dict[str, Any]
@@ -277,6 +289,8 @@ class AttentionSite(Site):
             return None
         self._values = prefix.values
         scores = query @ prefix.keys.transpose(-1, -2) * scaling
+        if prefix.bias is not None:
+            scores = scores + prefix.bias.to(scores.dtype)
         if prefix.visible is None:
             return scores
         return scores.masked_fill(~prefix.visible[:, None, None, :], torch.finfo(scores.dtype).min)
@@ -335,10 +349,11 @@ class AttentionSite(Site):
             pair = part.in_front(now if where is None else now.rows(where))
             if pair is not None:
                 keys, values = (x.to(like.dtype) for x in pair)
+                bias = part.position_bias(now)
                 if where is None:
-                    given.append(Prefix(keys, values, None))
+                    given.append(Prefix(keys, values, None, bias))
                 else:
-                    given.append(Prefix.of_rows(keys, values, where, now.query.shape[0]))
+                    given.append(Prefix.of_rows(keys, values, bias, where, now.query.shape[0]))
         return Prefix.joined(given, like.shape[0]) if given else None
 
     def _acting(self, query: Tensor) -> Iterator[tuple[AttendingPart, Tensor | None]]:
@@ -353,6 +368,15 @@ class AttentionSite(Site):
 
 
 AttendingPart.site = AttentionSite
+
+
+def _past(cache: Any, position: Tensor | None, queries: int) -> int:
+    """How many tokens came before the queries, once the cache has taken in theirs."""
+    if cache is None:
+        return 0
+    if position is not None:
+        return int(position[0])
+    return max(int(cache.get_seq_length()) - queries, 0) if hasattr(cache, "get_seq_length") else 0
 
 
 def _is_causal(host: nn.Module, arguments: Mapping[str, Any]) -> bool:

@@ -175,15 +175,39 @@ class ModelSite(Site):
 
     child = "grafts_model"
     _room: Room | None = None
+    _shift: int | Tensor = 0
     _own: Tensor | int = 0  # where the tokens are in the output, or how many positions come before them
 
     def hooks(self, host: nn.Module) -> tuple[RemovableHandle, ...]:
         """Act before and after the module."""
         self.names = tuple(inspect.signature(type(host).forward).parameters)[1:]
-        return (
+        handles = (
             host.register_forward_pre_hook(self._before, with_kwargs=True),
             host.register_forward_hook(self._after, with_kwargs=True),
         )
+        if "position_ids" in self.names or not embeds_positions(host):
+            return handles
+        positions = host.get_submodule("embed_positions")
+        self.position_names = tuple(inspect.signature(type(positions).forward).parameters)[1:]
+        return (*handles, positions.register_forward_pre_hook(self._positions, with_kwargs=True))
+
+    def _positions(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Move the positions of a model that makes them itself."""
+        shift = self._shift
+        if isinstance(shift, int) and shift == 0:
+            return None
+        if isinstance(shift, Tensor):
+            if bool((shift != shift[:1]).any()):
+                raise StateError(
+                    "adapter_names: this model makes its positions itself, so its rows cannot count other prefixes"
+                )
+            shift = int(shift[0])
+        given = {**dict(zip(self.position_names, args, strict=False)), **kwargs}
+        if given.get("position_ids") is not None:
+            return (), given | {"position_ids": given["position_ids"] + shift}
+        return (), given | {"past_key_values_length": given.get("past_key_values_length", 0) + shift}
 
     def acts(self) -> bool:
         """Whether some adapter may act here now."""
@@ -208,6 +232,7 @@ class ModelSite(Site):
             return None
         batch = tokens.shape[0]
         shift, encoder = self._numbers("shift", batch, tokens), self._numbers("encoder_length", batch, tokens)
+        self._shift = shift
         if past == 0:
             if view is not None:
                 _forget_view(cache)
@@ -353,7 +378,7 @@ class ModelSite(Site):
     def _after(self, host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         given = kwargs.get("past_key_values")
         view = CacheView.of(given)
-        room, self._room = self._room, None
+        room, self._room, self._shift = self._room, None, 0
         if room is not None:
             cache = given if given is not None else _cache_in(output)
             if view is None and hasattr(cache, "get_seq_length"):
@@ -367,6 +392,12 @@ class ModelSite(Site):
 
 
 ModelPart.site = ModelSite
+
+
+def embeds_positions(host: nn.Module) -> bool:
+    """Whether a module makes positions itself and embeds them in a child that can be told of others (BART's decoder)."""
+    child = getattr(host, "embed_positions", None)
+    return isinstance(child, nn.Module) and "past_key_values_length" in inspect.signature(type(child).forward).parameters
 
 
 def _past(cache: Any, position: Tensor | None, view: CacheView | None) -> int:

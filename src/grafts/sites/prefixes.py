@@ -21,14 +21,17 @@ class Prefix:
         keys: the keys.
         values: the values.
         visible: which of them each row attends to, ``(batch, length)``; None for all.
+        bias: what is added to their scores where a model's scores have a bias by position, ``(1, heads, queries, length)``;
+            None for nothing.
     """
 
     keys: Tensor
     values: Tensor
     visible: Tensor | None
+    bias: Tensor | None = None
 
     @classmethod
-    def of_rows(cls, keys: Tensor, values: Tensor, where: Tensor, batch: int) -> Prefix:
+    def of_rows(cls, keys: Tensor, values: Tensor, bias: Tensor | None, where: Tensor, batch: int) -> Prefix:
         """A prefix that some rows of a batch have."""
 
         def spread(x: Tensor) -> Tensor:
@@ -36,7 +39,7 @@ class Prefix:
             return x.new_zeros(batch, *x.shape[1:]).index_copy(0, where, rows)
 
         here = torch.zeros(batch, dtype=torch.bool, device=where.device).index_fill(0, where, True)
-        return cls(spread(keys), spread(values), here[:, None].expand(batch, keys.shape[2]))
+        return cls(spread(keys), spread(values), here[:, None].expand(batch, keys.shape[2]), bias)
 
     @classmethod
     def joined(cls, prefixes: Sequence[Prefix], batch: int) -> Prefix:
@@ -51,7 +54,13 @@ class Prefix:
             torch.cat([x.expand(batch, *x.shape[1:]) for x in xs], 2)
             for xs in ([p.keys for p in prefixes], [p.values for p in prefixes])
         )
-        return cls(keys, values, visible)
+        some = next((p.bias for p in prefixes if p.bias is not None), None)
+        biases = (
+            [some.new_zeros(*some.shape[:3], p.length) if p.bias is None else p.bias for p in prefixes]
+            if some is not None
+            else []
+        )
+        return cls(keys, values, visible, torch.cat(biases, -1) if biases else None)
 
     @property
     def length(self) -> int:
@@ -84,7 +93,8 @@ def extended(
     """
     changed = dict(arguments)
     if (bias := arguments.get("position_bias")) is not None:
-        changed["position_bias"] = F.pad(bias, (prefix.length, 0))
+        own = bias.new_zeros(*bias.shape[:3], prefix.length) if prefix.bias is None else prefix.bias.to(bias.dtype)
+        changed["position_bias"] = torch.cat([own.expand(*bias.shape[:3], -1), bias], -1)
     if name is not None and "flash" in name:
         return _extended_flash(mask, keys, prefix, changed, query.shape[0]), changed
     if name == "flex_attention":
