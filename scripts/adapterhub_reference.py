@@ -38,7 +38,11 @@ def model(case: str) -> torch.nn.Module:
 def output(case: str, made: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     """What a case compares."""
     result = made(**inputs)
-    return result.last_hidden_state if case.startswith("bert") else result.logits
+    states = result.last_hidden_state if case.startswith("bert") else result.logits
+    more = states.shape[1] - inputs.get("decoder_input_ids", inputs["input_ids"]).shape[1]
+    if more and case.endswith("after-bos"):
+        return torch.cat([states[:, :1], states[:, 1 + more :]], 1)
+    return states[:, more:].contiguous()  # without virtual tokens
 
 
 def write(folder: Path) -> None:
@@ -50,6 +54,8 @@ def write(folder: Path) -> None:
         "bert-flat": {"flat": True, "use_gating": True, "shared_gating": False},
         "gpt2-flat": {"flat": True},
         "t5-flat": {"flat": True},
+        "bert-prompt": {},
+        "bert-prompt-after-bos": {"combine": "prefix_after_bos"},
     }
     for case, options in configs.items():
         made = model(case)
@@ -59,10 +65,14 @@ def write(folder: Path) -> None:
         if case.startswith("t5"):
             inputs["decoder_input_ids"] = torch.randint(3, 50, (2, 4), generator=generator)
         adapters.init(made)
-        made.add_adapter("en", config=adapters.PrefixTuningConfig(prefix_length=3, **options), set_active=True)
+        if "prompt" in case:
+            config = adapters.PromptTuningConfig(prompt_length=3, **options)
+        else:
+            config = adapters.PrefixTuningConfig(prefix_length=3, **options)
+        made.add_adapter("en", config=config, set_active=True)
         with torch.no_grad():
             for name, parameter in made.named_parameters():
-                if "prefix" in name:
+                if "prefix" in name or "prompt" in name:
                     parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.5)
             expected = output(case, made.eval(), inputs)
         (folder / case).mkdir(parents=True, exist_ok=True)

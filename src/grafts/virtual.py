@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from grafts.attentions import DECODER_INPUT, ENCODER_INPUT
 from grafts.config import AdapterConfig, option
 from grafts.config import config as config_class
-from grafts.errors import CheckpointError
+from grafts.errors import CheckpointError, ConfigError
 from grafts.methods import FileTarget, Parts, Place
 from grafts.sites.model import ModelPart
 
@@ -100,6 +100,9 @@ class VirtualPart(ModelPart):
         self.length = count if place in filled else 0
         self.kept = place.role == ENCODER_INPUT
         self.after_first = bool(getattr(config, "after_first", False))
+        self.after_embeddings = bool(getattr(config, "after_embeddings", False))
+        if self.after_embeddings and not isinstance(getattr(place.host, "embeddings", None), nn.Module):
+            raise ConfigError(f"after_embeddings: a {type(place.host).__name__} has no module of embeddings to come behind")
         self.encoder_length = count if place.role == DECODER_INPUT and any(p.role == ENCODER_INPUT for p in filled) else 0
         self.sizes = {**model_sizes(place.host), "token_dim": place.layer.in_features}
 

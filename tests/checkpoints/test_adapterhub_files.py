@@ -49,15 +49,17 @@ def test_files_of_adapterhub_give_its_outputs(case: str, kernel: str) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("case", ["bert-gated", "gpt2"])
+@pytest.mark.parametrize("case", ["bert-gated", "gpt2", "bert-prompt", "bert-prompt-after-bos"])
 def test_our_files_come_back_and_adapterhub_reads_them(case: str, tmp_path: Path) -> None:
     from adapterhub_reference import output
 
-    like = next(name for name in CASES if name.startswith(case.split("-", maxsplit=1)[0]))
+    like = case if case in CASES else next(name for name in CASES if name.startswith(case.split("-", maxsplit=1)[0]))
     model, inputs, _ = base(like)
-    config = grafts.PrefixTuningConfig(
+    config: grafts.AdapterConfig = grafts.PrefixTuningConfig(
         num_virtual_tokens=4, count_positions=False, use_gating="gated" in case, prefix_projection=True
     )
+    if "prompt" in case:
+        config = grafts.PromptTuningConfig(num_virtual_tokens=4, after_embeddings=True, after_first="bos" in case)
     grafts.add(model, config, name="en")
     randomise(model, "en")
     expected = output(like, model, inputs)
@@ -79,10 +81,13 @@ def test_what_has_no_place_in_that_layout_is_refused(tmp_path: Path) -> None:
     model, _, _ = base("bert-flat")
     grafts.add(model, grafts.LoraConfig(), name="lora")
     grafts.add(model, grafts.PrefixTuningConfig(), name="counted")
-    with pytest.raises(grafts.ConfigError, match="layout of AdapterHub is here for prefix tuning"):
+    with pytest.raises(grafts.ConfigError, match="layout of AdapterHub is here for prefixes and prompts"):
         grafts.save(model, "lora", tmp_path, layout="adapterhub")
     with pytest.raises(grafts.ConfigError, match="counts positions"):
         grafts.save(model, "counted", tmp_path, layout="adapterhub")
+    grafts.add(model, grafts.PromptTuningConfig(), name="before")
+    with pytest.raises(grafts.ConfigError, match="behind the embeddings: after_embeddings=True"):
+        grafts.save(model, "before", tmp_path, layout="adapterhub")
     with pytest.raises(grafts.ConfigError, match="no layout 'hub'"):
         grafts.save(model, "lora", tmp_path, layout="hub")  # type: ignore[call-overload]
     assert list(tmp_path.iterdir()) == []

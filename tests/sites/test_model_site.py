@@ -252,3 +252,28 @@ def test_a_model_of_ones_own_that_takes_embeddings_is_served() -> None:
     assert model(ids()).shape == (2, 7, 50)
     expected = grafts.deactivate(model)(inputs_embeds=torch.cat([prompt_of(model)[None], model.embed(ids(rows=1))], 1))[:, 3:]
     torch.testing.assert_close(grafts.activate(model, "en")(ids(rows=1)), expected)
+
+
+def test_tokens_behind_the_embeddings_have_no_positions_and_no_norm_of_their_own() -> None:
+    from transformers import BertModel
+
+    base = Base("bert", lambda: BertModel(bases.bert_config()), BERT.inputs)
+    config = grafts.PromptTuningConfig(num_virtual_tokens=3, after_embeddings=True)
+    model, twin = prompted(base.model(), config), base.model()
+    virtual = prompt_of(model)[None].expand(2, -1, -1)
+    twin.embeddings.register_forward_hook(lambda module, args, output: torch.cat([virtual, output], 1))
+    mask = torch.ones(2, 7, dtype=torch.long)
+    mask[0, 5:] = 0
+    longer = torch.cat([torch.ones(2, 3, dtype=torch.long), mask], 1)
+    expected = twin(input_ids=ids(), attention_mask=longer).last_hidden_state[:, 3:]
+    result = model(input_ids=ids(), attention_mask=mask).last_hidden_state
+    torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
+    prompted(model, config, "de")
+    alone = [grafts.activate(model, name)(input_ids=ids()).last_hidden_state for name in ("de", "en")]
+    rows = model(input_ids=ids(), adapter_names=["de", "en"]).last_hidden_state
+    torch.testing.assert_close(rows, torch.stack([alone[0][0], alone[1][1]]), rtol=1e-5, atol=1e-5)
+    prompted(model, PROMPT, "before")
+    with pytest.raises(grafts.StateError, match="before and after the embeddings cannot act together"):
+        grafts.activate(model, ["en", "before"])(input_ids=ids())
+    with pytest.raises(grafts.ConfigError, match="has no module of embeddings to come behind"):
+        grafts.add(LLAMA.model(), config)

@@ -1,4 +1,4 @@
-"""The layout of AdapterHub, for the methods whose tensors mean the same there: prefix tuning.
+"""The layout of AdapterHub, for prefix tuning and prompt tuning.
 
 ``adapter_config.json`` holds the method's config under ``config``; the tensors lie in ``pytorch_adapter.bin``, a pickle, or
 ``adapter.safetensors``. Of the copies of a prefix at every layer that AdapterHub writes only that of the pool is needed.
@@ -24,10 +24,12 @@ from grafts.config import AdapterConfig
 from grafts.errors import CheckpointError, ConfigError
 from grafts.methods import FileTarget, Parts
 from grafts.methods.prefix_tuning import LOCATIONS, PrefixPart, PrefixTuningConfig
+from grafts.methods.prompt_tuning import PromptPart, PromptTuningConfig
 from grafts.virtual import PREFIX, PROMPT
 
 PICKLE_FILE, TENSOR_FILE = "pytorch_adapter.bin", "adapter.safetensors"
 _POOL = re.compile(r"(?:.*\.)?prefix_tuning\.prefix_tunings\.[^.]+\.(\w+)_prefix\.(.+)")
+_PROMPT = re.compile(r"(?:.*\.)?prompt_tuning\.prompt_tunings\.[^.]+\.prompt_embedding\.weight")
 _GATE = re.compile(r"(.+)\.prefix_tuning\.prefix_gates\.[^.]+\.(weight|bias)")
 
 
@@ -69,16 +71,27 @@ def read(directory: Path, *, allow_pickle: bool = False) -> Checkpoint:
     return Checkpoint(directory, config, _named(tensors, config, directory), file.stat().st_size)
 
 
-def _config(values: Mapping[str, Any], directory: Path) -> PrefixTuningConfig:
+def _config(values: Mapping[str, Any], directory: Path) -> PrefixTuningConfig | PromptTuningConfig:
     """The config of this library.
 
     Raises:
         ConfigError: it is that of another method, or asks for what cannot be honoured.
     """
+    if values.get("architecture") == "prompt_tuning":
+        combine = values.get("combine")
+        if combine not in ("prefix", "prefix_after_bos"):
+            raise ConfigError(f"{str(directory)!r}: combine={combine!r} cannot be honoured here")
+        return PromptTuningConfig.from_dict(
+            {
+                "num_virtual_tokens": values.get("prompt_length"),
+                "after_first": combine == "prefix_after_bos",
+                "after_embeddings": True,
+            }
+        )
     if values.get("architecture") != "prefix_tuning":
         raise ConfigError(
             f"{str(directory)!r} holds an adapter of AdapterHub with architecture {values.get('architecture')!r}; "
-            "of that layout this version reads prefix_tuning"
+            "of that layout this version reads prefix_tuning and prompt_tuning"
         )
     for option, may_be in (("leave_out", ([], None)), ("non_linearity", ("tanh", None))):
         if values.get(option) not in may_be:
@@ -93,7 +106,9 @@ def _config(values: Mapping[str, Any], directory: Path) -> PrefixTuningConfig:
     )
 
 
-def _named(tensors: Mapping[str, Tensor], config: PrefixTuningConfig, directory: Path) -> dict[str, Tensor]:
+def _named(
+    tensors: Mapping[str, Tensor], config: PrefixTuningConfig | PromptTuningConfig, directory: Path
+) -> dict[str, Tensor]:
     """The prefix of each location, and the gates, by the names of this library's files."""
     pools: dict[str, dict[str, Tensor]] = defaultdict(dict)
     result: dict[str, Tensor] = {}
@@ -102,10 +117,12 @@ def _named(tensors: Mapping[str, Tensor], config: PrefixTuningConfig, directory:
             continue
         if match := _POOL.fullmatch(name):
             pools[match[1]][match[2]] = tensor
+        elif _PROMPT.fullmatch(name):
+            result[PROMPT] = tensor
         elif match := _GATE.fullmatch(name):
             result[f"{PREFIX}{match[1]}.gate.{match[2]}"] = tensor.expand(2, *tensor.shape[1:])  # one for both
         else:
-            raise CheckpointError(f"{str(directory)!r}: {name!r} is no tensor of a prefix")
+            raise CheckpointError(f"{str(directory)!r}: {name!r} is no tensor of a prefix or a prompt")
     for location, pool in pools.items():
         if "control_trans" in pool:
             flat, length = pool["control_trans"], config.num_virtual_tokens
@@ -160,14 +177,18 @@ def files_of(model: nn.Module, name: str, config: AdapterConfig, parts: Parts, r
     Raises:
         ConfigError: its method, or what it asks for, has no place in this layout.
     """
+    base = getattr(model, "base_model", model)
+    root = next((path for path, module in model.named_modules() if module is base and path), "")
+    if isinstance(config, PromptTuningConfig):
+        return _files(model, name, _prompt_values(name, config), _prompt_tensors(f"{root}.prompt_tuning", name, parts))
     refuse_relative(model)
     own = {path: part for path, part in parts.items() if isinstance(part, PrefixPart)}
     if not isinstance(config, PrefixTuningConfig) or not own:
-        raise ConfigError(f"adapter {name!r} is a {type(config).__name__}; the layout of AdapterHub is here for prefix tuning")
+        raise ConfigError(
+            f"adapter {name!r} is a {type(config).__name__}; the layout of AdapterHub is here for prefixes and prompts"
+        )
     if len(own) < len(parts):
         raise ConfigError(f"adapter {name!r} counts positions or has parts of its own elsewhere, which AdapterHub does not")
-    base = getattr(model, "base_model", model)
-    root = next((path for path, module in model.named_modules() if module is base and path), "")
     pool = f"{root}.prefix_tuning.prefix_tunings.{name}".lstrip(".")
     numbers: dict[str, list[Tensor]] = defaultdict(list)
     tensors: dict[str, Tensor] = {}
@@ -179,7 +200,6 @@ def files_of(model: nn.Module, name: str, config: AdapterConfig, parts: Parts, r
                 tensors[f"{path}.prefix_tuning.prefix_gates.{name}.{kind}"] = gate.detach().cpu().clone()
     for location, some in numbers.items():
         tensors[f"{pool}.{location}_prefix.control_trans"] = torch.cat(some, 1).flatten().cpu()
-    own_config = getattr(model, "config", None)
     values = {
         "architecture": "prefix_tuning",
         "bottleneck_size": config.encoder_hidden_size or 512,
@@ -194,6 +214,33 @@ def files_of(model: nn.Module, name: str, config: AdapterConfig, parts: Parts, r
         "shared_gating": False,
         "use_gating": config.use_gating,
     }
+    return _files(model, name, values, tensors)
+
+
+def _prompt_values(name: str, config: PromptTuningConfig) -> dict[str, Any]:
+    if not config.after_embeddings:
+        raise ConfigError(f"adapter {name!r}: AdapterHub puts virtual tokens behind the embeddings: after_embeddings=True")
+    return {
+        "architecture": "prompt_tuning",
+        "combine": "prefix_after_bos" if config.after_first else "prefix",
+        "init_weights_seed": None,
+        "prompt_init": "random_uniform",
+        "prompt_init_text": None,
+        "prompt_length": config.num_virtual_tokens,
+    }
+
+
+def _prompt_tensors(root: str, name: str, parts: Parts) -> dict[str, Tensor]:
+    prompts = {path: part for path, part in parts.items() if isinstance(part, PromptPart) and part.prompt is not None}
+    if len(prompts) != len(parts):
+        raise ConfigError(f"adapter {name!r} has parts of its own elsewhere, which have no place in that layout")
+    [part] = prompts.values()
+    return {f"{root}.prompt_tunings.{name}.prompt_embedding.weight".lstrip("."): part.virtual().detach().cpu().clone()}
+
+
+def _files(model: nn.Module, name: str, values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, bytes]:
+    """The files that hold a config and tensors."""
+    own_config = getattr(model, "config", None)
     about = {
         "config": values,
         "hidden_size": getattr(own_config, "hidden_size", None),
@@ -204,5 +251,5 @@ def files_of(model: nn.Module, name: str, config: AdapterConfig, parts: Parts, r
         "version": "adapters.1.3.0",
     }
     buffer = io.BytesIO()
-    torch.save(tensors, buffer)
+    torch.save(dict(tensors), buffer)
     return {PICKLE_FILE: buffer.getvalue(), CONFIG_FILE: (json.dumps(about, indent=2, sort_keys=True) + "\n").encode()}

@@ -42,10 +42,17 @@ class PromptTuningConfig(VirtualTokensConfig):
     tokenizer_name_or_path: str | None = option(None, "The tokenizer that makes the text into tokens.")
     tokenizer_kwargs: dict[str, Any] | None = option(None, "What else AutoTokenizer.from_pretrained is given.")
     after_first: bool = option(False, "Put them after the first token (BOS, CLS) and not before it.")
+    after_embeddings: bool = option(
+        False, "Put them behind the embeddings' positions and norm, as AdapterHub does; for models with a module of those."
+    )
     decoder_tokens: bool = option(False, DECODER_TOKENS)
 
     peft_type: ClassVar[str] = "PROMPT_TUNING"
-    own_fields: ClassVar[frozenset[str]] = VirtualTokensConfig.own_fields | {"after_first", "decoder_tokens"}
+    own_fields: ClassVar[frozenset[str]] = VirtualTokensConfig.own_fields | {
+        "after_first",
+        "after_embeddings",
+        "decoder_tokens",
+    }
 
     def __post_init__(self) -> None:
         """Refuse values that cannot be."""

@@ -27,6 +27,8 @@ class ModelPart(Part):
         length: how many virtual tokens it puts in.
         shift: by how much it moves the positions of the tokens besides.
         after_first: its virtual tokens come after the first token of each row (BOS, CLS) and not before it.
+        after_embeddings: they come among what the module's child ``embeddings`` gives, so without positions and norms of
+            their own.
         kept: their positions stay in the output (of an encoder, whose decoder attends to them).
         encoder_length: how many positions the encoder's output has more than its mask, for a decoder.
     """
@@ -34,6 +36,7 @@ class ModelPart(Part):
     length: int = 0
     shift: int = 0
     after_first: bool = False
+    after_embeddings: bool = False
     kept: bool = False
     encoder_length: int = 0
 
@@ -48,20 +51,30 @@ class ModelSite(Site):
     child = "grafts_model"
     _room: Room | None = None
     _shift: int | Tensor = 0
+    _pending: tuple[Room, Tensor, Tensor] | None = None  # what the embeddings are to be given
     _own: Tensor | int = 0  # where the tokens are in the output, or how many positions come before them
 
     def hooks(self, host: nn.Module) -> tuple[RemovableHandle, ...]:
         """Act before and after the module."""
         self.names = tuple(inspect.signature(type(host).forward).parameters)[1:]
-        handles = (
+        handles: tuple[RemovableHandle, ...] = (
             host.register_forward_pre_hook(self._before, with_kwargs=True),
             host.register_forward_hook(self._after, with_kwargs=True),
         )
+        if isinstance(embeddings := getattr(host, "embeddings", None), nn.Module):
+            handles = (*handles, embeddings.register_forward_hook(self._embedded))
         if "position_ids" in self.names or not embeds_positions(host):
             return handles
         positions = host.get_submodule("embed_positions")
         self.position_names = tuple(inspect.signature(type(positions).forward).parameters)[1:]
         return (*handles, positions.register_forward_pre_hook(self._positions, with_kwargs=True))
+
+    def _embedded(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """Put virtual tokens among what the embeddings have become."""
+        if self._pending is None:
+            return output
+        (room, virtual, first), self._pending = self._pending, None
+        return room.inserted(output, virtual.to(output.dtype), first)
 
     def _positions(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -150,14 +163,16 @@ class ModelSite(Site):
             return None
         if len({part.after_first for part in parts}) > 1:
             raise StateError("adapters whose virtual tokens come before and after the first token cannot act together")
+        if len({part.after_embeddings for part in parts}) > 1:
+            raise StateError("adapters whose virtual tokens come before and after the embeddings cannot act together")
         embeds = given.get("inputs_embeds")
         if embeds is None:
             embeds = host.get_input_embeddings()(given["input_ids"])  # type: ignore[operator]
-        pooled = getattr(host, "pooler", None) is not None
+        pooled, embedded = getattr(host, "pooler", None) is not None, parts[0].after_embeddings
         snug = given.get("attention_mask") is not None and _counts_distances(host)
         if self.setup.rows is None:
             virtual = torch.cat([part.virtual() for part in parts]).to(embeds.dtype)
-            room = Room(virtual.shape[0], tokens.shape[1], None, parts[0].after_first, snug, pooled)
+            room = Room(virtual.shape[0], tokens.shape[1], None, parts[0].after_first, snug, pooled, embedded)
             virtual = virtual.expand(batch, -1, -1)
         else:
             count = max(sum(part.length for part in some) for _, some in groups)
@@ -172,12 +187,14 @@ class ModelSite(Site):
                     virtual = virtual.index_copy(0, where, padded)
                     lengths[where] = own.shape[0]
             even = None not in self.setup.rows.names and len({sum(part.length for part in some) for _, some in groups}) == 1
-            room = Room(count, tokens.shape[1], None if even else lengths, parts[0].after_first, snug, pooled)
+            room = Room(count, tokens.shape[1], None if even else lengths, parts[0].after_first, snug, pooled, embedded)
         first = room.first(given.get("attention_mask"), batch, embeds.device)
-        given["inputs_embeds"] = room.inserted(embeds, virtual, first)
-        if "input_ids" in given:
-            given["input_ids"] = None
-        if (types := given.get("token_type_ids")) is not None:
+        if embedded:
+            self._pending = room, virtual, first
+        else:
+            given["inputs_embeds"] = room.inserted(embeds, virtual, first)
+            given.update({"input_ids": None} if "input_ids" in given else {})
+        if not embedded and (types := given.get("token_type_ids")) is not None:
             given["token_type_ids"] = room.inserted(types, types.new_zeros(batch, room.count), first)
         if any(part.kept for part in parts):
             self._own = 0
@@ -204,6 +221,8 @@ class ModelSite(Site):
         first = None
         if room is not None:
             first = self._masked(given, room, past, batch, new, device)
+        if room is not None and room.embedded:
+            return  # its tokens have no positions, and the others keep theirs
         if given.get("cache_position") is not None:
             given["cache_position"] = torch.arange(past, past + new + (0 if past else count), device=device)
         uneven = room is not None and room.lengths is not None

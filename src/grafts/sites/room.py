@@ -24,6 +24,7 @@ class Room:
         snug: they stand right before a row's first token that is no padding, where distances count (windows, relative
             positions); elsewhere before the padding, which comes to the same.
         gap_last: a row's empty positions come after its tokens (for a pooler that reads the first one), and not before.
+        embedded: they come among what the embeddings have become, with positions and norms, and not among those of words.
     """
 
     count: int
@@ -32,6 +33,7 @@ class Room:
     after_first: bool
     snug: bool
     gap_last: bool
+    embedded: bool = False
 
     @property
     def even(self) -> bool:
