@@ -165,6 +165,22 @@ def test_every_method_trains_predicts_and_merges(method: Method, models: Path, d
     assert (tmp_path / "merged" / "model.safetensors").is_file() == method.mergeable
 
 
+@pytest.mark.parametrize("name", ["adaption_prompt", "prefix_tuning", "prompt_tuning", "p_tuning"])
+@pytest.mark.parametrize(
+    ("model", "task"),
+    [("bert", "token-classification"), ("llama", "causal-lm"), ("t5", "seq2seq-lm")],
+    ids=["bert", "llama", "t5"],
+)
+def test_methods_inside_attention_and_in_front_of_the_input_serve_every_task(
+    name: str, model: str, task: str, models: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ["--test-file", data, "--max-steps", 3, "--learning-rate", 0.02, "--method", name]
+    train(models, data, tmp_path / "run", *more, model=model, task=task)
+    capsys.readouterr()
+    call("predict", tmp_path / "run", "the fast cat")
+    assert capsys.readouterr().out.strip()
+
+
 def test_trained_adapter_loads_from_python(models: Path, data: Path, tmp_path: Path) -> None:
     train(models, data, tmp_path / "run", "--max-steps", 2)
     from transformers import AutoModelForSequenceClassification

@@ -348,7 +348,7 @@ class AttentionSite(Site):
         for part, where in self._acting(now.query):
             pair = part.in_front(now if where is None else now.rows(where))
             if pair is not None:
-                keys, values = (x.to(like.dtype) for x in pair)
+                keys, values = (x.to(like.device, like.dtype) for x in pair)
                 bias = part.position_bias(now)
                 if where is None:
                     given.append(Prefix(keys, values, None, bias))

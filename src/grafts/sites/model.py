@@ -171,7 +171,7 @@ class ModelSite(Site):
         pooled, embedded = getattr(host, "pooler", None) is not None, parts[0].after_embeddings
         snug = given.get("attention_mask") is not None and _counts_distances(host)
         if self.setup.rows is None:
-            virtual = torch.cat([part.virtual() for part in parts]).to(embeds.dtype)
+            virtual = torch.cat([part.virtual() for part in parts]).to(embeds.device, embeds.dtype)
             room = Room(virtual.shape[0], tokens.shape[1], None, parts[0].after_first, snug, pooled, embedded)
             virtual = virtual.expand(batch, -1, -1)
         else:
@@ -182,7 +182,7 @@ class ModelSite(Site):
                 if some:
                     assert key is not None
                     where = self.setup.rows.of(key, batch, embeds.device)
-                    own = torch.cat([part.virtual() for part in some]).to(embeds.dtype)
+                    own = torch.cat([part.virtual() for part in some]).to(embeds.device, embeds.dtype)
                     padded = nn.functional.pad(own, (0, 0, 0, count - own.shape[0])).expand(where.shape[0], -1, -1)
                     virtual = virtual.index_copy(0, where, padded)
                     lengths[where] = own.shape[0]
