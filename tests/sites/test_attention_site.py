@@ -5,6 +5,10 @@ from __future__ import annotations
 import copy
 import functools
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -389,3 +393,17 @@ def test_the_softmax_over_the_prompt_is_made_in_float32_in_half_precision_too(dt
     wide = read_prompt(query.float(), (keys[:1].float(), values[:1].float()), 0.5, torch.ones(1))
     # one rounding of weights and one of the sum at most: what a softmax in the narrow format would lose is several times that
     assert (part.beside(call).float() - wide).abs().max() <= 2 * torch.finfo(dtype).eps * wide.abs().max()
+
+
+def test_a_model_saved_whole_runs_in_another_process(tmp_path: Path) -> None:
+    model = LLAMA.model()
+    grafts.add(model, grafts.AdaptionPromptConfig(), name="en")
+    randomise(model, "en")
+    torch.save((model, LLAMA.inputs(), LLAMA.output(model)), tmp_path / "model.pt")
+    code = (
+        f"import torch; model, inputs, expected = torch.load({str(tmp_path / 'model.pt')!r}, weights_only=False); "
+        "assert torch.equal(model(**inputs).logits, expected); print('the same')"
+    )
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout == "the same\n", done.stderr[-2000:]

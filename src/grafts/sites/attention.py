@@ -150,6 +150,12 @@ class AttentionSite(Site):
         # a mode has to be left also when the module fails; hooks that are called come what may do not compile
         return before, host.register_forward_hook(self._after, with_kwargs=True, always_call=self.route != "interface")
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Make the kernel known where a model is unpickled."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if self.route == "interface":
+            self.functions.register(KERNEL, attention)
+
     def detach(self, host: nn.Module) -> None:
         """The exact inverse of `attach`."""
         super().detach(host)
