@@ -255,12 +255,14 @@ def test_a_model_of_ones_own_that_takes_embeddings_is_served() -> None:
 
 
 def test_tokens_behind_the_embeddings_have_no_positions_and_no_norm_of_their_own() -> None:
-    from transformers import BertModel
+    import transformers
 
-    base = Base("bert", lambda: BertModel(bases.bert_config()), BERT.inputs)
+    base = Base("bert", lambda: transformers.BertModel(bases.bert_config()), BERT.inputs)
     config = grafts.PromptTuningConfig(num_virtual_tokens=3, after_embeddings=True)
     model, twin = prompted(base.model(), config), base.model()
     virtual = prompt_of(model)[None].expand(2, -1, -1)
+    if transformers.__version__ < "5":
+        pytest.skip("the reference cannot be had: masks are made for as many queries as there were tokens")
     twin.embeddings.register_forward_hook(lambda module, args, output: torch.cat([virtual, output], 1))
     mask = torch.ones(2, 7, dtype=torch.long)
     mask[0, 5:] = 0

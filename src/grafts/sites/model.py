@@ -221,8 +221,10 @@ class ModelSite(Site):
         first = None
         if room is not None:
             first = self._masked(given, room, past, batch, new, device)
-        if room is not None and room.embedded:
-            return  # its tokens have no positions, and the others keep theirs
+        if room is not None and room.embedded:  # its tokens have no positions, and the others keep theirs
+            if "get_extended_attention_mask" in inspect.unwrap(type(host).forward).__code__.co_names:
+                _square(given, batch, count + new, device)
+            return
         if given.get("cache_position") is not None:
             given["cache_position"] = torch.arange(past, past + new + (0 if past else count), device=device)
         uneven = room is not None and room.lengths is not None
@@ -310,6 +312,13 @@ def _cut(value: Any, own: Tensor | int, length: int) -> Any:
     if not dim or value.shape[dim] != length:
         return value
     return value.narrow(dim, own, length - own) if isinstance(own, int) else taken(value, own, dim)
+
+
+def _square(given: dict[str, Any], batch: int, length: int, device: torch.device) -> None:
+    """Give the mask for every query, to models before `transformers` 5, which else make it for as many as there are tokens."""
+    mask = given.get("attention_mask")
+    mask = torch.ones(batch, length, dtype=torch.long, device=device) if mask is None else mask
+    given["attention_mask"] = mask[:, None].expand(batch, length, length)
 
 
 def _counts_distances(host: nn.Module) -> bool:
