@@ -389,7 +389,7 @@ def test_the_softmax_over_the_prompt_is_made_in_float32_in_half_precision_too(dt
         def project(self, prompt: torch.Tensor, names: object = None) -> tuple[torch.Tensor, torch.Tensor]:
             return keys[:1], values[:1]
 
-    call = Given(None, None, query, 2, 0.5, query, None, False)  # type: ignore[arg-type]
+    call = Given(None, None, query, 2, 0.5, query, None)  # type: ignore[arg-type]
     wide = read_prompt(query.float(), (keys[:1].float(), values[:1].float()), 0.5, torch.ones(1))
     # one rounding of weights and one of the sum at most: what a softmax in the narrow format would lose is several times that
     assert (part.beside(call).float() - wide).abs().max() <= 2 * torch.finfo(dtype).eps * wide.abs().max()

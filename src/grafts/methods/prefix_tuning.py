@@ -123,7 +123,7 @@ class PrefixPart(AttendingPart):
         keys, values = self.as_heads(attention.key_heads)
         if self.gate is None:
             return keys, values
-        if attention.caches:
+        if attention.cache is not None:
             raise StateError("a gated prefix needs the whole input of each layer at once: generate with use_cache=False")
         gates = F.linear(
             attention.hidden, self.gate.weight.to(attention.hidden.dtype), self.gate.bias.to(attention.hidden.dtype)
@@ -140,7 +140,7 @@ class PrefixPart(AttendingPart):
             return None
         knows: Any = first.distances[0]
         numbers = self.numbers()
-        here = torch.arange(attention.query.shape[2], device=numbers.device)[:, None] + numbers.shape[0] + attention.past
+        here = torch.arange(attention.query.shape[2], device=numbers.device)[:, None] + numbers.shape[0] + attention.past()
         buckets = knows._relative_position_bucket(
             torch.arange(numbers.shape[0], device=numbers.device)[None] - here,
             bidirectional=not knows.is_decoder,

@@ -41,8 +41,8 @@ class Attention:
         scaling: what the products of queries and keys are multiplied by.
         hidden: the module's input, ``(batch, queries, hidden)``.
         prompt_bias: what the caller gave for the prompts of each row, ``(batch, 1 or length, hidden)``, or None.
-        caches: whether the module was called with a cache.
-        past: how many tokens came before the queries.
+        cache: what the module was called with to keep keys and values, or None.
+        begin: where the queries stand, ``(queries,)``, where the caller has said so.
         where: which rows of the batch these are; None for all.
     """
 
@@ -53,8 +53,8 @@ class Attention:
     scaling: float
     hidden: Tensor
     prompt_bias: Tensor | None
-    caches: bool
-    past: int = 0
+    cache: Any = None
+    begin: Tensor | None = None
     where: Tensor | None = None
 
     def project(self, prompt: Tensor, names: tuple[str, str] | None = None) -> tuple[Tensor, Tensor]:
@@ -76,6 +76,14 @@ class Attention:
         if self.where is None or keys.shape[0] in (1, self.query.shape[0]):
             return keys, values
         return keys.index_select(0, self.where), values.index_select(0, self.where)  # rows have chosen in the projections too
+
+    def past(self) -> int:
+        """How many tokens came before the queries; looks into the cache, which has taken in theirs."""
+        if self.begin is not None:
+            return int(self.begin[0])
+        if not hasattr(self.cache, "get_seq_length"):
+            return 0
+        return max(int(self.cache.get_seq_length()) - self.query.shape[2], 0)
 
     def rows(self, where: Tensor) -> Attention:
         """The call for some rows of the batch."""
@@ -235,8 +243,8 @@ class AttentionSite(Site):
         hidden = args[0] if args else kwargs[self.names[0]]
         cache = next((c for name in _CACHES if (c := kwargs.get(name)) is not None), None)
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        past = _past(cache, kwargs.get("cache_position"), query.shape[2])
-        return Attention(self, host, query, key.shape[1], scale, hidden, self.setup.prompt_bias, cache is not None, past)
+        begin = kwargs.get("cache_position")
+        return Attention(self, host, query, key.shape[1], scale, hidden, self.setup.prompt_bias, cache, begin)
 
     def kernel(
         self, host: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, arguments: dict[str, Any]
@@ -374,15 +382,6 @@ class AttentionSite(Site):
 
 
 AttendingPart.site = AttentionSite
-
-
-def _past(cache: Any, position: Tensor | None, queries: int) -> int:
-    """How many tokens came before the queries, once the cache has taken in theirs."""
-    if cache is None:
-        return 0
-    if position is not None:
-        return int(position[0])
-    return max(int(cache.get_seq_length()) - queries, 0) if hasattr(cache, "get_seq_length") else 0
 
 
 def _is_causal(host: nn.Module, arguments: Mapping[str, Any]) -> bool:

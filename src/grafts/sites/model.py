@@ -110,15 +110,18 @@ class ModelSite(Site):
             return None
         if view is not None:
             view.inside = True
-        past = past_of(cache, given.get("cache_position"), view)
         embeds = given.get("inputs_embeds")
         tokens = given.get("input_ids") if embeds is None else embeds
         if tokens is None:
             return None
         batch = tokens.shape[0]
+        placed = view is not None or any(part.length for _, parts in self._parts_by_row() for part in parts)
+        # where positions are given and nothing is put in, the cache need not be asked, which on a GPU takes time
+        asks = placed or given.get("position_ids") is None
+        past = past_of(cache, given.get("cache_position"), view) if asks else 0
         shift, encoder = self._numbers("shift", batch, tokens), self._numbers("encoder_length", batch, tokens)
         self._shift = shift
-        if past == 0:
+        if past == 0 and placed:
             if view is not None:
                 forget_view(cache)
             room = self._begin(given, host, batch, tokens)
@@ -225,7 +228,7 @@ class ModelSite(Site):
             if "get_extended_attention_mask" in inspect.unwrap(type(host).forward).__code__.co_names:
                 _square(given, batch, count + new, device)
             return
-        if given.get("cache_position") is not None:
+        if room is not None and given.get("cache_position") is not None:
             given["cache_position"] = torch.arange(past, past + new + (0 if past else count), device=device)
         uneven = room is not None and room.lengths is not None
         positions = given.get("position_ids")
