@@ -4,24 +4,41 @@ from __future__ import annotations
 
 from typing import Any
 
+from peft import PeftType
+
+from grafts.checkpoints.adapterhub_methods import BY_CONFIG
 from grafts.methods import Method, method_named
 
 
 def capabilities(method: Method) -> str:
     """The record of a method as a section in Markdown."""
+    roles = () if method.members is not None else method.default_roles(method.config())
+    targets = " and ".join(", ".join(sorted(role)) for role in roles)
+    stream = "worked out from the model's [interface](../interface.md)"
+    shared = [name for name, there in (("`peft` 0.21", peft_has(method)), ("AdapterHub", hub_has(method))) if there]
     rows = {
-        "stands beside": ", ".join(sorted(method.layers)),
-        "targets if none are named": " and ".join(", ".join(sorted(r)) for r in method.default_roles(method.config())),
+        "stands beside": ", ".join(sorted(method.layers)) or "what its parts stand beside",
+        "targets if none are named": stream if method.places is not None else targets or "those of its parts",
         "a fresh adapter leaves the output bitwise": "yes" if method.inert else "no",
-        "merge and unmerge": "yes" if method.mergeable else "no",
+        "merge and unmerge": "no" if not method.mergeable else "yes" if method.merges is None else "where it is linear",
         "rows of a batch can choose": "yes" if method.routable else "no",
         "can be combined by": ", ".join(f"`{way}`" for way in method.combinations) or "nothing",
-        "file type": f"`{method.peft_type}`, interchangeable with `peft` 0.21",
+        "file type": f"`{method.peft_type}`" + (f", interchangeable with {' and '.join(shared)}" if shared else ""),
         "config": f"`grafts.{method.config.__name__}`",
         "source": method.source,
     }
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     return f"\n## What it can do\n\n| | |\n|---|---|\n{table}\n"
+
+
+def peft_has(method: Method) -> bool:
+    """Whether `peft` knows files of that type."""
+    return method.peft_type in PeftType.__members__
+
+
+def hub_has(method: Method) -> bool:
+    """Whether AdapterHub has a place for adapters of that method."""
+    return method.members is not None or method.config in BY_CONFIG
 
 
 def on_page_markdown(markdown: str, *, page: Any, **others: Any) -> str:

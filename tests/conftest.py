@@ -15,7 +15,7 @@ from torch import nn
 
 import grafts
 from bases import BY_NAME, Base
-from grafts.methods import Method, methods
+from grafts.methods import Method, method_named, methods
 from grafts.registry import parts_of
 
 torch.set_num_threads(1)
@@ -48,15 +48,28 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.fixture
 def config(method: Method) -> grafts.AdapterConfig:
     """The method's config for any model: every linear where it stands beside linears, defaults otherwise."""
+    return any_config(method)
+
+
+def any_config(method: Method, **changes: object) -> grafts.AdapterConfig:
+    """`config`, with changes; of a method that is made of others, one of a bottleneck and LoRA with these changes."""
+    if method.members is not None:
+        return method.config.from_configs([any_config(method_named(name), **changes) for name in ("bottleneck", "lora")])
     needed = {"total_step": 100} if "total_step" in method.config.field_names() else {}
     needed |= {"target_modules": "all-linear"} if "linear" in method.layers else {}
+    needed |= {"reduction_factor": 4, "non_linearity": "gelu"} if "reduction_factor" in method.config.field_names() else {}
     needed |= {"num_virtual_tokens": 5} if "num_virtual_tokens" in method.config.field_names() else {}
-    return method.config(**needed)
+    return method.config(**(needed | changes))
 
 
 def fits(method: Method, base: Base) -> bool:
     """Whether the base has any module where the method can stand."""
-    return "linear" in method.layers or ("attending" in method.layers and base.attention) or base.embeds
+    layered = "stream" in method.layers or method.members is not None
+    return (
+        "linear" in method.layers
+        or (("attending" in method.layers or layered) and base.attention)
+        or (base.embeds and not layered)
+    )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -11,28 +11,37 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from grafts.adapter_method import AdapterMethod
     from grafts.checkpoints.adapters import LoadReport, load, save
     from grafts.combining import combine
     from grafts.config import AdapterConfig
+    from grafts.config_strings import config_from
     from grafts.errors import (
         AdapterNameError,
         CheckpointError,
         ConfigError,
         GraftsError,
+        InterfaceError,
         MergeError,
         StateError,
         UnmatchedTargetError,
         UnsupportedTargetError,
     )
     from grafts.faces.peft import AdaptionPromptModel, IA3Model
+    from grafts.inferring import infer_interface
+    from grafts.interface import AdapterModelInterface
     from grafts.merging import MergeReport, merge, unmerge, verify_merge
     from grafts.methods.adalora import AdaLoraConfig, RankAllocator, rank_allocator
     from grafts.methods.adaption_prompt import AdaptionPromptConfig
+    from grafts.methods.bottleneck import BnConfig
     from grafts.methods.ia3 import IA3Config
+    from grafts.methods.invertible import InvertibleConfig
     from grafts.methods.lora import LoraConfig
     from grafts.methods.p_tuning import PromptEncoderConfig
     from grafts.methods.prefix_tuning import PrefixTuningConfig
     from grafts.methods.prompt_tuning import PromptTuningConfig
+    from grafts.methods.reft import ReftConfig
+    from grafts.methods.union import UnionConfig
     from grafts.planning import Plan, plan
     from grafts.registry import (
         AdapterStatus,
@@ -57,6 +66,7 @@ _HOMES = {
         "CheckpointError",
         "ConfigError",
         "GraftsError",
+        "InterfaceError",
         "MergeError",
         "StateError",
         "UnmatchedTargetError",
@@ -64,6 +74,14 @@ _HOMES = {
     ),
     "grafts.faces.peft": ("AdaptionPromptModel", "IA3Model"),
     "grafts.merging": ("MergeReport", "merge", "unmerge", "verify_merge"),
+    "grafts.config_strings": ("config_from",),
+    "grafts.inferring": ("infer_interface",),
+    "grafts.interface": ("AdapterModelInterface",),
+    "grafts.adapter_method": ("AdapterMethod",),
+    "grafts.methods.bottleneck": ("BnConfig",),
+    "grafts.methods.invertible": ("InvertibleConfig",),
+    "grafts.methods.reft": ("ReftConfig",),
+    "grafts.methods.union": ("UnionConfig",),
     "grafts.methods.adalora": ("AdaLoraConfig", "RankAllocator", "rank_allocator"),
     "grafts.methods.adaption_prompt": ("AdaptionPromptConfig",),
     "grafts.methods.ia3": ("IA3Config",),
@@ -89,15 +107,20 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = [
     "AdaLoraConfig",
     "AdapterConfig",
+    "AdapterMethod",
+    "AdapterModelInterface",
     "AdapterNameError",
     "AdapterStatus",
     "AdaptionPromptConfig",
     "AdaptionPromptModel",
+    "BnConfig",
     "CheckpointError",
     "ConfigError",
     "GraftsError",
     "IA3Config",
     "IA3Model",
+    "InterfaceError",
+    "InvertibleConfig",
     "LoadReport",
     "LoraConfig",
     "MergeError",
@@ -107,7 +130,9 @@ __all__ = [
     "PromptEncoderConfig",
     "PromptTuningConfig",
     "RankAllocator",
+    "ReftConfig",
     "StateError",
+    "UnionConfig",
     "UnmatchedTargetError",
     "UnsupportedTargetError",
     "activate",
@@ -115,9 +140,11 @@ __all__ = [
     "adapters",
     "add",
     "combine",
+    "config_from",
     "deactivate",
     "delete",
     "detach",
+    "infer_interface",
     "load",
     "merge",
     "plan",

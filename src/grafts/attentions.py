@@ -45,12 +45,16 @@ def attending_modules(
         if getattr(module, "reorder_and_upcast_attn", False):
             continue  # it leaves out the kernel for one of its own
         own = children[path]
-        projection = next((own[role] for role in ("key", "key+value", "query+key+value") if role in own), None)
-        if projection is None:
+        projection = next((own[role] for role in ("key", "key+value", "query+key+value", "query") if role in own), None)
+        latent = _latent(module)
+        if projection is None and latent is None:
             continue
+        projection = projection or next(iter(own.values()))
         heads = _said(module, _HEADS)
         head_dim = _said(module, _HEAD_DIM) or (projection.in_features // heads if heads else 0)
-        width = _key_width(own, heads * head_dim)
+        width = _key_width(own, heads * head_dim) if latent is None else latent[0]
+        if latent is not None:
+            head_dim = latent[0] // heads
         found[path] = Layer(
             "attending",
             projection.in_features,
@@ -59,9 +63,19 @@ def attending_modules(
             type(module).__name__,
             heads=width // head_dim if head_dim and width % head_dim == 0 else 0,
             projections=_apart(module, names[path]),
+            values=0 if latent is None else latent[1],
         )
         said[path] = _attention_role(model, path, module)
     return found, said
+
+
+def _latent(module: nn.Module) -> tuple[int, int] | None:
+    """The widths of all heads' keys and values where they differ: latent attention (DeepSeek-V2 2024, section 2.1)."""
+    key, value, heads = (getattr(module, name, None) for name in ("qk_head_dim", "v_head_dim", "num_heads"))
+    if not (isinstance(key, int) and isinstance(value, int)):
+        return None
+    heads = heads if isinstance(heads, int) else _said(module, _HEADS)
+    return (heads * key, heads * value) if heads else None
 
 
 def _apart(module: nn.Module, names: Mapping[str, str]) -> tuple[str, str] | None:
@@ -94,13 +108,22 @@ def _said(module: nn.Module, names: tuple[str, ...]) -> int:
 
 
 def _attention_role(model: nn.Module, path: str, module: nn.Module) -> str:
-    name = re.sub(r"[^a-z]", "", path.rpartition(".")[2].lower() + path.rpartition(".")[0].rpartition(".")[2].lower())
-    crosses = getattr(module, "is_cross_attention", False) or any(word in name for word in ("cross", "encdec", "encoderattn"))
-    if crosses:
+    if getattr(module, "is_cross_attention", False) or crosses(path):
         return CROSS_ATTENTION
     config = getattr(model, "config", None)
     both = bool(getattr(config, "is_encoder_decoder", False))
     return ENCODER_ATTENTION if both and "encoder" in path.split(".") else SELF_ATTENTION
+
+
+def crosses(path: str) -> bool:
+    """Whether the name of an attention module, or of what it stands in, says that it attends to an encoder.
+
+    >>> crosses("decoder.layers.0.encoder_attn"), crosses("encoder.layers.0.self_attn")
+    (True, False)
+    """
+    owner, _, last = path.rpartition(".")
+    name = re.sub(r"[^a-z]", "", last.lower() + owner.rpartition(".")[2].lower())
+    return any(word in name for word in ("cross", "encdec", "encoderattn"))
 
 
 def input_modules(model: nn.Module, modules: Mapping[str, nn.Module]) -> tuple[dict[str, Layer], dict[str, str]]:
@@ -112,8 +135,8 @@ def input_modules(model: nn.Module, modules: Mapping[str, nn.Module]) -> tuple[d
     found, said = {}, {}
     for role, module in _input_modules(model):
         path = next((path for path, other in modules.items() if other is module), None)
-        embedding = _embedding(module)
-        if path is None or embedding is None or "inputs_embeds" not in inspect.signature(type(module).forward).parameters:
+        embedding = embedding_of(module)
+        if path is None or embedding is None or not _takes_embeds(module):
             continue
         size = embedding.embedding_dim
         found[path] = Layer("input", size, size, False, type(module).__name__)
@@ -125,18 +148,26 @@ def _input_modules(model: nn.Module) -> list[tuple[str, Any]]:
     config = getattr(model, "config", None)
     if config is None:
         return [(INPUT, model)]
-    if getattr(config, "is_encoder_decoder", False):
-        return [(ENCODER_INPUT, _ask(model, "get_encoder")), (DECODER_INPUT, _ask(model, "get_decoder"))]
     base = getattr(model, "base_model", model)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    return [(INPUT, base if text is config else _ask(model, "get_decoder") or base)]
+    encoder, decoder = _ask(model, "get_encoder"), _ask(model, "get_decoder")
+    if getattr(config, "is_encoder_decoder", False) and _takes_embeds(encoder):
+        return [(ENCODER_INPUT, encoder), (DECODER_INPUT, decoder)]
+    if encoder is not None and encoder is not decoder and _takes_embeds(base):  # a tower beside it is no stack of its own
+        text = config.get_text_config() if hasattr(config, "get_text_config") else config
+        decoder = decoder if text is not config else None
+    # where a model has a stack inside its base, its head may call that one
+    return [(INPUT, next((module for module in (decoder, getattr(base, "decoder", None)) if _takes_embeds(module)), base))]
+
+
+def _takes_embeds(module: Any) -> bool:
+    return isinstance(module, nn.Module) and "inputs_embeds" in inspect.signature(type(module).forward).parameters
 
 
 def _ask(model: nn.Module, getter: str) -> Any:
     return getattr(model, getter, lambda: None)()
 
 
-def _embedding(module: Any) -> nn.Embedding | None:
+def embedding_of(module: Any) -> nn.Embedding | None:
     """A module's token embedding."""
     if not isinstance(module, nn.Module):
         return None

@@ -55,6 +55,10 @@ class AdapterConfig:
         "method choose from the model's structure.",
     )
     exclude_modules: Names = option(None, "Modules to leave out, a list or a regular expression like target_modules.")
+    target_roles: tuple[str, ...] | None = option(
+        None,
+        "Instead of target_modules: what the modules are there for: q, k, v, o, intermediate, gate, output, embedding, head.",
+    )
     modules_to_save: Names = option(
         None, "Modules (a classifier head) of which the adapter trains and saves a copy of its own."
     )
@@ -71,7 +75,7 @@ class AdapterConfig:
     # Fields of the file format that this version does not implement, with the values that mean "not used".
     elsewhere: ClassVar[Mapping[str, Any]] = {}
     # Fields that the file format does not have; written only where they say something.
-    own_fields: ClassVar[frozenset[str]] = frozenset()
+    own_fields: ClassVar[frozenset[str]] = frozenset({"target_roles"})
 
     def __post_init__(self) -> None:
         """Bring sequences into one form and refuse values that cannot be.
@@ -87,6 +91,10 @@ class AdapterConfig:
                 object.__setattr__(self, field.name, tuple(value))
         for name in ("target_modules", "exclude_modules", "modules_to_save"):
             self.require(name, _are_names(getattr(self, name)), "a list of module names or a string")
+        roles = self.target_roles
+        named = roles is None or (isinstance(roles, tuple) and bool(roles) and all(isinstance(name, str) for name in roles))
+        self.require("target_roles", named, "a list of roles")
+        self.require("target_roles", roles is None or self.target_modules is None, "left out beside target_modules")
         self.require("task_type", self.task_type is None or self.task_type in TASK_TYPES, f"one of {', '.join(TASK_TYPES)}")
         if isinstance(self.modules_to_save, str):
             object.__setattr__(self, "modules_to_save", (self.modules_to_save,))

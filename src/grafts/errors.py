@@ -3,7 +3,8 @@
     GraftsError
     |-- ConfigError               a config that cannot be (also a ValueError)
     |   |-- UnmatchedTargetError  a pattern that selects nothing in this model
-    |   `-- UnsupportedTargetError  a selected module that the method cannot serve
+    |   |-- UnsupportedTargetError  a selected module that the method cannot serve
+    |   `-- InterfaceError        an interface that does not fit the model, or cannot be inferred
     |-- AdapterNameError          a name that is unknown, taken or empty (also a ValueError)
     |-- StateError                a verb that does not fit the model's present state (also a RuntimeError)
     |-- MergeError                weights that cannot be merged (also a RuntimeError)
@@ -33,6 +34,10 @@ class UnmatchedTargetError(ConfigError):
 
 class UnsupportedTargetError(ConfigError):
     """A config selects a module of a kind that its method cannot serve."""
+
+
+class InterfaceError(ConfigError):
+    """An interface does not fit the model, or cannot be worked out from it."""
 
 
 class AdapterNameError(GraftsError, ValueError):

@@ -50,8 +50,9 @@ def merge(model: M, names: str | Sequence[str] | None = None, *, untie: bool = F
         raise MergeError("no adapter is active: name the one to merge")
     with_parts: dict[str, list[Part]] = defaultdict(list)
     for name in wanted:
-        if not registry.require(name).method.mergeable:
-            raise MergeError(f"adapter {name!r}: {registry.plans[name].method.title} has no exact merge")
+        for one in registry.require(name).each():
+            if not one.method.can_merge(one.config):
+                raise MergeError(f"adapter {name!r}: {one.method.title} has no exact merge")
         for path, part in parts_of(inner, name):
             with_parts[path].append(part)
     ready = {path: _merged_tensors(inner, path, parts) for path, parts in with_parts.items()}

@@ -11,16 +11,23 @@ import torch
 from torch import nn
 
 from grafts.config import AdapterConfig
+from grafts.config_strings import config_from
 from grafts.errors import ConfigError, UnmatchedTargetError, UnsupportedTargetError
 from grafts.extras import BiasOffset, MultiheadPart, TrainableCopy, TrainableTokens
+from grafts.inferring import infer_interface
+from grafts.interface import AdapterModelInterface
 from grafts.matching import collapsed, layer_index, matches, nearest_modules, unmatched, within
 from grafts.methods import Method, Place, method_of
-from grafts.roles import EMBEDDING, HEAD, ROUTER, Anatomy, anatomy
+from grafts.roles import EMBEDDING, HEAD, ROUTER, Anatomy, anatomy, roles_named
 from grafts.sites.module import ModuleSite
 from grafts.sites.site import Part, Site, site_of
+from grafts.stream import OUTPUTS, Stream
 from grafts.weights import Layer, home, own_parameters
 
 ALL_LINEAR = "all-linear"
+
+
+Key = tuple[str, str, int]
 
 
 @dataclass(frozen=True)
@@ -36,6 +43,7 @@ class Target:
         build: makes the part for the module, on the default device.
         tied_to: the path of the module whose part of the same kind this one shares, or None.
         site: the kind of site that the part stands at.
+        member: of an adapter that is made of several, the number of the one that it belongs to.
     """
 
     path: str
@@ -46,6 +54,12 @@ class Target:
     build: Callable[[nn.Module], Part] = field(repr=False, compare=False)
     tied_to: str | None = None
     site: type[Site] = field(default=ModuleSite, repr=False)
+    member: int = 0
+
+    @property
+    def key(self) -> Key:
+        """What tells it from the other targets of the adapter."""
+        return self.path, self.kind, self.member
 
     @property
     def parameters(self) -> int:
@@ -63,6 +77,8 @@ class Plan:
         config: the config that was resolved.
         method: its method.
         targets: every part that would be made, in the model's order.
+        interface: what the model's modules were taken for, where that was given or inferred.
+        members: the plans of those that the adapter is made of, where it is a union.
     """
 
     model_name: str
@@ -70,6 +86,12 @@ class Plan:
     config: AdapterConfig
     method: Method
     targets: tuple[Target, ...]
+    interface: AdapterModelInterface | None = field(default=None, repr=False)
+    members: tuple[Plan, ...] = field(default=(), repr=False)
+
+    def each(self) -> tuple[Plan, ...]:
+        """The plans of the single methods: its members, or itself."""
+        return self.members or (self,)
 
     @property
     def parameters(self) -> int:
@@ -104,23 +126,25 @@ class Plan:
         return "\n".join([lines[0].rstrip(), "  ".join("-" * w for w in widths), *map(str.rstrip, lines[1:]), self.summary()])
 
 
-def plan(model: nn.Module, config: AdapterConfig) -> Plan:
+def plan(model: nn.Module, config: AdapterConfig | str, *, interface: AdapterModelInterface | None = None) -> Plan:
     """Resolve ``config`` against ``model`` without touching either.
 
     Modules inside those of ``modules_to_save`` are trained as a whole and so are no targets.
 
     Args:
         model: the base model, with or without adapters.
-        config: what to add.
+        config: what to add; or a text, as `grafts.config_from` takes it.
+        interface: what the model's modules are, where that is not to be worked out.
 
     Returns:
         The plan; ``print`` it for a table.
 
     Raises:
+        InterfaceError: the interface does not fit the model, or the method needs one and none can be worked out.
         UnmatchedTargetError: a pattern selects no module, or nothing is selected at all; names the nearest.
         UnsupportedTargetError: a selected module is of a kind that the method cannot serve.
     """
-    return resolve(model, config)
+    return resolve(model, config_from(config), interface=interface)
 
 
 def resolve(
@@ -130,7 +154,9 @@ def resolve(
     lenient: bool = False,
     replaced: Sequence[str] = (),
     body: Anatomy | None = None,
-    blanks: dict[tuple[str, str], Part] | None = None,
+    blanks: dict[Key, Part] | None = None,
+    interface: AdapterModelInterface | None = None,
+    member: int = 0,
 ) -> Plan:
     """`plan`, with what reading a file needs.
 
@@ -141,24 +167,55 @@ def resolve(
         replaced: paths of modules whose base weights the file brings along (a resized embedding); the adapter gets a copy
             of each, beneath its own part if it has one.
         body: how the model is built, where that was looked at already.
-        blanks: gets the method's parts as they were planned, without memory, by path and kind.
+        blanks: gets the method's parts as they were planned, without memory, by the key of their target.
+        interface: what the model's modules are.
+        member: the number of the config in a union.
     """
     method = method_of(config)
     body = anatomy(model) if body is None else body
+    if method.members is not None:
+        each = [
+            resolve(model, one, lenient=lenient, body=body, blanks=blanks, interface=interface, member=number)
+            for number, one in enumerate(method.members(config))
+        ]
+        targets = [target for one in each for target in one.targets]
+        interfaces = [one.interface for one in each if one.interface is not None]
+        return replace(
+            each[0],
+            config=config,
+            method=method,
+            targets=_in_order(targets, body),
+            members=tuple(each),
+            interface=interfaces[0] if interfaces else None,
+        )
+    if interface is None and method.places is not None:
+        interface = infer_interface(model)
+    stream = None if interface is None else interface.resolve(body)
+    if stream is not None:
+        said = {path: role for path, role in stream.roles.items() if body.roles.get(path) not in (HEAD, ROUTER)}
+        body = replace(body, roles={**body.roles, **said})
     copied = _copied_modules(body, config, lenient)
-    chosen = _chosen(body, config, method, copied, lenient)
+    seats: Sequence[Place] = ()
+    if method.places is not None and stream is not None:
+        seats = _seats(body, config, method, stream, lenient)
+        chosen = [place.path for place in seats]
+    else:
+        chosen = _chosen(body, config, method, copied, lenient)
+        seats = [_place(body, path) for path in chosen]
     if method.check is not None:
-        method.check(config, [_place(body, path) for path in chosen])
+        method.check(config, seats)
     tokens = _token_rows(body, config)
     targets = [_copy_target(body, path) for path in copied]
     targets += [_copy_target(body, path, "base_layer." if path in chosen else "") for path in replaced]
     with torch.device("meta"):
-        others = tuple(replace(_place(body, path), host=_NO_HOST) for path in chosen)
-        targets += [_method_target(place, body.modules[place.path], config, method, others, blanks) for place in others]
+        others = tuple(replace(place, host=_NO_HOST) for place in seats)
+        targets += [
+            _method_target(place, body.modules[place.path], config, method, others, blanks, member) for place in others
+        ]
     targets += [_token_target(body, path, rows, chosen) for path, rows in tokens.items()]
     targets += _bias_targets(body, getattr(config, "bias", "none"), chosen, copied)
     targets = _with_tied(body, targets, everything=bool(getattr(config, "ensure_weight_tying", False)))
-    order = {path: index for index, path in enumerate(body.modules)}
+    targets = [replace(target, member=member) for target in targets] if member else targets
     for target in targets:
         _check_child_name(body.modules[target.path], target.path, target.site)
     return Plan(
@@ -166,8 +223,39 @@ def resolve(
         base_parameters=sum(p.numel() for p in {id(p): p for p in own_parameters(model).values()}.values()),
         config=config,
         method=method,
-        targets=tuple(sorted(targets, key=lambda target: order[target.path])),
+        targets=_in_order(targets, body),
+        interface=interface,
     )
+
+
+def _in_order(targets: Sequence[Target], body: Anatomy) -> tuple[Target, ...]:
+    order = {path: index for index, path in enumerate(body.modules)}
+    return tuple(sorted(targets, key=lambda target: order[target.path]))
+
+
+def _seats(body: Anatomy, config: AdapterConfig, method: Method, stream: Stream, lenient: bool) -> list[Place]:
+    """The places of a method on the residual stream; ``target_modules`` and ``exclude_modules`` choose among them.
+
+    Raises:
+        UnmatchedTargetError: a pattern selects no module, or nothing is selected at all.
+    """
+    assert method.places is not None
+    everywhere = [_place(body, path) for path in body.layers]
+    seats = list(method.places(config, stream, body.modules.__getitem__, everywhere))
+    for option in ("target_modules", "exclude_modules"):
+        wanted = getattr(config, option)
+        if wanted is None:
+            continue
+        matched = set(_matched(body, option, wanted, lenient))
+        kept = [place for place in seats if (place.path in matched) == (option == "target_modules")]
+        owners = {place.sublayer for place in kept if place.role in OUTPUTS}
+        seats = [p for p in seats if p in kept or (p.role not in OUTPUTS and (p.sublayer is None or p.sublayer in owners))]
+    if not any(place.role in OUTPUTS for place in seats):
+        raise UnmatchedTargetError(
+            f"{type(config).__name__} selects no place on the stream of {body.name} ({len(stream.layers)} layers, "
+            f"{len(stream.sublayers())} steps; target_modules={config.target_modules!r})"
+        )
+    return seats
 
 
 def _chosen(body: Anatomy, config: AdapterConfig, method: Method, copied: Sequence[str], lenient: bool) -> list[str]:
@@ -175,6 +263,8 @@ def _chosen(body: Anatomy, config: AdapterConfig, method: Method, copied: Sequen
     wanted = config.target_modules
     default_roles = method.default_roles(config)
     free = {path: role for path, role in body.roles.items() if not within(path, copied)}
+    if config.target_roles is not None:
+        default_roles = tuple(roles_named(name) for name in config.target_roles)
     if wanted is None:
         for roles in default_roles:
             if not roles & set(free.values()):
@@ -338,12 +428,13 @@ def _method_target(
     config: AdapterConfig,
     method: Method,
     others: tuple[Place, ...],
-    blanks: dict[tuple[str, str], Part] | None,
+    blanks: dict[Key, Part] | None,
+    member: int,
 ) -> Target:
     build = partial(_method_part, method, config, replace(place, others=others))
     part = build(host)
     if blanks is not None:
-        blanks[place.path, method.name] = part
+        blanks[place.path, method.name, member] = part
     shapes = {name: tensor.shape for name, tensor in part.file_tensors().items()}
     return Target(place.path, method.name, place.role, _sizes(place.layer), shapes, build, site=part.site)
 

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 from grafts.composition import Rows, Setup
 from grafts.config import AdapterConfig
+from grafts.config_strings import config_from
 from grafts.errors import AdapterNameError, ConfigError, GraftsError, StateError, did_you_mean
-from grafts.planning import Plan, Target, resolve
+from grafts.interface import AdapterModelInterface
+from grafts.planning import Key, Plan, Target, resolve
 from grafts.roles import Anatomy, loses_rows
 from grafts.sites.calls import Calls
 from grafts.sites.site import Part, site_of, sites_at, sites_in
@@ -70,20 +72,27 @@ class Registry:
             raise AdapterNameError(f"no adapter is called {name!r}; {did_you_mean(str(name), self.plans)}")
         return self.plans[name]
 
-    def own_parts(self, name: str) -> dict[str, Part]:
-        """The parts of adapter ``name`` that its method has made, by path; not copies, biases and tokens."""
+    def own_parts(self, name: str, member: int = 0) -> dict[str, Part]:
+        """The parts of adapter ``name`` that its method has made, by path; not copies, biases and tokens.
+
+        Args:
+            name: the adapter's.
+            member: which of those that it is made of, where it is a union.
+        """
         made = self.plans[name]
-        placed = zip(made.targets, self.parts[name], strict=True)
-        return {path: part for target, (path, part) in placed if target.kind == made.method.name and target.tied_to is None}
+        own = made.each()[member].method.name
+        placed = [x for x in zip(made.targets, self.parts[name], strict=True) if x[0].member == member]
+        return {path: part for target, (path, part) in placed if target.kind == own and target.tied_to is None}
 
     def unroutable(self, name: str) -> str | None:
         """Why rows cannot choose adapter ``name``, or None."""
         made = self.require(name)
         if name not in self._unroutable:
             mixed = [t.path for t in made.targets if loses_rows(t.path, t.role)]
+            whole = [one.method.title for one in made.each() if not one.method.routable]
             self._unroutable[name] = (
-                f"is {made.method.title}, which acts on all rows of a batch at once"
-                if not made.method.routable
+                f"is {whole[0]}, which acts on all rows of a batch at once"
+                if whole
                 else f"has a part at {mixed[0]!r}, whose input has no rows of the batch"
                 if mixed
                 else None
@@ -183,12 +192,21 @@ def parts_of(model: nn.Module, name: str) -> list[tuple[str, Part]]:
     return registry.parts[name]
 
 
-def add(model: M, config: AdapterConfig, *, name: str = "default", activate: bool = True, train: bool = True) -> M:
+def add(
+    model: M,
+    config: AdapterConfig | str,
+    *,
+    name: str = "default",
+    activate: bool = True,
+    train: bool = True,
+    interface: AdapterModelInterface | None = None,
+) -> M:
     """Put a new adapter on ``model``, in place.
 
     Args:
         model: any module; its class, its own parameter names and tensors stay what they are.
-        config: what to add.
+        config: what to add; or a text, as `grafts.config_from` takes it.
+        interface: what the model's modules are; where a method needs to know and it is not given, it is worked out.
         name: what to call it.
         activate: make it the active adapter; False leaves the setup as it is.
         train: make it the only trainable thing in the model; False leaves it frozen.
@@ -202,7 +220,7 @@ def add(model: M, config: AdapterConfig, *, name: str = "default", activate: boo
         StateError: adapters are merged.
     """
     inner = unwrapped(model)
-    made = prepare_plan(inner, config, name=name)
+    made = prepare_plan(inner, config_from(config), name=name, interface=interface)
     return attach_parts(model, name, made, build_parts(inner, made, name), activate=activate, train=train)
 
 
@@ -214,7 +232,8 @@ def prepare_plan(
     lenient: bool = False,
     replaced: Sequence[str] = (),
     body: Anatomy | None = None,
-    blanks: dict[tuple[str, str], Part] | None = None,
+    blanks: dict[Key, Part] | None = None,
+    interface: AdapterModelInterface | None = None,
 ) -> Plan:
     """The plan of an adapter that could be added under this name now; the arguments are those of `resolve`."""
     registry = find_registry(model)
@@ -225,9 +244,23 @@ def prepare_plan(
         if name in registry.plans:
             raise AdapterNameError(f"an adapter is called {name!r} already: grafts.delete(model, {name!r}) removes it")
     try:
-        return resolve(model, config, lenient=lenient, replaced=replaced, body=body, blanks=blanks)
+        with _idle(registry):
+            return resolve(model, config, lenient=lenient, replaced=replaced, body=body, blanks=blanks, interface=interface)
     except ConfigError as error:
         raise type(error)(f"adapter {name!r}: {error}") from error
+
+
+@contextlib.contextmanager
+def _idle(registry: Registry | None) -> Iterator[None]:
+    """With no adapter acting: a model may be run to see how it is built."""
+    before = None if registry is None else registry.setup.active
+    if registry is not None and before:
+        registry.setup.set(active=())
+    try:
+        yield
+    finally:
+        if registry is not None and before:
+            registry.setup.set(active=before)
 
 
 def build_parts(
@@ -235,7 +268,7 @@ def build_parts(
     made: Plan,
     name: str,
     tensors: Mapping[str, Tensor] | None = None,
-    blanks: Mapping[tuple[str, str], Part] | None = None,
+    blanks: Mapping[Key, Part] | None = None,
 ) -> list[tuple[str, Part]]:
     """The parts of a plan by path, in its order.
 
@@ -243,45 +276,48 @@ def build_parts(
         model: the base model.
         made: the plan.
         name: the adapter's name, for messages.
-        tensors: values by path and file name, whose names and shapes are those of the plan; without them the adapter is new.
+        tensors: values by path and file name, whose names and shapes are those of the plan, those of a union's members with
+            their number before the path; without them the adapter is new.
         blanks: parts without memory that planning has made already, to be filled with these values.
     """
-    built: dict[tuple[str, str], Part] = {}
+    built: dict[Key, Part] = {}
+    own = [one.method.name for one in made.each()]
     modules = dict(own_modules(model))
     for target in sorted(made.targets, key=lambda target: target.tied_to is not None):
         host = modules[target.path]
         try:
             if target.tied_to is not None:
-                part = built[target.tied_to, target.kind].tied(host)
+                part = built[target.tied_to, target.kind, target.member].tied(host)
             else:
-                part = build_part(target, host, tensors, blanks)
+                part = build_part(target, host, tensors, blanks, f"{target.member}." if made.members else "")
             part.from_base(host, fresh=tensors is None)
         except GraftsError as error:
             raise type(error)(f"adapter {name!r}: {target.path!r}: {error}") from error
         if not host.training:
             part.eval()
-        if tensors is None or target.kind != made.method.name:
+        if tensors is None or target.kind != own[target.member]:
             part.requires_grad_(False)  # those of a file are so already
-        built[target.path, target.kind] = part
-    return [(target.path, built[target.path, target.kind]) for target in made.targets]
+        built[target.key] = part
+    return [(target.path, built[target.key]) for target in made.targets]
 
 
 def build_part(
     target: Target,
     host: nn.Module,
     tensors: Mapping[str, Tensor] | None,
-    blanks: Mapping[tuple[str, str], Part] | None = None,
+    blanks: Mapping[Key, Part] | None = None,
+    prefix: str = "",
 ) -> Part:
-    """The part for one target, on its module's device."""
+    """The part for one target, on its module's device; ``prefix`` stands before the paths of its tensors."""
     device = home(host)[0]
     if tensors is None:
         with torch.device(device):
             return target.build(host)
-    part = (blanks or {}).get((target.path, target.kind))
+    part = (blanks or {}).get(target.key)
     if part is None:
         with torch.device("meta"):
             part = target.build(host)
-    prefix = f"{target.path}." if target.path else ""
+    prefix += f"{target.path}." if target.path else ""
     with torch.no_grad():
         _fill(part, {name: tensors[prefix + name] for name in target.tensors}, device)
     return part
@@ -322,8 +358,9 @@ def attach_parts(model: M, name: str, made: Plan, parts: Sequence[tuple[str, Par
         site.append(name, part, host)
     registry.plans[name] = made
     registry.parts[name] = list(parts)
-    if made.method.attached is not None:
-        made.method.attached(made.config, registry.own_parts(name))
+    for number, one in enumerate(made.each()):
+        if one.method.attached is not None:
+            one.method.attached(one.config, registry.own_parts(name, number))
     if activate:
         registry.setup.set(active=(name,))
     if train and made.parameters:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from grafts.attentions import attending_modules, input_modules, named_embedding
+from grafts.errors import ConfigError, did_you_mean
 from grafts.matching import collapsed, within
 from grafts.weights import Layer, describe, own_modules
 
@@ -25,12 +26,40 @@ FFN_IN, FFN_GATE, FFN_OUT = "ffn in", "ffn gate", "ffn out"
 _WORDS = {
     QUERY: {"q", "wq", "query", "queries"},
     KEY: {"k", "wk", "key", "keys"},
-    VALUE: {"v", "wv", "value", "values"},
+    VALUE: {"v", "wv", "value", "values", "val"},
     KEY_VALUE: {"kv", "wkv"},
     FUSED: {"qkv", "wqkv"},
 }
 _FUSED_NAMES = {"c_attn", "att_proj", "attn_proj", "in_proj", "W_pack"}
 _ROUTER_NAMES = {"gate", "router", "wg", "gating", "shared_expert_gate"}
+
+
+_NAMED = {
+    "q": {QUERY, FUSED},
+    "k": {KEY, KEY_VALUE, FUSED},
+    "v": {VALUE, KEY_VALUE, FUSED},
+    "qkv": {FUSED},
+    "o": {ATTENTION_OUT},
+    "intermediate": {FFN_IN},
+    "gate": {FFN_GATE},
+    "output": {FFN_OUT},
+    "embedding": {EMBEDDING},
+    "head": {HEAD},
+}
+
+
+def roles_named(name: str) -> frozenset[str]:
+    """The roles that a short name stands for.
+
+    >>> sorted(roles_named("v"))
+    ['key+value', 'query+key+value', 'value']
+
+    Raises:
+        ConfigError: there is no such name.
+    """
+    if name not in _NAMED:
+        raise ConfigError(f"target_roles names {name!r}; {did_you_mean(name, _NAMED)}")
+    return frozenset(_NAMED[name])
 
 
 @dataclass(frozen=True)

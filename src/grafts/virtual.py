@@ -7,12 +7,12 @@ itself beside it, so that training can go on.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from grafts.attentions import DECODER_INPUT, ENCODER_INPUT
+from grafts.attentions import DECODER_INPUT, ENCODER_INPUT, embedding_of
 from grafts.config import AdapterConfig, option
 from grafts.config import config as config_class
 from grafts.errors import CheckpointError, ConfigError
@@ -36,7 +36,7 @@ class VirtualTokensConfig(AdapterConfig):
     num_attention_heads: int | None = option(None, "Worked out from the model, for the file.")
     num_layers: int | None = option(None, "Worked out from the model, for the file.")
 
-    own_fields: ClassVar[frozenset[str]] = frozenset({"target_modules", "exclude_modules"})
+    own_fields: ClassVar[frozenset[str]] = AdapterConfig.own_fields | {"target_modules", "exclude_modules"}
 
     def __post_init__(self) -> None:
         """Refuse values that cannot be."""
@@ -105,6 +105,10 @@ class VirtualPart(ModelPart):
             raise ConfigError(f"after_embeddings: a {type(place.host).__name__} has no module of embeddings to come behind")
         self.encoder_length = count if place.role == DECODER_INPUT and any(p.role == ENCODER_INPUT for p in filled) else 0
         self.sizes = {**model_sizes(place.host), "token_dim": place.layer.in_features}
+
+    def embed(self, host: nn.Module) -> nn.Module:
+        """What makes embeddings of tokens in ``host``."""
+        return cast(nn.Module, embedding_of(host))
 
     def numbers(self) -> Tensor:
         """What a file holds of it, ``(length, embedding size)``."""

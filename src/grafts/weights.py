@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from grafts.composition import SITE_NAMES
 from grafts.errors import MergeError
 
-LayerKind = Literal["linear", "transposed-linear", "embedding", "convolution", "attention", "attending", "input"]
+LayerKind = Literal["linear", "transposed-linear", "embedding", "convolution", "attention", "attending", "input", "stream"]
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Layer:
         kind: ``"linear"``, ``"transposed-linear"`` (`Conv1D` of `transformers`, as in GPT-2), ``"embedding"``,
             ``"convolution"`` (`nn.Conv1d`, `nn.Conv2d`, `nn.Conv3d`) or ``"attention"`` (`nn.MultiheadAttention`); of a
             module that is no layer itself ``"attending"`` (it calls an attention kernel) or ``"input"`` (it takes the
-            tokens' embeddings).
+            tokens' embeddings); of one that reads or writes the residual stream ``"stream"``.
         in_features: size of the last input dimension; for an embedding the number of rows, else of the channels.
         out_features: size of the last output dimension, or of the channels.
         bias: whether the module adds a bias.
@@ -36,6 +36,7 @@ class Layer:
         kernel_size: of a convolution.
         groups: of a convolution.
         heads: how many heads of keys an attending module has; 0 where that is not known.
+        values: how wide the values of all heads of an attending module are, where that is not ``out_features``; else 0.
         projections: the names of an attending module's linears for keys and values, where nothing else is between them and
             the kernel and the module does more than attention; None where the module itself can be run over a prompt.
     """
@@ -49,6 +50,12 @@ class Layer:
     groups: int = 1
     heads: int = 0
     projections: tuple[str, str] | None = None
+    values: int = 0
+
+    @property
+    def keys_and_values(self) -> int:
+        """How many numbers the keys and the values of an attending module are at one position."""
+        return self.out_features + (self.values or self.out_features)
 
     @property
     def is_linear(self) -> bool:

@@ -360,9 +360,11 @@ def test_gates_scale_keys_and_values_and_refuse_a_cache() -> None:
     assert not close(bare, shut)
     llama = LLAMA.model()
     grafts.add(llama, grafts.PrefixTuningConfig(use_gating=True), name="en")
-    llama(input_ids=ids(), use_cache=False)
+    whole = llama(input_ids=ids(), use_cache=False).logits
+    begun = llama(input_ids=ids(), use_cache=True)
+    assert torch.equal(begun.logits, whole)
     with pytest.raises(grafts.StateError, match="use_cache=False"):
-        llama(input_ids=ids(), use_cache=True)
+        llama(input_ids=ids()[:, :1], past_key_values=begun.past_key_values)
 
 
 def test_reordered_upcast_attention_has_no_kernel_to_reach() -> None:

@@ -14,12 +14,14 @@ from torch import Tensor, nn
 
 from grafts.checkpoints import adapterhub, peft
 from grafts.checkpoints.files import write_all
+from grafts.checkpoints.interfaces import interface_file, saved_interface
 from grafts.config import AdapterConfig
 from grafts.errors import AdapterNameError, CheckpointError, ConfigError, did_you_mean
+from grafts.interface import AdapterModelInterface
 from grafts.matching import matches, within
-from grafts.methods import method_of
-from grafts.planning import ALL_LINEAR, Plan
-from grafts.registry import Registry, attach_parts, build_parts, parts_of, prepare_plan, registry_of, train_only, unwrapped
+from grafts.methods import Files, FileTarget, method_of
+from grafts.planning import ALL_LINEAR, Key, Plan
+from grafts.registry import Registry, attach_parts, build_parts, prepare_plan, registry_of, train_only, unwrapped
 from grafts.registry import activate as activate_all
 from grafts.roles import EMBEDDING, HEAD, Anatomy, anatomy
 from grafts.sites.site import Part
@@ -107,28 +109,51 @@ def checkpoint_files(model: nn.Module, name: str, layout: str = "peft") -> dict[
     registry = registry_of(inner)
     made = registry.require(name)
     if layout == "adapterhub":
-        roles = {target.path: target.role for target in made.targets}
-        return adapterhub.files_of(inner, name, made.config, dict(parts_of(inner, name)), roles)
+        own = [registry.own_parts(name, number) for number in range(len(made.each()))]
+        methods = {(number, one.method.name) for number, one in enumerate(made.each())}
+        others = [target.path for target in made.targets if (target.member, target.kind) not in methods]
+        return adapterhub.files_of(inner, name, made, own, others)
     if layout != "peft":
         raise ConfigError(f"there is no layout {layout!r}; it is 'peft' or 'adapterhub'")
-    method = registry.plans[name].method
-    files = method.files
-    own = registry.own_parts(name)
+    each = [_tensors(registry, name, made, number) for number, made in enumerate(made.each())]
+    values = [file_config(inner, registry, name, one, number) for number, one in enumerate(made.each())]
+    if not made.members:
+        files = peft.files_of(values[0], each[0])
+    else:
+        config = {**made.config.to_dict(), **{key: values[0][key] for key in _OF_BASE}, "peft_type": made.method.peft_type}
+        tensors = {f"{number}.{key}": tensor for number, one in enumerate(each) for key, tensor in one.items()}
+        files = peft.files_of({**config, "configs": values}, tensors)
+    return files | ({} if made.interface is None else interface_file(inner, made.interface))
+
+
+_OF_BASE = ("base_model_name_or_path", "auto_mapping", "inference_mode")
+
+
+def _tensors(registry: Registry, name: str, made: Plan, member: int) -> dict[str, Tensor]:
+    """The tensors of one method's parts, with what else it trains, by their names in a file."""
+    files = made.method.files
+    own = registry.own_parts(name, member)
     prefix = peft.PREFIX if files is None else files.prefix
+    placed = zip(registry.plans[name].targets, registry.parts[name], strict=True)
     tensors = {
         prefix + f"{path}.{key}".lstrip("."): tensor
-        for path, part in parts_of(inner, name)
+        for target, (path, part) in placed
         for key, tensor in part.file_tensors().items()
-        if files is None or own.get(path) is not part
+        if target.member == member and (files is None or own.get(path) is not part)
     }
-    if files is not None:
-        tensors |= files.pack(registry.plans[name].config, own)
-    return peft.files_of(file_config(inner, registry, name), tensors)
+    return tensors if files is None else tensors | dict(files.pack(made.config, own))
 
 
-def file_config(model: nn.Module, registry: Registry, name: str) -> dict[str, Any]:
-    """What ``adapter_config.json`` says: the config with its targets resolved, so that every reader finds the same ones."""
-    made = registry.plans[name]
+def file_config(model: nn.Module, registry: Registry, name: str, made: Plan, member: int) -> dict[str, Any]:
+    """What ``adapter_config.json`` says: the config with its targets resolved, so that every reader finds the same ones.
+
+    Args:
+        model: the base model.
+        registry: what it carries.
+        name: the adapter's name.
+        made: the plan of the adapter, or of the member of a union.
+        member: its number in the union.
+    """
     body = anatomy(model)
     untied = [target for target in made.targets if target.tied_to is None]
     own = [target.path for target in untied if target.kind == made.method.name]
@@ -137,17 +162,20 @@ def file_config(model: nn.Module, registry: Registry, name: str) -> dict[str, An
     defaults = {field.name: field.default for field in dataclasses.fields(made.config)}
     unsaid = [field for field in made.config.own_fields if getattr(made.config, field) == defaults[field]]
     values = {field: value for field, value in values.items() if field not in unsaid}
-    resolved = made.config.target_modules in (None, ALL_LINEAR) and made.method.files is None
+    resolved = made.config.target_modules in (None, ALL_LINEAR) and made.method.files is None and made.method.places is None
+    if resolved:
+        values.pop("target_roles", None)
+        own = [path for path in own if body.layers[path].kind != "input"]
     if resolved or values.get("layers_to_transform") is not None:
         values["target_modules"] = _shortest_names(own, body.modules)
         values |= {name: None for name in ("layers_to_transform", "layers_pattern") if name in values}
     if made.method.file_values is not None and own:
-        values |= made.method.file_values(values, registry.own_parts(name))
+        values |= made.method.file_values(values, registry.own_parts(name, member))
     named = list(made.config.modules_to_save or ())
     if unnamed := [path for path in copies if not within(path, (owner for owner in body.modules if matches(owner, named)))]:
         values["modules_to_save"] = named + _shortest_names(unnamed, body.modules)
     if "fan_in_fan_out" in values:
-        values["fan_in_fan_out"] = any(body.layers[path].kind == "transposed-linear" for path in own)
+        values["fan_in_fan_out"] = any(body.layers[path].kind == "transposed-linear" for path in own if path in body.layers)
     if values["base_model_name_or_path"] is None:
         values["base_model_name_or_path"] = getattr(getattr(model, "config", None), "_name_or_path", None) or None
     if values["task_type"] is None and values["auto_mapping"] is None:
@@ -171,6 +199,7 @@ def load(
     activate: bool = True,
     train: bool = False,
     allow_pickle: bool = False,
+    interface: AdapterModelInterface | None = None,
 ) -> LoadReport: ...
 
 
@@ -183,6 +212,7 @@ def load(
     activate: bool = True,
     train: bool = False,
     allow_pickle: bool = False,
+    interface: AdapterModelInterface | None = None,
 ) -> list[LoadReport]: ...
 
 
@@ -194,6 +224,7 @@ def load(
     activate: bool = True,
     train: bool = False,
     allow_pickle: bool = False,
+    interface: AdapterModelInterface | None = None,
 ) -> LoadReport | list[LoadReport]:
     """Put an adapter from a checkpoint on ``model``. Every key and shape is checked before the model is touched.
 
@@ -204,6 +235,8 @@ def load(
         activate: make it the active adapter, several in the order of their names; False leaves the setup as it is.
         train: make it the only trainable thing, to go on training it; else it stays frozen.
         allow_pickle: accept an ``adapter_model.bin``, read with ``torch.load(weights_only=True)``.
+        interface: what the model's modules are; by default what an ``adapter_interface.json`` in the directory says, where
+            it fits this model, else what is worked out.
 
     Returns:
         What was loaded, for several names a list; ``print`` it.
@@ -216,7 +249,7 @@ def load(
     """
     inner = unwrapped(model)
     sources = {name: Path(path)} if isinstance(name, str) else {one: Path(path) / _folder(one) for one in name}
-    ready = [_prepare(inner, one, source, allow_pickle) for one, source in sources.items()]
+    ready = [_prepare(inner, one, source, allow_pickle, interface) for one, source in sources.items()]
     for report, parts in ready:
         attach_parts(inner, report.name, report.plan, parts, activate=activate, train=train)
     if len(ready) > 1 and activate:
@@ -226,31 +259,92 @@ def load(
     return ready[0][0] if isinstance(name, str) else [report for report, _ in ready]
 
 
-def _prepare(model: nn.Module, name: str, path: Path, allow_pickle: bool) -> tuple[LoadReport, list[tuple[str, Part]]]:
+def _prepare(
+    model: nn.Module, name: str, path: Path, allow_pickle: bool, interface: AdapterModelInterface | None
+) -> tuple[LoadReport, list[tuple[str, Part]]]:
     """An adapter of a checkpoint, checked and made, without touching the model."""
-    foreign = adapterhub.recognises(path)
-    checkpoint = (adapterhub if foreign else peft).read(path, allow_pickle=allow_pickle)
-    config, files = checkpoint.config, method_of(checkpoint.config).files
+    layout = adapterhub if adapterhub.recognises(path) else peft
+    checkpoint = layout.read(path, allow_pickle=allow_pickle)
     body = anatomy(model)
-    blanks: dict[tuple[str, str], Part] = {}
-    if files is None:
-        given = checkpoint.by_module()
-        replaced, same = _base_weights_in(body, config, given)
-        made = prepare_plan(model, config, name=name, lenient=True, replaced=replaced, body=body, blanks=blanks)
+    if interface is None:
+        interface = saved_interface(path, body)
+    if layout is adapterhub:
+        checkpoint, interface = adapterhub.fitted(checkpoint, model, body, interface)
+    blanks: dict[Key, Part] = {}
+    union = method_of(checkpoint.config).members
+    if union is None:
+        each = [_given(checkpoint.config, checkpoint.tensors, checkpoint, body)]
     else:
-        if foreign:
-            adapterhub.refuse_relative(model)
-        config, same = files.config(config, checkpoint.tensors), set()
-        made = prepare_plan(model, config, name=name, lenient=True, body=body, blanks=blanks)
-        own = [(target.path, target.tensors, target.role) for target in made.targets if target.kind == made.method.name]
-        named = adapterhub.fitted(checkpoint.tensors, own) if foreign else checkpoint.tensors
-        given = dict(files.unpack(config, named, own))
-    tensors = {key: tensor for key, tensor in given.items() if key not in same}
-    wanted = {f"{target.path}.{key}".lstrip("."): shape for target in made.targets for key, shape in target.tensors.items()}
-    _check(tensors, wanted, f"adapter {name!r} from {str(path)!r} does not fit this {type(model).__name__}")
-    parts = build_parts(model, made, name, tensors, blanks)
-    _check_tied(made, parts, tensors, str(path))
+        numbered = _by_number(checkpoint)
+        each = [_given(one, numbered.get(at, {}), checkpoint, body) for at, one in enumerate(union(checkpoint.config))]
+    configs = [given.config for given in each]
+    config = configs[0] if union is None else dataclasses.replace(checkpoint.config, configs=tuple(configs))
+    replaced = each[0].replaced if union is None else ()
+    made = prepare_plan(
+        model, config, name=name, lenient=True, replaced=replaced, body=body, blanks=blanks, interface=interface
+    )
+    given: dict[str, Tensor] = {}
+    for number, (one, of) in enumerate(zip(each, made.each(), strict=True)):
+        own = [(t.path, t.tensors, t.role) for t in made.targets if t.kind == of.method.name and t.member == number]
+        prefix = f"{number}." if made.members else ""
+        given |= {prefix + key: tensor for key, tensor in one.by_path(of.method.files, own).items()}
+    wanted = {
+        (f"{target.member}." if made.members else "") + f"{target.path}.{key}".lstrip("."): shape
+        for target in made.targets
+        for key, shape in target.tensors.items()
+    }
+    _check(given, wanted, f"adapter {name!r} from {str(path)!r} does not fit this {type(model).__name__}")
+    parts = build_parts(model, made, name, given, blanks)
+    _check_tied(made, parts, given, str(path))
+    same = each[0].same
     return LoadReport(name, path, made, len(checkpoint.tensors) - len(same), checkpoint.size, tuple(sorted(same))), parts
+
+
+@dataclass(frozen=True)
+class _Given:
+    """What a file gives to one method.
+
+    Attributes:
+        config: its config, as the tensors show it.
+        tensors: by their names in the file.
+        replaced: paths of modules whose base weights the file brings along.
+        same: names of tensors that are the base's own.
+    """
+
+    config: AdapterConfig
+    tensors: Mapping[str, Tensor]
+    replaced: Sequence[str]
+    same: set[str]
+
+    def by_path(self, files: Files | None, targets: Sequence[FileTarget]) -> dict[str, Tensor]:
+        """The tensors by their module's path and their own name."""
+        if files is not None:
+            return dict(files.unpack(self.config, self.tensors, targets))
+        return {key: tensor for key, tensor in self.tensors.items() if key not in self.same}
+
+
+def _given(config: AdapterConfig, tensors: Mapping[str, Tensor], checkpoint: peft.Checkpoint, body: Anatomy) -> _Given:
+    files = method_of(config).files
+    if files is not None:
+        return _Given(files.config(config, tensors), tensors, (), set())
+    named = dataclasses.replace(checkpoint, tensors=tensors).by_module()
+    replaced, same = _base_weights_in(body, config, named)
+    return _Given(config, named, replaced, same)
+
+
+def _by_number(checkpoint: peft.Checkpoint) -> dict[int, dict[str, Tensor]]:
+    """The tensors of each member of a union.
+
+    Raises:
+        CheckpointError: a name does not begin with a number.
+    """
+    result: dict[int, dict[str, Tensor]] = {}
+    for key, tensor in checkpoint.tensors.items():
+        number, _, rest = key.partition(".")
+        if not number.isdigit():
+            raise CheckpointError(f"the file of a union holds {key!r}; names in it begin with a member's number")
+        result.setdefault(int(number), {})[rest] = tensor
+    return result
 
 
 def _base_weights_in(body: Anatomy, config: AdapterConfig, tensors: Mapping[str, Tensor]) -> tuple[list[str], set[str]]:
@@ -280,7 +374,8 @@ def _check_tied(made: Plan, parts: Sequence[tuple[str, Part]], tensors: Mapping[
     """
     for target, (path, part) in zip(made.targets, parts, strict=True):
         for name, tensor in part.file_tensors().items() if target.tied_to is not None else ():
-            if not torch.equal(tensor.detach().cpu(), tensors[f"{path}.{name}"].to(tensor.dtype)):
+            key = (f"{target.member}." if made.members else "") + f"{path}.{name}"
+            if not torch.equal(tensor.detach().cpu(), tensors[key].to(tensor.dtype)):
                 raise CheckpointError(
                     f"{source!r}: {path}.{name} is not what {target.tied_to!r} has, though both share one weight here"
                 )

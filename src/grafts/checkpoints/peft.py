@@ -98,12 +98,20 @@ def read(path: str | os.PathLike[str], *, allow_pickle: bool = False) -> Checkpo
     file = find(directory, TENSOR_FILE)
     if file is None:
         return _read_pickled(directory, config, allow_pickle)
+    return Checkpoint(directory, config, read_tensors(file), file.stat().st_size)
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file.
+
+    Raises:
+        CheckpointError: it is broken.
+    """
     try:
         with safetensors.safe_open(file, framework="pt") as opened:
-            tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+            return {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
     except (safetensors.SafetensorError, OSError) as error:
         raise CheckpointError(f"{str(file)!r} is not a whole safetensors file: {error}") from error
-    return Checkpoint(directory, config, tensors, file.stat().st_size)
 
 
 def read_config(directory: Path) -> AdapterConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 from collections.abc import Callable
 from pathlib import Path
@@ -14,8 +15,11 @@ from grafts.checkpoints import peft
 from grafts.checkpoints.files import find
 from grafts.cli.console import out, quiet
 from grafts.cli.options import adapter_options, adapter_parameters, with_signature
+from grafts.config_strings import config_from
+from grafts.inferring import infer_interface
+from grafts.interface import AdapterModelInterface
 from grafts.matching import collapsed
-from grafts.methods import method_named, method_of
+from grafts.methods import method_named, method_names, method_of
 from grafts.planning import Plan, plan
 
 NAME = "inspect"
@@ -23,8 +27,11 @@ NAME = "inspect"
 
 def inspect(
     source: Annotated[str, typer.Argument(help="A model (folder or hub id), or an adapter's folder.")],
-    method: Annotated[str, typer.Option(help="The kind of adapter to plan.")] = "lora",
+    method: Annotated[str, typer.Option(help="The kind of adapter to plan, a preset, or a union of several.")] = "lora",
     task: Annotated[str | None, typer.Option(help="Plan for the model with this task's head.")] = None,
+    interface: Annotated[
+        bool, typer.Option("--interface", help="Show what the model's modules are, ready to paste, and how sure that is.")
+    ] = False,
     **values: Any,
 ) -> None:
     """Show a plan for a model (which modules, which shapes, how many parameters), or the contents of an adapter's folder."""
@@ -35,12 +42,31 @@ def inspect(
     quiet()
     bases, tasks = (importlib.import_module(f"grafts.training.{name}") for name in ("bases", "saved"))
     wanted = tasks.task_named(task) if task else None
+    if interface:
+        show_interface(infer_interface(bases.skeleton(source, wanted)))
+        return
     options = adapter_options(values)
     if wanted is not None:
         options["task_type"] = wanted.task_type
-    config = method_named(method).config
-    config.check_names(options)
-    show_plan(plan(bases.skeleton(source, wanted), config(**options)))
+    if method in method_names():
+        config = method_named(method).config
+        config.check_names(options)
+        made = config(**options)
+    else:
+        made = config_from(method)
+        made.check_names(options)
+        made = dataclasses.replace(made, **options)
+    show_plan(plan(bases.skeleton(source, wanted), made))
+
+
+def show_interface(found: AdapterModelInterface) -> None:
+    """An interface as Python, and how each accessor was found."""
+    out.print(str(found), highlight=False, markup=False, soft_wrap=True)
+    table = _table("accessor", "how sure", "why")
+    for finding in found.report:
+        table.add_row(finding.accessor, finding.sure, finding.why)
+    out.print()
+    out.print(table)
 
 
 def show_plan(made: Plan) -> None:

@@ -17,7 +17,12 @@ from grafts.errors import RunError
 from grafts.methods import Method, methods
 
 ADAPTER = "Adapter options"
-_NOT_FLAGS = {f.name for f in dataclasses.fields(AdapterConfig)} - {"target_modules", "exclude_modules", "modules_to_save"}
+_NOT_FLAGS = {f.name for f in dataclasses.fields(AdapterConfig)} - {
+    "target_modules",
+    "exclude_modules",
+    "modules_to_save",
+    "target_roles",
+}
 
 
 def parameter(name: str, kind: Any, help: str, panel: str, *, default: Any = None) -> inspect.Parameter:
@@ -69,7 +74,7 @@ def adapter_options(values: Mapping[str, str | None]) -> dict[str, Any]:
     for name, text in values.items():
         if text is None:
             continue
-        if name.endswith("_modules") or name == "modules_to_save":
+        if name.endswith(("_modules", "_roles")) or name == "modules_to_save":
             result[name] = _module_names(text)
             continue
         try:

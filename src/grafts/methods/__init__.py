@@ -20,6 +20,7 @@ from grafts.blending import Blend
 from grafts.config import AdapterConfig
 from grafts.errors import ConfigError, did_you_mean
 from grafts.sites.site import Part
+from grafts.stream import Stream, Sublayer
 from grafts.weights import Layer, LayerKind
 
 Build = Callable[[Any, "Place"], Part]
@@ -33,8 +34,10 @@ class Place:
     Attributes:
         path: the module's path in the base model.
         layer: what the module is.
-        role: what it is there for, one of the words in `grafts.roles`.
+        role: what it is there for, one of the words in `grafts.roles`; on the stream what the part is to do there.
         host: the module.
+        sublayer: the step of a layer that the part belongs to, on the stream.
+        number: of its layer, on the stream.
         others: every place where the adapter has a part of the method, this one among them, in order.
     """
 
@@ -42,6 +45,8 @@ class Place:
     layer: Layer
     role: str
     host: nn.Module = field(compare=False)
+    sublayer: Sublayer | None = field(default=None, compare=False)
+    number: int = field(default=0, compare=False)
     others: tuple[Place, ...] = field(default=(), compare=False, repr=False)
 
     def takes(self, argument: str) -> bool:
@@ -54,6 +59,7 @@ Check = Callable[[Any, Sequence[Place]], None]
 Values = Callable[[Mapping[str, Any], Parts], Mapping[str, Any]]
 Attached = Callable[[Any, Parts], None]
 Roles = tuple[frozenset[str], ...]
+Places = Callable[[Any, "Stream", "Callable[[str], nn.Module]", Sequence["Place"]], Sequence["Place"]]
 Narrow = Callable[[Any, Sequence[Place], Sequence[Place]], Sequence[Place]]
 FileTarget = tuple[str, Mapping[str, Any], str]  # the path of a target, the shapes of its tensors by name, its role
 Combine = Callable[[Sequence[tuple[Any, Parts, float]], Blend], tuple[AdapterConfig, Mapping[str, Tensor]]]
@@ -102,6 +108,10 @@ class Method:
         narrow: ``narrow(config, places, everywhere)`` gives the places that really get a part, in order, from those that
             were selected and all that the model has.
         files: how its tensors lie in a file, where that is not one by one.
+        places: of a method on the residual stream: ``places(config, stream, module, everywhere)`` gives the places of its
+            parts, in order, from the model's stream, its modules by path, and the places that all layers would be.
+        merges: ``merges(config)`` says whether adapters of that config can be merged, where not all are alike.
+        members: ``members(config)`` gives the configs that an adapter of this method is made of; it has no parts of its own.
     """
 
     name: str
@@ -121,6 +131,13 @@ class Method:
     attached: Attached | None = None
     narrow: Narrow | None = None
     files: Files | None = None
+    places: Places | None = None
+    merges: Callable[[Any], bool] | None = None
+    members: Callable[[Any], Sequence[AdapterConfig]] | None = None
+
+    def can_merge(self, config: AdapterConfig) -> bool:
+        """Whether an adapter of that config can be folded into the base weights."""
+        return self.mergeable and (self.merges is None or self.merges(config))
 
     def __reduce__(self) -> tuple[Callable[[str], Method], tuple[str]]:
         """Copied and pickled by name: a copy of a model has the methods that are registered where it is."""

@@ -41,7 +41,12 @@ class AdaptionPromptConfig(AdapterConfig):
     )
 
     peft_type: ClassVar[str] = "ADAPTION_PROMPT"
-    own_fields: ClassVar[frozenset[str]] = frozenset({"attention", "after_projection", "modules_to_save", "exclude_modules"})
+    own_fields: ClassVar[frozenset[str]] = AdapterConfig.own_fields | {
+        "attention",
+        "after_projection",
+        "modules_to_save",
+        "exclude_modules",
+    }
 
     def __post_init__(self) -> None:
         """Refuse values that cannot be."""

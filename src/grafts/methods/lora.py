@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from grafts.blending import SPARSE, SUMS, Blend
 from grafts.config import LowRankConfig, config, option
 from grafts.errors import ConfigError, MergeError
+from grafts.listening import WholeInput
 from grafts.lowrank import product
 from grafts.matching import pattern_value
 from grafts.methods import Parts, Place, method
@@ -42,6 +43,7 @@ class LoraConfig(LowRankConfig):
         False, "DoRA (Liu et al. 2024): the update changes the direction of each weight row, a trained vector its length."
     )
     lora_bias: bool = option(False, "Train a bias of the update as well.")
+    use_gating: bool = option(False, "A learned gate, averaged over the tokens, in place of the scaling (Mao et al. 2022).")
     init_lora_weights: bool | str = option(
         True,
         "True: A Kaiming-uniform, B zero; gaussian: A normal with deviation 1/r, B zero; False: both random; orthogonal: "
@@ -52,6 +54,7 @@ class LoraConfig(LowRankConfig):
     alpha_pattern: dict[str, float] = option({}, "Other lora_alpha for some targets, like rank_pattern.")
 
     peft_type: ClassVar[str] = "LORA"
+    own_fields: ClassVar[frozenset[str]] = LowRankConfig.own_fields | {"use_gating"}
     elsewhere: ClassVar[Mapping[str, Any]] = {
         "qalora_group_size": 16,
         "megatron_core": "megatron.core",
@@ -70,6 +73,9 @@ class LoraConfig(LowRankConfig):
         )
         self.require("rank_pattern", all(map(_is_rank, self.rank_pattern.values())), "regular expression -> rank")
         plain = not self.use_dora and init in (True, False, "gaussian")
+        self.require(
+            "use_gating", (plain and not self.lora_bias) or not self.use_gating, "False beside use_dora and lora_bias"
+        )
         self.require("lora_bias", plain or not self.lora_bias, "False beside use_dora or an init_lora_weights of the base's")
 
     def rank(self, path: str) -> int:
@@ -223,6 +229,49 @@ class LoraPart(ModulePart):
         twin.product, twin.transposed, twin.dropout, twin.start = product(layer, host), not self.transposed, None, None
         twin.lora_A, twin.lora_B, twin.lora_bias = self.lora_A, self.lora_B, None
         return twin
+
+
+class GatedLoraPart(LoraPart):
+    """LoRA whose scaling is a gate of the input (Mao et al. 2022, https://arxiv.org/abs/2110.07577, section 3.3).
+
+    Attributes:
+        gate: ``(1, in)`` and a bias.
+    """
+
+    def __init__(self, config: LoraConfig, place: Place) -> None:
+        super().__init__(config, place)
+        if not place.layer.is_linear:
+            raise ConfigError(f"use_gating: a gate needs tokens, which the input of a {place.layer.class_name} does not have")
+        self.gate = nn.Linear(place.layer.in_features, 1)
+        nn.init.normal_(self.gate.weight, std=0.02)
+        nn.init.zeros_(self.gate.bias)
+
+    def forward(self, x: Tensor, y: Tensor, *base: nn.Module) -> Tensor:
+        """Add the gated update to the base output.
+
+        Args:
+            x: input of the target, ``(batch, tokens, in_features)``.
+            y: output of the frozen target, ``(batch, tokens, out_features)``.
+            base: not needed.
+
+        Returns:
+            ``y + mean_tokens(sigmoid(gate(x))) * B A x``.
+        """
+        x = x.to(y.device)
+        gate = torch.sigmoid(nn.functional.linear(x, self.gate.weight.to(x.dtype), self.gate.bias.to(x.dtype))).mean(
+            1, keepdim=True
+        )
+        a, b = self.factors()
+        update = self.product.add(torch.zeros_like(y), self._input(x, y), a, b, 1.0)
+        return y + gate.to(y.dtype) * update
+
+    def forward_(self, x: Tensor, y: Tensor, *base: nn.Module) -> Tensor:
+        """`forward`."""
+        return self.forward(x, y, *base)
+
+    def file_tensors(self) -> Mapping[str, Tensor]:
+        """LoRA's, and the gate."""
+        return {**super().file_tensors(), "gate.weight": self.gate.weight, "gate.bias": self.gate.bias}
 
 
 def _pissa(matrix: Tensor, rank: int, scaling: float, init: str) -> tuple[Tensor, Tensor]:
@@ -406,6 +455,11 @@ def _combined_part(path: str, pieces: Sequence[tuple[LoraPart, float]], blend: B
     return tensors, a.shape[0]
 
 
+def with_listeners(config: LoraConfig, places: Sequence[Place], everywhere: Sequence[Place]) -> list[Place]:
+    """The places, and beside a gate those that say how much of the input there is."""
+    return [*places, *(place for place in everywhere if config.use_gating and place.layer.kind == "input")]
+
+
 @method(
     "lora",
     title="LoRA",
@@ -417,7 +471,11 @@ def _combined_part(path: str, pieces: Sequence[tuple[LoraPart, float]], blend: B
     source="Hu et al. 2021, https://arxiv.org/abs/2106.09685",
     combinations=COMBINATIONS,
     combine=combined,
+    merges=lambda config: not config.use_gating,
+    narrow=with_listeners,
 )
 def lora_part(config: LoraConfig, place: Place) -> Part:
     """The part for one layer."""
+    if config.use_gating:
+        return WholeInput() if place.layer.kind == "input" else GatedLoraPart(config, place)
     return DoraPart(config, place) if config.use_dora else LoraPart(config, place)

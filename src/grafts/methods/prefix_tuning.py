@@ -72,7 +72,7 @@ class PrefixPart(AttendingPart):
     """The prefix inside one attention module.
 
     Attributes:
-        prefix: keys and values, ``(length, 2 * key-value heads * head_dim)``; None where an MLP makes them.
+        prefix: keys and values, ``(length, key-value heads * (key size + value size))``; None where an MLP makes them.
         encoder: the MLP that makes those of all layers, at the first of them; None at the others.
         gate: makes the gates of keys and values from the module's input, ``(2, hidden)``; None without gates.
     """
@@ -82,23 +82,24 @@ class PrefixPart(AttendingPart):
         layers = [other.layer for other in place.others if other.layer.kind == "attending"]
         self.heads, self.width = place.layer.heads, place.layer.out_features
         index = [other.path for other in place.others if other.layer.kind == "attending"].index(place.path)
-        begin = 2 * sum(layer.out_features for layer in layers[:index])
-        self.columns = begin, begin + 2 * self.width
+        begin = sum(layer.keys_and_values for layer in layers[:index])
+        numbers = place.layer.keys_and_values
+        self.columns = begin, begin + numbers
         length = config.num_virtual_tokens
         self.prefix: nn.Parameter | None = None
         self.encoder: PrefixEncoder | None = None
         if not config.prefix_projection:
             start = torch.zeros if config.init_weights == "zero" else torch.randn
-            self.prefix = nn.Parameter(start(length, 2 * self.width))
+            self.prefix = nn.Parameter(start(length, numbers))
         elif index == 0:
-            self.encoder = PrefixEncoder(config, self.width, 2 * sum(layer.out_features for layer in layers))
+            self.encoder = PrefixEncoder(config, self.width, sum(layer.keys_and_values for layer in layers))
         self.gate = nn.Linear(place.layer.in_features, 2) if config.use_gating else None
         self.source: tuple[PrefixPart, ...] = (self,)
         self.counted = bool(config.count_positions)
         self.distances: tuple[nn.Module, ...] = ()  # at the first part: the module that knows the bias by distance
 
     def numbers(self) -> Tensor:
-        """Keys and values, ``(length, 2 * width)``."""
+        """Keys and values, ``(length, keys and values)``."""
         if self.prefix is not None:
             return self.prefix
         encoder = self.source[0].encoder
@@ -109,8 +110,8 @@ class PrefixPart(AttendingPart):
     def as_heads(self, heads: int) -> tuple[Tensor, Tensor]:
         """Keys and values, ``(1, heads, length, head_dim)`` each."""
         numbers = self.numbers()
-        keys, values = numbers.view(numbers.shape[0], 2, heads, -1).permute(1, 2, 0, 3)[:, None]
-        return keys, values
+        keys, values = numbers[:, : self.width], numbers[:, self.width :]
+        return tuple(x.view(x.shape[0], heads, -1).transpose(0, 1)[None] for x in (keys, values))  # type: ignore[return-value]
 
     def in_front(self, attention: Attention) -> tuple[Tensor, Tensor]:
         """Keys and values in front of the module's own (Li & Liang 2021, section 4), times their gates."""
@@ -123,7 +124,7 @@ class PrefixPart(AttendingPart):
         keys, values = self.as_heads(attention.key_heads)
         if self.gate is None:
             return keys, values
-        if attention.cache is not None:
+        if attention.past():
             raise StateError("a gated prefix needs the whole input of each layer at once: generate with use_cache=False")
         gates = F.linear(
             attention.hidden, self.gate.weight.to(attention.hidden.dtype), self.gate.bias.to(attention.hidden.dtype)

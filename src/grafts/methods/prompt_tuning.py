@@ -85,7 +85,7 @@ class PromptPart(VirtualPart):
         """
         if not fresh or self.prompt is None or self.config.prompt_tuning_init == "RANDOM":
             return
-        embed = host.get_input_embeddings()  # type: ignore[operator]
+        embed: Any = self.embed(host)
         if self.config.prompt_tuning_init == "SAMPLE_VOCAB":
             tokens = torch.randint(embed.num_embeddings, (self.length,))
         else:

@@ -183,11 +183,12 @@ class AttentionSite(Site):
             self._called = args, kwargs
             self._reached = False
             if self.route != "interface":
-                self._mode = self._watch(host)
+                hidden = args[0] if args else kwargs[self.names[0]]
+                self._mode = self._watch(host, hidden.shape[0])
                 self._mode.__enter__()  # type: ignore[no-untyped-call]
 
-    def _watch(self, host: nn.Module) -> Interception:
-        return Interception(self, host) if self.route == "call" else Steps(self, host)
+    def _watch(self, host: nn.Module, batch: int) -> Interception:
+        return Interception(self, host) if self.route == "call" else Steps(self, host, batch)
 
     def _after(self, host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         if self._mode is not None:
@@ -217,7 +218,7 @@ class AttentionSite(Site):
             if self.route == "interface":
                 type(host).forward(host, **given)
             else:
-                with self._watch(host):
+                with self._watch(host, prompt.shape[0]):
                     type(host).forward(host, **given)
         finally:
             self._captured = None

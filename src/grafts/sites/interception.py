@@ -58,7 +58,8 @@ class Interception(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-_PRODUCTS = {torch.matmul, Tensor.matmul, Tensor.__matmul__}
+_PRODUCTS = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm}
+_SUMS = {torch.baddbmm, Tensor.baddbmm}
 _QUOTIENTS = {torch.div, torch.true_divide, Tensor.div, Tensor.div_, Tensor.__truediv__, Tensor.__itruediv__}
 _MULTIPLES = {torch.mul, Tensor.mul, Tensor.mul_, Tensor.__mul__, Tensor.__imul__}
 _SOFTMAXES = {torch.softmax, F.softmax, Tensor.softmax}
@@ -67,17 +68,20 @@ _SOFTMAXES = {torch.softmax, F.softmax, Tensor.softmax}
 class Steps(Interception):
     """Follows a module that computes attention in steps: queries by keys, some number, softmax, weights by values.
 
-    All of them are four-dimensional, ``(batch, heads, ..., ...)``. The softmax is given the scores of a prefix as well and
-    gives back the weights of the module's own keys; what the prefix and the prompts give is added to the last product.
+    All of them are four-dimensional, ``(batch, heads, ..., ...)``, or have batch and heads in one dimension. The softmax is
+    given the scores of a prefix as well and gives back the weights of the module's own keys; what the prefix and the prompts
+    give is added to the last product.
 
     Attributes:
         query: the queries, once they were multiplied by keys.
         key: the keys.
         scaling: what that product was multiplied by since.
+        batch: how many rows the module was called with.
     """
 
-    def __init__(self, site: Listener, host: nn.Module) -> None:
+    def __init__(self, site: Listener, host: nn.Module, batch: int) -> None:
         super().__init__(site, host)
+        self.batch = batch
         self.query: Tensor | None = None
         self.key: Tensor | None = None
         self.scaling = 1.0
@@ -87,8 +91,16 @@ class Steps(Interception):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Every call of PyTorch in the meantime."""
-        if func in _PRODUCTS and len(args) == 2 and all(isinstance(x, Tensor) and x.dim() == 4 for x in args):
-            return self._product(*args)
+        if func in _PRODUCTS and len(args) == 2 and self._may_attend(args[0], args[1]):
+            return self._product(args[0], args[1], lambda: func(*args))
+        if func in _SUMS and self._weights is None:
+            options = kwargs or {}
+            left, right = (options.get(f"batch{i}", args[i] if len(args) > i else None) for i in (1, 2))
+            if self._may_attend(left, right):
+                self._begin(left, right)
+                self.scaling = float(options.get("alpha", 1.0))
+                self._scores = func(*args, **options)
+                return self._scores
         if (
             len(args) == 2
             and args[0] is self._scores
@@ -98,18 +110,41 @@ class Steps(Interception):
             self._scale(func, args[1])
             self._scores = func(*args, **(kwargs or {}))
             return self._scores
-        if func in _SOFTMAXES and self.query is not None and args and args[0].shape[:-1] == self.query.shape[:-1]:
+        if func in _SOFTMAXES and self.query is not None and args and self._are_scores(args[0]):
             return self._softmax(args[0], lambda x: func(x, *args[1:], **(kwargs or {})))
         return super().__torch_function__(func, types, args, kwargs)
 
-    def _product(self, left: Tensor, right: Tensor) -> Tensor:
-        if self._weights is not None and left.shape == self._weights:
+    def _rows(self, x: Tensor) -> bool:
+        """Whether batch and heads may be the first dimension."""
+        return x.shape[0] % self.batch == 0 and x.dim() == 3
+
+    def _may_attend(self, left: Any, right: Any) -> bool:
+        if not (isinstance(left, Tensor) and isinstance(right, Tensor) and left.dim() == right.dim()):
+            return False
+        return left.dim() == 4 or self._rows(left)
+
+    def _four(self, x: Tensor) -> Tensor:
+        """With batch and heads apart."""
+        return x if x.dim() == 4 else x.view(self.batch, -1, *x.shape[1:])
+
+    def _are_scores(self, x: Tensor) -> bool:
+        assert self.query is not None
+        assert self.key is not None
+        return x.shape[-1] == self.key.shape[2] and x.numel() // x.shape[-1] == self.query.numel() // self.query.shape[-1]
+
+    def _begin(self, left: Any, right: Any) -> None:
+        self.query, self.key, self.scaling = self._four(left), self._four(right).transpose(-1, -2), 1.0
+
+    def _product(self, left: Tensor, right: Tensor, product: Callable[[], Tensor]) -> Tensor:
+        if self._weights is not None and left.numel() == self._weights.numel() and left.shape[-1] == self._weights[-1]:
             self.reached, self._weights = True, None
             assert self.query is not None
             assert self.key is not None
-            return self.site.read(self.host, self.query, self.key, self.scaling, left, right, self._of_prefix)
-        self.query, self.key, self.scaling = left, right.transpose(-1, -2), 1.0
-        self._scores = left @ right
+            values = self._four(right)
+            output = self.site.read(self.host, self.query, self.key, self.scaling, self._four(left), values, self._of_prefix)
+            return output if left.dim() == 4 else output.reshape(-1, *output.shape[2:])
+        self._begin(left, right)
+        self._scores = product()
         return self._scores
 
     def _scale(self, func: Any, by: Any) -> None:
@@ -124,8 +159,9 @@ class Steps(Interception):
             weights, self._of_prefix = softmax(scores), None
         else:
             length = prefix.shape[-1]
-            both = softmax(torch.cat([prefix.expand(*scores.shape[:-1], length).to(scores.dtype), scores], -1))
-            self._of_prefix, weights = both[..., :length], both[..., length:]
+            own = prefix.expand(*self.query.shape[:-1], length).reshape(*scores.shape[:-1], length)
+            both = softmax(torch.cat([own.to(scores.dtype), scores], -1))
+            self._of_prefix, weights = self._four(both[..., :length]), both[..., length:]
         self._weights = weights.shape
         return weights
 
@@ -163,6 +199,6 @@ def route_of(cls: type[nn.Module]) -> Route | None:
     for names in (set(code.co_names), everything):  # what it calls itself says more than what it could call
         if "scaled_dot_product_attention" in names:
             return "call"
-        if "matmul" in names and "softmax" in names:
+        if names & {"matmul", "bmm", "baddbmm"} and names & {"softmax", "Softmax"}:
             return "steps"
     return None

@@ -44,6 +44,25 @@ class ModelPart(Part):
         """The embeddings of the virtual tokens, ``(length, embedding size)``."""
         raise NotImplementedError
 
+    def embed(self, host: nn.Module) -> nn.Module:
+        """What makes embeddings of tokens in ``host``."""
+        return cast(nn.Module, host.get_input_embeddings())  # type: ignore[operator]
+
+
+class ListeningPart(ModelPart):
+    """A part that puts nothing in, and is told of the tokens of each call."""
+
+    def hear(self, number: Tensor, left: Tensor, past: int) -> None:
+        """A call begins.
+
+        Args:
+            number: of each position among the real tokens of its row, those before this call too, ``(batch, positions)``;
+                -1 where there is padding or a virtual token.
+            left: how many real tokens of the row come after it, ``(batch, positions)``; -1 likewise.
+            past: how many tokens the cache holds.
+        """
+        raise NotImplementedError
+
 
 class ModelSite(Site):
     """All adapters at one module that takes the tokens' embeddings."""
@@ -114,10 +133,13 @@ class ModelSite(Site):
         tokens = given.get("input_ids") if embeds is None else embeds
         if tokens is None:
             return None
+        if self.acts():
+            _require_plain(given.get("attention_mask"), f"adapters at a {type(host).__name__} need")
         batch = tokens.shape[0]
         placed = view is not None or any(part.length for _, parts in self._parts_by_row() for part in parts)
         # where positions are given and nothing is put in, the cache need not be asked, which on a GPU takes time
-        asks = placed or given.get("position_ids") is None
+        listens = any(isinstance(part, ListeningPart) for _, parts in self._parts_by_row() for part in parts)
+        asks = placed or listens or given.get("position_ids") is None
         past = past_of(cache, given.get("cache_position"), view) if asks else 0
         shift, encoder = self._numbers("shift", batch, tokens), self._numbers("encoder_length", batch, tokens)
         self._shift = shift
@@ -130,11 +152,43 @@ class ModelSite(Site):
             if room is not None and not room.count:
                 room = None
         self._room = room
+        self._tell(given, room, past, tokens)
         self._move(given, host, room, past, tokens, shift)
         if "encoder_attention_mask" in self.names:
             after_first = any(part.after_first for _, parts in self._parts_by_row() for part in parts)
             _lengthen_encoder_mask(given, encoder, batch, after_first=after_first, snug=_counts_distances(host))
         return (), given
+
+    def _tell(self, given: dict[str, Any], room: Room | None, past: int, tokens: Tensor) -> None:
+        """Tell the parts that listen which tokens there are.
+
+        Args:
+            given: the call's arguments, before they follow virtual tokens.
+            room: what virtual tokens take up, in this call or in the cache.
+            past: how many positions the cache holds.
+            tokens: what comes new, ``(batch, tokens, ...)``.
+        """
+        groups = [(key, [p for p in parts if isinstance(p, ListeningPart)]) for key, parts in self._parts_by_row()]
+        if not any(parts for _, parts in groups):
+            return
+        (batch, new), mask = tokens.shape[:2], given.get("attention_mask")
+        before = past - room.count if room is not None and past else past
+        _require_plain(mask, "an adapter that counts tokens needs")
+        real = torch.ones(batch, before + new, dtype=torch.long, device=tokens.device)
+        if mask is not None:
+            real = mask[:, : before + new].ne(0).to(torch.long)
+        count = real.cumsum(1)
+        absent = torch.full_like(count, -1)
+        number = torch.where(real.bool(), count - 1, absent)[:, -new:]
+        left = torch.where(real.bool(), count[:, -1:] - count, absent)[:, -new:]
+        if room is not None and not past:
+            first = room.first(mask, batch, tokens.device)
+            number, left = (room.inserted(x + 1, x.new_zeros(batch, room.count), first) - 1 for x in (number, left))
+        for key, parts in groups:
+            where = None if key is None or self.setup.rows is None else self.setup.rows.of(key, batch, tokens.device)
+            for part in parts:
+                heard, behind = ((x if where is None else x.index_select(0, where)) for x in (number, left))
+                part.hear(heard, behind, before)
 
     def _parts_by_row(self) -> list[tuple[str | None, list[ModelPart]]]:
         """The parts that act now; by the key of their adapter where rows choose."""
@@ -170,7 +224,7 @@ class ModelSite(Site):
             raise StateError("adapters whose virtual tokens come before and after the embeddings cannot act together")
         embeds = given.get("inputs_embeds")
         if embeds is None:
-            embeds = host.get_input_embeddings()(given["input_ids"])  # type: ignore[operator]
+            embeds = parts[0].embed(host)(given["input_ids"])
         pooled, embedded = getattr(host, "pooler", None) is not None, parts[0].after_embeddings
         snug = given.get("attention_mask") is not None and _counts_distances(host)
         if self.setup.rows is None:
@@ -262,8 +316,7 @@ class ModelSite(Site):
     def _masked(self, given: dict[str, Any], room: Room, past: int, batch: int, new: int, device: torch.device) -> Tensor:
         """Let the mask follow; returns before which of a row's own tokens the virtual ones stand, ``(batch, 1)``."""
         mask = given.get("attention_mask")
-        if mask is not None and mask.dim() != 2:
-            raise StateError("virtual tokens need a mask of the shape (batch, tokens), or none")
+        _require_plain(mask, "virtual tokens need")
         first = room.first(mask, batch, device)
         if mask is None and room.lengths is not None:
             mask = torch.ones(batch, past + new - (room.count if past else 0), dtype=torch.long, device=device)
@@ -288,6 +341,16 @@ class ModelSite(Site):
 
 
 ModelPart.site = ModelSite
+
+
+def _require_plain(mask: Any, who: str) -> None:
+    """Refuse a mask that does not say of each token whether it is there.
+
+    Raises:
+        StateError: saying so.
+    """
+    if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
+        raise StateError(f"{who} a mask of the shape (batch, tokens), or none")
 
 
 def embeds_positions(host: nn.Module) -> bool:

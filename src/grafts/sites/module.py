@@ -5,7 +5,6 @@ The module may be quantized, sharded or offloaded: the site uses its input and i
 
 from __future__ import annotations
 
-import abc
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Literal, cast
@@ -19,13 +18,14 @@ from grafts.sites.site import Part, Site
 from grafts.weights import read, written
 
 
-class ModulePart(Part, abc.ABC):
+class ModulePart(Part):
     """What one adapter holds and computes beside one module.
 
     A method writes a subclass: its tensors as parameters, its math as ``forward``, whose arguments depend on `when`:
 
+    - ``"sees"``: ``forward(x)`` is told of the module's input and changes nothing;
     - ``"before"``: ``forward(x)`` returns the module's new input;
-    - ``"after"``: ``forward(x, y)`` returns the module's new output, ``y`` being the output so far;
+    - ``"after"``: ``forward(x, y)`` returns the module's new output, ``y`` being the output so far, of several the first;
     - ``"instead"``: ``forward(*args, **kwargs)`` takes the module's own arguments and returns its new output;
     - ``"weights"``: no ``forward``; the module computes with the tensors that `merged` gives. For a module that uses
       several weights inside, where nothing can stand beside one of them.
@@ -34,16 +34,12 @@ class ModulePart(Part, abc.ABC):
         reads_base: ``forward`` takes the base module as one argument more, to read its weights.
     """
 
-    when: Literal["before", "after", "instead", "weights"] = "after"
+    when: Literal["sees", "before", "after", "instead", "weights"] = "after"
     reads_base: bool = False
 
     def forward_(self, x: Tensor, y: Tensor, *base: nn.Module) -> Tensor:
         """``forward`` of a part that acts after the module, free to write into ``y``, which nobody else holds."""
         return cast(Tensor, self(x, y, *base))
-
-    @abc.abstractmethod
-    def merged(self, tensors: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """The module's tensors with this part folded in; see `Part.merged`."""
 
 
 class ModuleSite(Site):
@@ -80,7 +76,9 @@ class ModuleSite(Site):
         changed = False
         weights = []
         for part in self._running():
-            if part.when == "before":
+            if part.when == "sees":
+                part(_first_input(args, kwargs))
+            elif part.when == "before":
                 args, kwargs = _with_first_input(args, kwargs, part(_first_input(args, kwargs)))
                 changed = True
             elif part.when == "weights":
@@ -99,7 +97,10 @@ class ModuleSite(Site):
             if part.when == "after":
                 x = _first_input(args, kwargs)
                 base = (host,) if part.reads_base else ()
-                output = part.forward_(x, output, *base) if owned else part(x, output, *base)
+                if isinstance(output, Tensor):
+                    output = part.forward_(x, output, *base) if owned else part(x, output, *base)
+                else:
+                    output = _with_first_output(output, part(x, _first_output(host, output), *base))
             elif part.when == "instead":
                 output = part(*args, **kwargs)
         return output
@@ -116,28 +117,31 @@ class ModuleSite(Site):
     def _before_rows(
         self, rows: Rows, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        routed = [(key, part) for key, part in self._routed(rows) if part.when == "before"]
-        for key, part in routed:
+        changed = False
+        for key, part in self._routed(rows):
+            if part.when not in ("sees", "before"):
+                continue
             x = _spread(_first_input(args, kwargs), rows)
             where = rows.of(key, x.shape[0], x.device)
-            args, kwargs = _with_first_input(args, kwargs, x.index_copy(0, where, part(x.index_select(0, where))))
-        return (args, kwargs) if routed else None
+            new = part(x.index_select(0, where))
+            if part.when == "before":
+                args, kwargs = _with_first_input(args, kwargs, x.index_copy(0, where, new))
+                changed = True
+        return (args, kwargs) if changed else None
 
     def _after_rows(self, rows: Rows, host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         for key, part in self._routed(rows):
-            if part.when == "before":
+            if part.when in ("sees", "before"):
                 continue
-            if not isinstance(output, Tensor):
-                raise StateError(f"adapter_names: the output of a {type(host).__name__} is no tensor, so it has no rows")
-            output = _spread(output, rows)
-            where = rows.of(key, output.shape[0], output.device)
+            y = _spread(_first_output(host, output), rows)
+            where = rows.of(key, y.shape[0], y.device)
             if part.when == "instead":
                 given = [_rows_of(value, where, rows) for value in (*args, *kwargs.values())]
-                new = part(*given[: len(args)], **dict(zip(kwargs, given[len(args) :], strict=True)))
+                new = _first_output(host, part(*given[: len(args)], **dict(zip(kwargs, given[len(args) :], strict=True))))
             else:
                 x = _rows_of(_first_input(args, kwargs), where, rows)
-                new = part(x, output.index_select(0, where), *((host,) if part.reads_base else ()))
-            output = output.index_copy(0, where, new)
+                new = part(x, y.index_select(0, where), *((host,) if part.reads_base else ()))
+            output = _with_first_output(output, y.index_copy(0, where, new))
         return output
 
 
@@ -194,6 +198,33 @@ def _is_fresh(host: nn.Module, output: Any) -> bool:
 
 def _first_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return args[0] if args else next(iter(kwargs.values()))
+
+
+def _first_output(host: nn.Module, output: Any) -> Tensor:
+    """The tensor that a module gives, or the first of several.
+
+    Raises:
+        StateError: it gives none.
+    """
+    value = output
+    if not isinstance(output, Tensor) and output:
+        value = next(iter(output.values())) if isinstance(output, Mapping) else output[0]
+    if not isinstance(value, Tensor):
+        raise StateError(
+            f"the output of a {type(host).__name__} is no tensor and begins with none, so no adapter can act on it"
+        )
+    return value
+
+
+def _with_first_output(output: Any, y: Tensor) -> Any:
+    """A module's output with ``y`` in place of what `_first_output` gives."""
+    if isinstance(output, Tensor):
+        return y
+    if isinstance(output, Mapping):
+        output[next(iter(output))] = y  # type: ignore[index]
+        return output
+    rest = output[1:]
+    return type(output)(y, *rest) if hasattr(output, "_fields") else type(output)((y, *rest))
 
 
 def _with_first_input(args: tuple[Any, ...], kwargs: dict[str, Any], x: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -12,8 +12,10 @@ from typing import Any, Self
 import yaml
 
 from grafts.config import AdapterConfig
+from grafts.config_strings import config_from
 from grafts.errors import ConfigError, RunError, did_you_mean
-from grafts.methods import method_named
+from grafts.methods import method_named, method_names
+from grafts.methods.union import UnionConfig
 
 MODEL, DATA, TRAINING, OUTPUT = "Model and adapter", "Data", "Training", "Output"
 
@@ -29,7 +31,11 @@ class RunSettings:
 
     model: str = setting("", MODEL, "The base model: a folder, or an id on the Hugging Face hub.")
     task: str = setting("", MODEL, "sequence-classification, token-classification, causal-lm or seq2seq-lm.")
-    method: str = setting("lora", MODEL, "The kind of adapter; its options are the flags of the panel 'Adapter options'.")
+    method: str = setting(
+        "lora",
+        MODEL,
+        "The kind of adapter, its options being flags; or a preset or union: seq_bn[reduction_factor=8]|lora.",
+    )
     adapter: dict[str, Any] | None = setting(None, MODEL, "In YAML: the adapter's options, as in adapter: {r: 8}.")
     dtype: str = setting("float32", MODEL, "What the base is held in: float32, bfloat16 or float16.")
 
@@ -94,14 +100,32 @@ class RunSettings:
         Raises:
             ConfigError: an option is unknown or cannot be.
         """
-        targets = {"target_modules": "all-linear"} if "linear" in method_named(self.method).layers else {}
-        options = targets | {"task_type": task_type} | (self.adapter or {})
-        config = method_named(self.method).config
-        config.check_names(options)
+        options = {"task_type": task_type} | (self.adapter or {})
+        if self.method not in method_names():
+            return self._from_text(options)
+        method = method_named(self.method)
+        everywhere = "linear" in method.layers and "target_roles" not in options
+        targets: dict[str, Any] = {"target_modules": "all-linear"} if everywhere else {}
+        method.config.check_names(options)
         try:
-            return config(**options)
+            return method.config(**(targets | options))
         except TypeError as error:
             raise ConfigError(f"adapter options {self.adapter}: {error}") from error
+
+    def _from_text(self, options: Mapping[str, Any]) -> AdapterConfig:
+        """The config of a preset or a union; the first part of a union gets the head.
+
+        Raises:
+            ConfigError: an option is unknown or cannot be.
+        """
+        made = config_from(self.method)
+        made.check_names(options)
+        if not isinstance(made, UnionConfig):
+            return dataclasses.replace(made, **options)
+        if self.adapter:
+            raise ConfigError(f"options of {self.method!r} stand in brackets behind the name of the part that they belong to")
+        first = dataclasses.replace(made.configs[0], **options)
+        return dataclasses.replace(made, configs=(first, *made.configs[1:]), **options)
 
     @classmethod
     def combined(cls, file: Path | None, flags: Mapping[str, Any], adapter_flags: Mapping[str, Any]) -> Self:

@@ -1,0 +1,74 @@
+"""The residual stream of a model, as adapters see it: where it begins, its layers, and what reads and writes it in each.
+
+Pure data. An interface (`grafts.interface`) is resolved to it, and the methods that stand on the stream choose from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+SublayerKind = Literal["self", "cross", "ffn"]
+
+# what a part is to do at its place on the stream: act on what is added, hear what it is added to, replace the norm of the sum
+ADDED, RESIDUAL, NORMED = "added to the stream", "the stream before", "norm of the sum"
+LAYER, BEGIN, END = "layer output", "stream begins", "stream ends"
+OUTPUTS = (ADDED, LAYER, BEGIN, END)
+
+
+@dataclass(frozen=True)
+class Sublayer:
+    """One step of a layer: ``stream + out(...)``, or ``norm(stream + out(...))``.
+
+    Attributes:
+        layer: the number of its layer among all layers of the model.
+        kind: self-attention (or what mixes tokens in its place), cross-attention, or feed-forward.
+        out: the path of the module whose output is added to the stream.
+        before: the path of the module whose first input is the stream that it is added to; None where that is not known.
+        norm: the path of the norm that the sum goes through, in models that norm after adding.
+        width: the size of the stream.
+    """
+
+    layer: int
+    kind: SublayerKind
+    out: str
+    before: str | None
+    norm: str | None
+    width: int
+
+
+@dataclass(frozen=True)
+class StreamLayer:
+    """One layer.
+
+    Attributes:
+        number: among all layers of the model, in the order of their lists.
+        path: its path; its output is the stream.
+        width: the size of the stream behind it.
+        sublayers: what is added to the stream in it, in order.
+    """
+
+    number: int
+    path: str
+    width: int
+    sublayers: tuple[Sublayer, ...]
+
+
+@dataclass(frozen=True)
+class Stream:
+    """The residual stream of one model.
+
+    Attributes:
+        embeddings: the path of the module that makes the stream's beginning from tokens, or None.
+        layers: all layers, those of an encoder first.
+        roles: what modules are there for (see `grafts.roles`), by path, as the interface says it.
+    """
+
+    embeddings: str | None
+    layers: tuple[StreamLayer, ...]
+    roles: Mapping[str, str]
+
+    def sublayers(self) -> list[Sublayer]:
+        """Those of all layers, in order."""
+        return [sublayer for layer in self.layers for sublayer in layer.sublayers]
