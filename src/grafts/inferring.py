@@ -17,6 +17,7 @@ from grafts.errors import InterfaceError
 from grafts.interface import METHODS, Accessor, AdapterModelInterface, Finding, accessor_names
 from grafts.matching import within
 from grafts.roles import ATTENTION_OUT, FFN_OUT, FUSED, KEY, KEY_VALUE, QUERY, VALUE, Anatomy, anatomy
+from grafts.sites.interception import route_of
 from grafts.stream import Stream
 from grafts.tracing import Call, Trace, traced
 
@@ -96,6 +97,7 @@ class _Reading:
     def __init__(self, body: Anatomy, trace: Trace) -> None:
         self.body, self.trace = body, trace
         self.attending = {path for path, layer in body.layers.items() if layer.kind in ("attending", "attention")}
+        self.attending |= {path for path, module in body.modules.items() if path and route_of(type(module)) is not None}  # type: ignore[arg-type]
 
     @cached_property
     def linears(self) -> dict[int, str]:

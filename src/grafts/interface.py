@@ -248,7 +248,7 @@ class _Reader:
         stands = f"{step!r} there is a {type(other).__name__}" if other is not None else f"it has no {step!r}"
         below = [path[len(here) + 1 if here else 0 :] for path in self.body.modules if within(path, [here]) or not here]
         near = nearest(accessor.rpartition(".")[2], {path.rpartition(".")[2]: path for path in below if path})
-        close = [path for path in below if path.rpartition(".")[2] in near][:3]
+        close = [path for name in near for path in below if path.rpartition(".")[2] == name][:3]
         return (
             f"{name}={accessor!r} leads nowhere in {where}: {here or 'the model'} is a {type(module).__name__} and {stands}; "
             f"it holds {', '.join(map(repr, children)) or 'nothing'}" + (f"; nearest: {close}" if close else "")

@@ -12,13 +12,13 @@ from torch import nn
 
 from grafts.config import AdapterConfig
 from grafts.config_strings import config_from
-from grafts.errors import ConfigError, UnmatchedTargetError, UnsupportedTargetError
+from grafts.errors import ConfigError, InterfaceError, UnmatchedTargetError, UnsupportedTargetError
 from grafts.extras import BiasOffset, MultiheadPart, TrainableCopy, TrainableTokens
 from grafts.inferring import infer_interface
 from grafts.interface import AdapterModelInterface
 from grafts.matching import collapsed, layer_index, matches, nearest_modules, unmatched, within
 from grafts.methods import Method, Place, method_of
-from grafts.roles import EMBEDDING, HEAD, ROUTER, Anatomy, anatomy, roles_named
+from grafts.roles import EMBEDDING, HEAD, ROUTER, Anatomy, anatomy, roles_named, told
 from grafts.sites.module import ModuleSite
 from grafts.sites.site import Part, Site, site_of
 from grafts.stream import OUTPUTS, Stream
@@ -192,15 +192,22 @@ def resolve(
         interface = infer_interface(model)
     stream = None if interface is None else interface.resolve(body)
     if stream is not None:
-        said = {path: role for path, role in stream.roles.items() if body.roles.get(path) not in (HEAD, ROUTER)}
-        body = replace(body, roles={**body.roles, **said})
+        body = told(body, stream.roles)
     copied = _copied_modules(body, config, lenient)
     seats: Sequence[Place] = ()
     if method.places is not None and stream is not None:
         seats = _seats(body, config, method, stream, lenient)
         chosen = [place.path for place in seats]
     else:
-        chosen = _chosen(body, config, method, copied, lenient)
+        try:
+            chosen = _chosen(body, config, method, copied, lenient)
+        except UnmatchedTargetError:
+            found = None if interface is not None or config.target_modules is not None else _inferred(model)
+            if found is None:
+                raise
+            return resolve(
+                model, config, lenient=lenient, replaced=replaced, body=body, blanks=blanks, interface=found, member=member
+            )
         seats = [_place(body, path) for path in chosen]
     if method.check is not None:
         method.check(config, seats)
@@ -226,6 +233,14 @@ def resolve(
         targets=_in_order(targets, body),
         interface=interface,
     )
+
+
+def _inferred(model: nn.Module) -> AdapterModelInterface | None:
+    """What can be worked out of a model whose names and structure do not say enough."""
+    try:
+        return infer_interface(model)
+    except InterfaceError:
+        return None
 
 
 def _in_order(targets: Sequence[Target], body: Anatomy) -> tuple[Target, ...]:

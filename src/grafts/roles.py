@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -103,6 +103,15 @@ def anatomy(model: nn.Module) -> Anatomy:
         layers |= more
         roles |= said
     return Anatomy(type(model).__name__, modules, layers, heads, roles, embedding)
+
+
+def told(body: Anatomy, roles: Mapping[str, str]) -> Anatomy:
+    """``body`` with what is known of its modules from elsewhere; attention may be recognised by that."""
+    roles = {**body.roles, **{path: role for path, role in roles.items() if body.roles.get(path) not in (HEAD, ROUTER)}}
+    layers = {path: layer for path, layer in body.layers.items() if layer.kind != "attending"}
+    more, said = attending_modules(body.modules[""], body.modules, layers, roles)
+    attending = {path: role for path, role in said.items() if path not in roles}
+    return replace(body, layers={**body.layers, **more}, roles={**roles, **attending})
 
 
 def _input_embedding(model: nn.Module, layers: Mapping[str, Layer], modules: Mapping[str, nn.Module]) -> str | None:

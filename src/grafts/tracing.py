@@ -165,7 +165,9 @@ def traced(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> Trace:
         InterfaceError: it cannot be run.
     """
     failures = []
-    for given in [inputs] if inputs is not None else example_inputs(model):
+    with torch.random.fork_rng(devices=[]):
+        tries = [inputs] if inputs is not None else example_inputs(model)
+    for given in tries:
         trace = Trace()
         try:
             with _watched(model, trace), _as_it_was(model), torch.no_grad(), trace:
