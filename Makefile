@@ -1,5 +1,5 @@
 # Each target makes the virtual environment that it needs; PYTHON=python3.12 make ... chooses another interpreter.
-.PHONY: demo test check bench docs test-matrix test-adapterhub format clean
+.PHONY: demo test check bench architectures docs test-matrix test-adapterhub format clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -30,6 +30,9 @@ docs: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.speed
+
+architectures: $(VENV)/.dev
+	$(BIN)/python -m benchmarks.architectures
 
 # AdapterHub's library needs an older transformers, and so an environment of its own.
 test-adapterhub: $(VENV)/.dev
