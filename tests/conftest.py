@@ -58,6 +58,7 @@ def any_config(method: Method, **changes: object) -> grafts.AdapterConfig:
     needed = {"total_step": 100} if "total_step" in method.config.field_names() else {}
     needed |= {"target_modules": "all-linear"} if "linear" in method.layers else {}
     needed |= {"reduction_factor": 4, "non_linearity": "gelu"} if "reduction_factor" in method.config.field_names() else {}
+    needed |= {"original_ln_before": True, "mh_adapter": True} if "original_ln_before" in method.config.field_names() else {}
     needed |= {"num_virtual_tokens": 5} if "num_virtual_tokens" in method.config.field_names() else {}
     return method.config(**(needed | changes))
 

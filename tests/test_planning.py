@@ -189,3 +189,11 @@ def test_layer_of_an_unknown_kind_is_refused_with_the_kinds_that_are_taken() -> 
     message = r"is a ConvTranspose1d, .* takes attention, convolution, embedding"
     with pytest.raises(grafts.UnsupportedTargetError, match=message):
         targets(nn.Sequential(nn.ConvTranspose1d(4, 4, 1)), target_modules=["0"])
+
+
+def test_a_linear_whose_weight_its_owner_only_reads_is_no_target() -> None:
+    from transformers import MambaConfig, MambaForCausalLM
+
+    config = MambaConfig(vocab_size=50, hidden_size=16, state_size=4, num_hidden_layers=1, time_step_rank=4, pad_token_id=0)
+    targets = grafts.plan(MambaForCausalLM(config), grafts.LoraConfig(target_modules="all-linear")).targets
+    assert {target.path.rpartition(".")[2] for target in targets} == {"in_proj", "x_proj", "out_proj"}  # and not dt_proj

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from grafts.matching import owner_and_name
 from grafts.sites.attention import real_config
 from grafts.sites.interception import route_of
 from grafts.weights import Layer
@@ -36,7 +37,7 @@ def attending_modules(
     children: dict[str, dict[str, Layer]] = defaultdict(dict)
     names: dict[str, dict[str, str]] = defaultdict(dict)
     for path, layer in layers.items():
-        owner, _, name = path.rpartition(".")
+        owner, name = owner_and_name(path)
         children[owner][roles[path]] = layer
         names[owner][roles[path]] = name
     for path, module in modules.items():
@@ -44,7 +45,10 @@ def attending_modules(
             continue
         if getattr(module, "reorder_and_upcast_attn", False):
             continue  # it leaves out the kernel for one of its own
+        below = [owner for owner in children if owner.startswith(f"{path}.") and "key" in children[owner]]
         own = children[path]
+        if len(below) == 1 and not {"key", "key+value", "query+key+value"} & own.keys():
+            own = {**own, **children[below[0]]}
         projection = next((own[role] for role in ("key", "key+value", "query+key+value", "query") if role in own), None)
         latent = _latent(module)
         if projection is None and latent is None:

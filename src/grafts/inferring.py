@@ -151,10 +151,8 @@ class _Reading:
 
     def producer(self, chain: Sequence[int], calls: Sequence[Call]) -> tuple[str | None, int]:
         """The module that gave a tensor: the one that ended first of those that gave it, norms being looked through."""
-        for number in chain:
-            makers = [
-                c for c in calls if number in c.outputs[:1] and next(self.body.modules[c.path].parameters(), None) is not None
-            ]
+        for learns, number in [(wanted, number) for wanted in (True, False) for number in chain]:
+            makers = [c for c in calls if number in c.outputs[:1] and (self._learns(c.path) or not learns)]
             if not makers:
                 continue
             first = min(makers, key=lambda c: (c.end, -c.depth))
@@ -164,6 +162,9 @@ class _Reading:
             linear = next((c for c in makers if c.path in self.body.layers and self.body.layers[c.path].is_linear), None)
             return (linear or max(makers, key=lambda c: (c.end, -c.depth))).path, number
         return None, chain[-1]
+
+    def _learns(self, path: str) -> bool:
+        return next(self.body.modules[path].parameters(), None) is not None
 
     def layer(self, call: Call) -> Seen:
         """What one call of a layer added to the stream that it was given."""
@@ -520,7 +521,8 @@ def _by_layer(name: str, seen: Sequence[Seen], body: Anatomy, accessor: Accessor
     owners = [[_owner(name, layer, one) for one in layer.written if _concerns(name, one)] for layer in seen]
     wrong = False
     for layer, value, attentions in zip(seen, meant, owners, strict=True):
-        owner = (attentions[0] if attentions else None) if inside else layer.path
+        owner = (attentions[0] if attentions else None) if inside or name.startswith(_ASIDE) else layer.path
+        owner = layer.path if owner is not None and not inside else owner
         if owner is not None and first_of(accessor, owner, body.modules) != value:
             wrong = True
     if not wrong:
@@ -575,17 +577,19 @@ def _accessor(name: str, seen: Sequence[Seen], body: Anatomy) -> tuple[Accessor,
     misled = Counter(v for owner, right in meant for v in given if v != right and f"{owner}.{v}".strip(".") in body.modules)
     given.sort(key=lambda value: (misled[value], -value.count("."), -values[value]))
     inside = name.startswith("attn_")
-    lacking = (None in values) if inside else (None in per_layer)
+    lacking = (None in values) if inside or name.startswith(_ASIDE) else (None in per_layer)
     accessor: Accessor = given[0] if len(given) == 1 and not lacking else (*given, None) if lacking else tuple(given)
     flow = any("by flow" in one.found for layer in seen for one in layer.written) and inside and name != "attn_o_proj"
     accessor = _by_layer(name, seen, body, accessor)
-    why = f"in {sum(values[v] for v in given)} of {len(seen)} layers"
+    count = sum(values[v] for v in given)
+    why = f"in {count} attention modules" if inside else f"in {count} of {len(seen)} layers"
     if flow:
         why += ", by what the kernel's operands come from"
     named = (inside and name != "attn_o_proj" and not flow) or any("by name" in o.found for s in seen for o in s.written)
     return accessor, Finding(name, accessor, "name" if named else "seen", why)
 
 
+_ASIDE = ("layer_pre_", "layer_ln_")  # looked for only where there is what they belong to
 _OWNERS = {"layer_self_attn": "self", "layer_cross_attn": "cross"}
 _KINDS = {
     "layer_pre_self_attn": "self",

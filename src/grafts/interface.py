@@ -308,9 +308,8 @@ class _Reader:
             else:
                 owner = self.find(path, attention, where)
                 out = None if owner is None else self._attention(owner, kind, where)
-            before = self.find(path, pre, where)
-            after = self.find(path, norm, where)
             if out is not None:
+                before, after = self.find(path, pre, where), self.find(path, norm, where)
                 width = self._width(out, before, after, embeddings)
                 sublayers.append(Sublayer(number, cast(SublayerKind, kind), out, before, after, width))
         width = sublayers[-1].width if sublayers else self._width(path, None, None, embeddings)

@@ -24,6 +24,16 @@ def matches(path: str, patterns: str | Sequence[str]) -> bool:
     return any(path == name or path.endswith(f".{name}") for name in patterns)
 
 
+def owner_and_name(path: str) -> tuple[str, str]:
+    """The path of the module that a linear belongs to, and its name there; one that only wraps it is passed over.
+
+    >>> owner_and_name("layers.0.self_attn.q_proj.linear")
+    ('layers.0.self_attn', 'q_proj')
+    """
+    owner, _, name = path.removesuffix(".linear").rpartition(".")
+    return owner, name
+
+
 def within(path: str, owners: Iterable[str]) -> bool:
     """Whether ``path`` is one of the modules ``owners`` or lies below one.
 

@@ -15,8 +15,8 @@ from torch import nn
 
 from grafts.attentions import attending_modules, input_modules, named_embedding
 from grafts.errors import ConfigError, did_you_mean
-from grafts.matching import collapsed, within
-from grafts.weights import Layer, describe, own_modules
+from grafts.matching import collapsed, owner_and_name, within
+from grafts.weights import Layer, describe, only_read, own_modules
 
 QUERY, KEY, VALUE, KEY_VALUE, FUSED = "query", "key", "value", "key+value", "query+key+value"
 ATTENTION_OUT, HEAD, ROUTER, EMBEDDING, LINEAR = "attention out", "head", "router", "embedding", "linear"
@@ -92,6 +92,9 @@ def anatomy(model: nn.Module) -> Anatomy:
     """Look at how ``model`` is built; nothing is run."""
     modules = dict(own_modules(model))
     layers = {path: layer for path, module in modules.items() if (layer := describe(module)) is not None}
+    for path, module in modules.items():
+        for name in only_read(type(module)):  # type: ignore[arg-type]
+            layers.pop(f"{path}.{name}".lstrip("."), None)  # what stands beside a module that is never called does nothing
     heads = _heads(model, modules, layers)
     attention = _attention_roles(layers)
     roles = {
@@ -178,7 +181,7 @@ def _attention_roles(layers: Mapping[str, Layer]) -> dict[str, str]:
     siblings: dict[str, dict[str, str]] = defaultdict(dict)
     for path, layer in layers.items():
         if layer.is_linear:
-            parent, _, name = path.rpartition(".")
+            parent, name = owner_and_name(path)
             siblings[parent][name] = path
     result = {}
     for parent, children in siblings.items():

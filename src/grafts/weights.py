@@ -5,6 +5,10 @@ Sites never need this: they only use a module's input and output. Planning needs
 
 from __future__ import annotations
 
+import dis
+import functools
+import inspect
+import itertools
 import math
 import sys
 from collections.abc import Iterator, Mapping
@@ -97,6 +101,29 @@ def describe(module: nn.Module) -> Layer | None:
         rows, columns = module.weight.shape  # type: ignore[misc]
         return Layer("transposed-linear", rows, columns, has_bias, name)
     return None
+
+
+@functools.cache
+def only_read(cls: type[nn.Module]) -> frozenset[str]:
+    """The names of modules of which a class reads the weight or bias and which it never calls, as its code shows.
+
+    >>> sorted(only_read(nn.Linear))
+    []
+    """
+    if cls.__module__.startswith("torch."):
+        return frozenset()
+    read: set[str] = set()
+    used: set[str] = set()
+    for function in (f for c in cls.__mro__ if not c.__module__.startswith("torch.") for f in vars(c).values()):
+        written = inspect.unwrap(function) if inspect.isfunction(function) else None
+        if written is None or written.__name__ == "__init__":
+            continue
+        steps = list(dis.get_instructions(written))
+        for step, following in itertools.zip_longest(steps, steps[1:]):
+            if step.opname in ("LOAD_ATTR", "LOAD_METHOD") and isinstance(step.argval, str):
+                reads = following is not None and following.opname == "LOAD_ATTR" and following.argval in ("weight", "bias")
+                (read if reads else used).add(step.argval)
+    return frozenset(read - used)
 
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)

@@ -115,7 +115,10 @@ class Steps(Interception):
         return super().__torch_function__(func, types, args, kwargs)
 
     def _rows(self, x: Tensor) -> bool:
-        """Whether batch and heads may be the first dimension."""
+        """Whether batch and heads may be the first dimension; a module that knows its heads says how large the batch is."""
+        heads = getattr(self.host, "num_heads", None)
+        if x.dim() == 3 and isinstance(heads, int) and x.shape[0] % heads == 0:
+            self.batch = x.shape[0] // heads
         return x.shape[0] % self.batch == 0 and x.dim() == 3
 
     def _may_attend(self, left: Any, right: Any) -> bool:
