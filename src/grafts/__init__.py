@@ -44,16 +44,15 @@ if TYPE_CHECKING:
     from grafts.methods.union import UnionConfig
     from grafts.planning import Plan, plan
     from grafts.registry import (
-        AdapterStatus,
         activate,
         active,
-        adapters,
         add,
         deactivate,
         delete,
         detach,
         train_only,
     )
+    from grafts.status import AdapterStatus, adapters
 
 __version__ = "0.1.0"
 
@@ -91,16 +90,15 @@ _HOMES = {
     "grafts.methods.prompt_tuning": ("PromptTuningConfig",),
     "grafts.planning": ("Plan", "plan"),
     "grafts.registry": (
-        "AdapterStatus",
         "activate",
         "active",
-        "adapters",
         "add",
         "deactivate",
         "delete",
         "detach",
         "train_only",
     ),
+    "grafts.status": ("AdapterStatus", "adapters"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

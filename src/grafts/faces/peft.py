@@ -13,6 +13,7 @@ from grafts import combining, merging, registry
 from grafts.config import AdapterConfig
 from grafts.errors import AdapterNameError, ConfigError
 from grafts.methods import method_named
+from grafts.status import adapters
 
 
 class AdapterModel(nn.Module):
@@ -47,12 +48,12 @@ class AdapterModel(nn.Module):
     @property
     def peft_config(self) -> dict[str, AdapterConfig]:
         """The configs of the adapters, by name."""
-        return {name: status.config for name, status in registry.adapters(self.model).items()}
+        return {name: status.config for name, status in adapters(self.model).items()}
 
     @property
     def active_adapters(self) -> list[str]:
         """The names of the active adapters."""
-        return [name for name, status in registry.adapters(self.model).items() if status.active]
+        return [name for name, status in adapters(self.model).items() if status.active]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model."""
@@ -153,7 +154,7 @@ class AdapterModel(nn.Module):
         Returns:
             The base model, without adapters.
         """
-        if not any(status.merged for status in registry.adapters(self.model).values()):
+        if not any(status.merged for status in adapters(self.model).values()):
             merging.merge(self.model, adapter_names)
         elif adapter_names is not None:
             raise AdapterNameError("adapters are merged already: call unmerge_adapter() first to choose others")
@@ -161,7 +162,7 @@ class AdapterModel(nn.Module):
 
     def unload(self) -> nn.Module:
         """The base model as it was before the first adapter."""
-        if any(status.merged for status in registry.adapters(self.model).values()):
+        if any(status.merged for status in adapters(self.model).values()):
             merging.unmerge(self.model)
         return registry.detach(self.model)
 
@@ -212,7 +213,7 @@ class AdaptionPromptModel(AdapterModel):
             ConfigError: it is the config of another method, or asks for more layers than the model has.
         """
         self._check_config(config)
-        first = not registry.adapters(self.model)
+        first = not adapters(self.model)
         registry.add(self.model, config, name=adapter_name, activate=first, train=first)
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -223,7 +224,7 @@ class AdaptionPromptModel(AdapterModel):
         """
         was_active = adapter_name in self.active_adapters
         super().delete_adapter(adapter_name)
-        left = list(registry.adapters(self.model))
+        left = list(adapters(self.model))
         if self._resting is not None:
             self._resting = tuple(name for name in self._resting if name != adapter_name) or tuple(left[:1])
         elif was_active and left:
