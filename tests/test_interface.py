@@ -360,6 +360,15 @@ def test_a_config_that_needs_the_stream_says_which_accessor_is_missing() -> None
     grafts.add(model, "double_seq_bn", interface=without)
 
 
+def test_a_method_that_the_interface_does_not_offer_is_refused() -> None:
+    some = grafts.AdapterModelInterface.from_dict(BY_HAND.to_dict() | {"adapter_methods": ["lora"]})
+    grafts.add(LLAMA.model(), "lora", interface=some)
+    with pytest.raises(grafts.InterfaceError, match=r"does not offer 'bottleneck': its adapter_methods are \['lora'\]"):
+        grafts.add(LLAMA.model(), "seq_bn|lora", interface=some)
+    with pytest.raises(grafts.InterfaceError, match="interface is a dict"):
+        grafts.add(LLAMA.model(), "seq_bn", interface=BY_HAND.to_dict())  # type: ignore[arg-type]
+
+
 def test_methods_of_a_config() -> None:
     methods = {
         "seq_bn": ["bottleneck"],

@@ -15,7 +15,7 @@ from grafts.config_strings import config_from
 from grafts.errors import ConfigError, InterfaceError, UnmatchedTargetError, UnsupportedTargetError
 from grafts.extras import BiasOffset, MultiheadPart, TrainableCopy, TrainableTokens
 from grafts.inferring import infer_interface
-from grafts.interface import AdapterModelInterface
+from grafts.interface import METHODS, AdapterModelInterface
 from grafts.matching import collapsed, layer_index, matches, nearest_modules, unmatched, within
 from grafts.methods import Method, Place, method_of
 from grafts.roles import EMBEDDING, HEAD, ROUTER, Anatomy, anatomy, roles_named, told
@@ -190,7 +190,7 @@ def resolve(
         )
     if interface is None and method.places is not None:
         interface = infer_interface(model)
-    stream = None if interface is None else interface.resolve(body)
+    stream = None if interface is None else _stream(body, method, interface)
     if stream is not None:
         body = told(body, stream.roles)
     copied = _copied_modules(body, config, lenient)
@@ -241,6 +241,21 @@ def _inferred(model: nn.Module) -> AdapterModelInterface | None:
         return infer_interface(model)
     except InterfaceError:
         return None
+
+
+def _stream(body: Anatomy, method: Method, interface: AdapterModelInterface) -> Stream:
+    """The residual stream of a model, as an interface says it.
+
+    Raises:
+        InterfaceError: it is none, does not fit, or does not offer the method.
+    """
+    if not isinstance(interface, AdapterModelInterface):
+        raise InterfaceError(f"interface is a {type(interface).__name__}; it must be an AdapterModelInterface")
+    if method.name in METHODS and method.name not in interface.adapter_methods:
+        raise InterfaceError(
+            f"the interface does not offer {method.name!r}: its adapter_methods are {list(interface.adapter_methods)}"
+        )
+    return interface.resolve(body)
 
 
 def _in_order(targets: Sequence[Target], body: Anatomy) -> tuple[Target, ...]:

@@ -5,9 +5,11 @@ Pure data. An interface (`grafts.interface`) is resolved to it, and the methods 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
+
+from grafts.errors import UnmatchedTargetError
 
 SublayerKind = Literal["self", "cross", "ffn"]
 
@@ -68,6 +70,18 @@ class Stream:
     embeddings: str | None
     layers: tuple[StreamLayer, ...]
     roles: Mapping[str, str]
+
+    def require_layers(self, numbers: Iterable[int | str], option: str) -> None:
+        """Refuse numbers of layers that there are not.
+
+        Raises:
+            UnmatchedTargetError: naming the first, and the option that it was given in.
+        """
+        for number in numbers:
+            if not str(number).isdigit() or int(number) >= len(self.layers):
+                raise UnmatchedTargetError(
+                    f"{option} names layer {number!r}; there are {len(self.layers)}, counted from 0 over the whole model"
+                )
 
     def sublayers(self) -> list[Sublayer]:
         """Those of all layers, in order."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from torch import nn
 
 from grafts.checkpoints.files import find
 from grafts.errors import CheckpointError, InterfaceError
-from grafts.interface import NEW, AdapterModelInterface
+from grafts.interface import METHODS, NEW, AdapterModelInterface
 from grafts.roles import Anatomy
 
 INTERFACE_FILE = "adapter_interface.json"
@@ -53,10 +54,14 @@ def read_interface(directory: Path) -> AdapterModelInterface | None:
 
 
 def saved_interface(directory: Path, body: Anatomy) -> AdapterModelInterface | None:
-    """That interface, if it fits the model: an adapter may go to a model of another build, where another one holds."""
+    """That interface, if it fits the model: an adapter may go to a model of another build, where another one holds.
+
+    The adapter beside it shows which method it is for, whatever its list of methods says.
+    """
     interface = read_interface(directory)
     if interface is None:
         return None
+    interface = dataclasses.replace(interface, adapter_methods=METHODS)
     try:
         interface.resolve(body)
     except InterfaceError:

@@ -400,6 +400,9 @@ def stream_places(
     config: BnConfig, stream: Stream, module: Callable[[str], nn.Module], everywhere: Sequence[Place]
 ) -> list[Place]:
     """Every step that gets a bottleneck, what hears the stream before it, and the norm behind it."""
+    stream.require_layers(config.leave_out, "leave_out")
+    if isinstance(config.reduction_factor, dict):
+        stream.require_layers((name for name in config.reduction_factor if name != "default"), "reduction_factor")
     result: dict[str, Place] = {}
     for sublayer in stream.sublayers():
         if not config.takes(sublayer):

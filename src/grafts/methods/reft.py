@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from grafts.activations import activation, is_activation
 from grafts.config import AdapterConfig, config, option
+from grafts.errors import ConfigError
 from grafts.listening import TokenCounter, inside, listening_places
 from grafts.methods import Parts, Place, method
 from grafts.seeds import seeded
@@ -114,6 +115,8 @@ class ReftPart(ModulePart):
         super().__init__()
         self.config, self.path = config, place.path
         size = place.layer.out_features
+        if config.orthogonality and config.r > size:
+            raise ConfigError(f"{place.path!r}: r={config.r} orthonormal rows cannot be had in {size} dimensions")
         wanted = [kind for kind, count in _counts(config).items() if count]
         names = ["both"] if config.tied_weights else wanted
         with seeded(config.init_weights_seed, place.number):
@@ -167,6 +170,7 @@ def stream_places(
     config: ReftConfig, stream: Stream, module: Callable[[str], nn.Module], everywhere: Sequence[Place]
 ) -> list[Place]:
     """The layers, and the inputs that say which tokens are real."""
+    stream.require_layers(() if isinstance(config.layers, str) else config.layers, "layers")
     result = []
     for layer in stream.layers:
         if config.layers == "all" or layer.number in config.layers:
