@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,6 +15,7 @@ from grafts.interface import METHODS, Accessor, AdapterModelInterface, Finding, 
 from grafts.matching import within
 from grafts.reading import Reading, Seen, Written, relative
 from grafts.roles import Anatomy, anatomy
+from grafts.sites.interception import route_of
 from grafts.stream import Stream
 from grafts.tracing import traced
 
@@ -33,9 +35,11 @@ def infer_interface(model: nn.Module, *, inputs: Mapping[str, Any] | None = None
     Raises:
         InterfaceError: the model cannot be run, or has no layers that add to a stream.
     """
-    if inputs is None and model in _inferred:
-        return _inferred[model]
     body = anatomy(model)
+    if inputs is None and model in _inferred:
+        with contextlib.suppress(InterfaceError):  # the model may have been rebuilt since
+            _inferred[model].resolve(body)
+            return _inferred[model]
     found = _interface(body, Reading(body, traced(model, inputs)))
     _inferred[model] = found
     return found
@@ -88,7 +92,7 @@ def _interface(body: Anatomy, reading: Reading) -> AdapterModelInterface:
         values[name], finding = _accessor(name, seen, body)
         findings.append(finding)
     layers = tuple(relative(path, root) for path in lists)
-    methods = _methods(body, embeddings, seen)
+    methods = _methods(body, reading, embeddings, seen)
     found = AdapterModelInterface(
         adapter_methods=methods,
         model_embeddings=None if embeddings is None else relative(embeddings, root),
@@ -242,11 +246,11 @@ def _embeddings(body: Anatomy, reading: Reading, layers: Sequence[str]) -> str |
     return makers[0].path if makers else None
 
 
-def _methods(body: Anatomy, embeddings: str | None, seen: Sequence[Seen]) -> tuple[str, ...]:
+def _methods(body: Anatomy, reading: Reading, embeddings: str | None, seen: Sequence[Seen]) -> tuple[str, ...]:
     kinds = {layer.kind for layer in body.layers.values()}
     has = {
         "bottleneck": any(layer.written for layer in seen),
-        "prefix_tuning": "attending" in kinds,
+        "prefix_tuning": any(route_of(type(body.modules[path])) is not None for path in reading.attending),  # type: ignore[arg-type]
         "lora": bool(kinds & {"linear", "transposed-linear"}),
         "prompt_tuning": "input" in kinds,
         "reft": True,

@@ -203,7 +203,7 @@ def resolve(
             chosen = _chosen(body, config, method, copied, lenient)
         except UnmatchedTargetError:
             found = None if interface is not None or config.target_modules is not None else _inferred(model)
-            if found is None:
+            if found is None or (method.name in METHODS and method.name not in found.adapter_methods):
                 raise
             return resolve(
                 model, config, lenient=lenient, replaced=replaced, body=body, blanks=blanks, interface=found, member=member
@@ -270,6 +270,8 @@ def _seats(body: Anatomy, config: AdapterConfig, method: Method, stream: Stream,
         UnmatchedTargetError: a pattern selects no module, or nothing is selected at all.
     """
     assert method.places is not None
+    if config.target_roles is not None:
+        raise ConfigError(f"target_roles has no meaning for {method.title}: its own options say where it stands")
     everywhere = [_place(body, path) for path in body.layers]
     seats = list(method.places(config, stream, body.modules.__getitem__, everywhere))
     for option in ("target_modules", "exclude_modules"):

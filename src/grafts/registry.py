@@ -244,23 +244,9 @@ def prepare_plan(
         if name in registry.plans:
             raise AdapterNameError(f"an adapter is called {name!r} already: grafts.delete(model, {name!r}) removes it")
     try:
-        with _idle(registry):
-            return resolve(model, config, lenient=lenient, replaced=replaced, body=body, blanks=blanks, interface=interface)
+        return resolve(model, config, lenient=lenient, replaced=replaced, body=body, blanks=blanks, interface=interface)
     except ConfigError as error:
         raise type(error)(f"adapter {name!r}: {error}") from error
-
-
-@contextlib.contextmanager
-def _idle(registry: Registry | None) -> Iterator[None]:
-    """With no adapter acting: a model may be run to see how it is built."""
-    before = None if registry is None else registry.setup.active
-    if registry is not None and before:
-        registry.setup.set(active=())
-    try:
-        yield
-    finally:
-        if registry is not None and before:
-            registry.setup.set(active=before)
 
 
 def build_parts(

@@ -93,8 +93,9 @@ def anatomy(model: nn.Module) -> Anatomy:
     modules = dict(own_modules(model))
     layers = {path: layer for path, module in modules.items() if (layer := describe(module)) is not None}
     for path, module in modules.items():
-        for name in only_read(type(module)):  # type: ignore[arg-type]
-            layers.pop(f"{path}.{name}".lstrip("."), None)  # what stands beside a module that is never called does nothing
+        if any(f"{path}.{name}".lstrip(".") in layers for name in module._modules):
+            for name in only_read(type(module)):  # type: ignore[arg-type]
+                layers.pop(f"{path}.{name}".lstrip("."), None)  # beside what is never called nothing would act
     heads = _heads(model, modules, layers)
     attention = _attention_roles(layers)
     roles = {

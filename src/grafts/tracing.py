@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from grafts.errors import InterfaceError
+from grafts.sites.site import sites_in
 from grafts.weights import describe, own_modules
 
 
@@ -158,7 +159,7 @@ def traced(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> Trace:
     """Run ``model`` once and watch.
 
     Args:
-        model: the model; adapters on it must be idle.
+        model: the model; adapters on it are idle for this run.
         inputs: keyword arguments of its ``forward``; made from its config and its first layer where they are not given.
 
     Raises:
@@ -205,7 +206,10 @@ def _watched(model: nn.Module, trace: Trace) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _as_it_was(model: nn.Module) -> Iterator[None]:
-    """In evaluation mode, and with the same random numbers and buffers after it as before."""
+    """In evaluation mode, without adapters, and with the same random numbers and buffers after it as before."""
+    setups = [(setup, setup.running) for setup in {id(s.setup): s.setup for _, s in sites_in(model)}.values()]
+    for setup, _ in setups:
+        setup.running = ()
     training = [module for module in model.modules() if module.training]
     model.eval()
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers() if buffer.device.type != "meta"]
@@ -213,6 +217,8 @@ def _as_it_was(model: nn.Module) -> Iterator[None]:
         with torch.random.fork_rng(devices=[]):
             yield
     finally:
+        for setup, running in setups:
+            setup.running = running
         for module in training:
             module.training = True
         with torch.no_grad():

@@ -114,7 +114,8 @@ def only_read(cls: type[nn.Module]) -> frozenset[str]:
         return frozenset()
     read: set[str] = set()
     used: set[str] = set()
-    for function in (f for c in cls.__mro__ if not c.__module__.startswith("torch.") for f in vars(c).values()):
+    own = [c for c in cls.__mro__ if "forward" in vars(c) and not c.__module__.startswith("torch.")]
+    for function in (f for c in own for f in vars(c).values()):
         written = inspect.unwrap(function) if inspect.isfunction(function) else None
         if written is None or written.__name__ == "__init__":
             continue

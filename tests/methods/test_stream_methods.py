@@ -250,6 +250,7 @@ def test_a_union_file_with_a_missing_member_is_refused(tmp_path: Path) -> None:
         ("compacter[reduction_factor=16]", "phm_dim=4 has to divide"),
         ("loreft[prefix_positions=0]", "else nothing is changed"),
         ("loreft[layers=[0, 7]]", "layers names layer 7; there are 2"),
+        ("seq_bn[target_roles=['o']]", "target_roles has no meaning for Bottleneck adapter"),
         ("loreft[r=99]", "r=99 orthonormal rows cannot be had in 16 dimensions"),
         ("seq_bn[leave_out=[2]]", "leave_out names layer 2"),
         ("seq_bn[reduction_factor={'default': 4, 'first': 2}]", "reduction_factor names layer 'first'"),

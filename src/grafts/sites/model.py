@@ -133,8 +133,6 @@ class ModelSite(Site):
         tokens = given.get("input_ids") if embeds is None else embeds
         if tokens is None:
             return None
-        if self.acts():
-            _require_plain(given.get("attention_mask"), f"adapters at a {type(host).__name__} need")
         batch = tokens.shape[0]
         placed = view is not None or any(part.length for _, parts in self._parts_by_row() for part in parts)
         # where positions are given and nothing is put in, the cache need not be asked, which on a GPU takes time
@@ -218,6 +216,7 @@ class ModelSite(Site):
         parts = [part for _, some in groups for part in some]
         if not parts:
             return None
+        _require_plain(given.get("attention_mask"), "virtual tokens need")
         if len({part.after_first for part in parts}) > 1:
             raise StateError("adapters whose virtual tokens come before and after the first token cannot act together")
         if len({part.after_embeddings for part in parts}) > 1:
