@@ -177,55 +177,62 @@ def said(error: Exception) -> str:
     return text.removeprefix("adapter 'en': ")[:300]
 
 
+LANGUAGE = "all three"
+SHORT = {"parallel bottleneck": "parallel", "prefix_tuning": "prefix", "prompt_tuning": "prompt"}
+
+
 def summary(records: Sequence[Mapping[str, Any]]) -> list[tuple[str, int, int, dict[str, int]]]:
-    """Of each group how many are registered, were built, and work with each method."""
+    """Of each group, and of the language models together, how many are registered, were built, and work with each method."""
     rows = []
-    for group in GROUPS:
-        own = [record for record in records if record["group"] == group]
+    for group in (*CLAIMED, LANGUAGE, *(group for group in GROUPS if group not in CLAIMED)):
+        own = [record for record in records if record["group"] in (CLAIMED if group == LANGUAGE else (group,))]
         built = [record for record in own if "not built" not in record]
         works = Counter(name for record in built for name, result in record["methods"].items() if result == "works")
-        rows.append(
-            (
-                group,
-                len(own),
-                len(built),
-                {**dict.fromkeys(METHODS, 0), **works, "interface": sum("interface" in r for r in built)},
-            )
-        )
+        inferred = {"interface": sum("interface" in record for record in built)}
+        rows.append((group, len(own), len(built), {**inferred, **{name: works[name] for name in METHODS}}))
     return [row for row in rows if row[1]]
 
 
-def page(records: Sequence[Mapping[str, Any]]) -> str:
+def page(records: Sequence[Mapping[str, Any]], version: str) -> str:
     """The table as a page of the documentation."""
     columns = ["interface", *METHODS]
+    rows = summary(records)
     lines = [
+        "---",
+        "hide:",
+        "  - toc",
+        "---",
+        "",
         "# Architectures",
         "",
         "<!-- made by python -m benchmarks.architectures; do not edit -->",
         "",
-        f"Every architecture of `transformers` {transformers.__version__} that can be built from its config class with small "
+        f"Every architecture of `transformers` {version} that can be built from its config class with small "
         "numbers, with an adapter of each kind. *Works* means: an adapter is added (and leaves the output bitwise alone where "
         "its method starts so), a training step moves the output, what is saved and loaded gives the same output within "
         "rounding, as does a merge (LoRA), and detaching gives the base back bitwise. No list of model types stands behind "
         "this: the [interface](interface.md) is inferred from each model.",
         "",
-        "| | registered | built | " + " | ".join(columns) + " |",
-        "|---|" + "---:|" * (len(columns) + 2),
+        "| | " + " | ".join(group for group, *_ in rows) + " |",
+        "|---|" + "---:|" * len(rows),
+        "| registered | " + " | ".join(str(registered) for _, registered, _, _ in rows) + " |",
+        "| built | " + " | ".join(str(built) for _, _, built, _ in rows) + " |",
     ]
-    for group, registered, built, works in summary(records):
-        cells = [f"{works[name]} ({works[name] / built:.0%})" if built else "" for name in columns]
-        lines.append(f"| {group} | {registered} | {built} | " + " | ".join(cells) + " |")
+    for name in columns:
+        cells = (f"{works[name]} ({works[name] / max(built, 1):.1%})" for _, _, built, works in rows)
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
     reasons: dict[str, int] = {}
     lines += [
         "",
         "Numbers stand for reasons, listed below the tables. Architectures that could not be built are listed last.",
         "",
     ]
+    heads = [SHORT.get(name, name) for name in columns]
     for group in GROUPS:
         own = sorted((r for r in records if r["group"] == group and "not built" not in r), key=lambda r: r["type"])
         if not own:
             continue
-        lines += [f"## {group}", "", "| model type | " + " | ".join(columns) + " |", "|---|" + ":-:|" * len(columns)]
+        lines += [f"## {group}", "", "| model type | " + " | ".join(heads) + " |", "|---|" + ":-:|" * len(columns)]
         for record in own:
             cells = ["✓" if "interface" in record else _mark(record.get("not inferred", ""), reasons)]
             cells += [
@@ -282,7 +289,12 @@ def main() -> None:
     parser.add_argument("--groups", help=f"some of {', '.join(GROUPS)}, with commas")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--records", type=Path, help="also write the raw records here, as JSON")
+    parser.add_argument("--read", type=Path, help="make the page from a file of results, and measure nothing")
     options = parser.parse_args()
+    if options.read:
+        results = json.loads(options.read.read_text())
+        PAGE.write_text(page(results["records"], results["transformers"]))
+        return
     chosen = architectures()
     if options.groups:
         chosen = [one for one in chosen if one[0] in options.groups.split(",")]
@@ -295,7 +307,7 @@ def main() -> None:
     if options.records:
         options.records.write_text(json.dumps(records, indent=1) + "\n")
     if not options.only and not options.groups:
-        PAGE.write_text(page(records))
+        PAGE.write_text(page(records, transformers.__version__))
         file = RESULTS / f"{datetime.datetime.now(datetime.UTC).date()}-architectures.json"
         file.write_text(json.dumps({"transformers": transformers.__version__, "records": records}, indent=1) + "\n")
 

@@ -52,6 +52,8 @@ SIZES: dict[str, Any] = {
 }
 MORE: dict[str, Any] = {
     "rotary_dim": 4,
+    "layer_group_size": 2,
+    "attn_layer_indices": [1],
     "n_group": 1,
     "topk_group": 1,
     "first_k_dense_replace": 1,
