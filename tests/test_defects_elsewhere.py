@@ -136,16 +136,34 @@ def test_d8_direft_comes_back_as_direft(tmp_path: Path) -> None:
     assert torch.equal(LLAMA.output(again), expected)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "config", ["double_seq_bn[reduction_factor=4]", "loreft[r=3]", "seq_bn_inv[reduction_factor=4]", "lora"]
+)
+def test_d6_the_mean_of_one_adapter_twice_is_that_adapter(config: str) -> None:
+    model = adapted(config)
+    grafts.add(model, config, name="same")
+    for (_, one), (_, other) in zip(parts_of(model, "en"), parts_of(model, "same"), strict=True):
+        other.load_state_dict(one.state_dict())
+    expected = LLAMA.output(grafts.activate(model, "en"))
+    way = "cat" if config == "lora" else "linear"
+    grafts.combine(model, ["en", "same"], [0.5, 0.5], "mean", method=way)
+    torch.testing.assert_close(LLAMA.output(model), expected, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
 def test_d8_an_average_of_rotations_is_a_rotation() -> None:
-    one, two = (dict(parts_of(adapted("loreft[r=3]", scale=s), "en")) for s in (0.3, 0.9))
-    for path, part in one.items():
-        if not hasattr(part, "units"):
-            continue
-        with torch.no_grad():
-            for mine, other in zip(part.parameters(), two[path].parameters(), strict=True):
-                mine.lerp_(other, 0.5)
-        rotation = part.units["prefix"].rotation()
-        torch.testing.assert_close(rotation @ rotation.T, torch.eye(3), rtol=1e-5, atol=1e-5)
+    model = adapted("loreft[r=3]")
+    grafts.add(model, "loreft[r=3]", name="other")
+    randomise(model, "other", seed=8, scale=0.9)
+    grafts.combine(model, ["en", "other"], [0.5, 0.5], "mean", method="linear")
+    for _, part in parts_of(model, "mean"):
+        if hasattr(part, "units"):
+            rotation = part.units["prefix"].rotation()
+            torch.testing.assert_close(rotation @ rotation.T, torch.eye(3), rtol=1e-5, atol=1e-5)
+    grafts.add(model, "loreft[r=2]", name="smaller")
+    with pytest.raises(grafts.ConfigError, match="adapters with r=3 and 2 cannot be averaged"):
+        grafts.combine(model, ["en", "smaller"], [0.5, 0.5], "no", method="linear")
 
 
 def test_d9_lora_and_ia3_stand_where_their_roles_say() -> None:
@@ -277,6 +295,20 @@ def test_d19_a_file_of_loreft_holds_no_hidden_by_hidden_matrix(tmp_path: Path) -
     assert theirs > 2 * 4 * 16 * 16  # one such matrix for each unit of each layer
 
 
+def test_d20_vera_with_dense_matrices_is_refused_and_dora_stands_at_fused_projections(tmp_path: Path) -> None:
+    source = HUB / "bert-lora" / "adapter"
+    data = json.loads((source / "adapter_config.json").read_text())
+    data["config"] |= {"vera_d": 0.1, "vera_b": 0.0}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(data))
+    with pytest.raises(grafts.ConfigError, match="VeRA has dense matrices where the paper has vectors"):
+        grafts.load(BERT.model(), tmp_path)
+    base = BY_NAME["gpt2"]
+    model = grafts.add(base.model(), "dora[target_roles=['q']]", name="en")
+    randomise(model, "en")
+    expected = base.output(model)
+    torch.testing.assert_close(base.output(grafts.merge(model)), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_d21_d22_deleting_one_leaves_the_other_and_merged_ones_can_be_had_back() -> None:
     model = LLAMA.model()
     before = {name: p.clone() for name, p in model.named_parameters()}
@@ -323,6 +355,13 @@ def test_d22_whole_numbers_missing_activations_and_seeds_are_taken_for_what_they
 def test_d22_layers_are_left_out_of_unions_too() -> None:
     plan = grafts.plan(LLAMA.model(), "seq_bn[leave_out=[0]]|loreft[layers=[1]]")
     assert all("layers.0" not in target.path for target in plan.targets)
+
+
+def test_d23_adapters_of_cross_and_self_attention_stand_apart() -> None:
+    model = BY_NAME["t5"].model()
+    grafts.add(model, "double_seq_bn[cross_adapter=True]", name="en")
+    steps = [part.sublayer.kind for _, part in parts_of(model, "en") if hasattr(part, "sublayer")]
+    assert {kind: steps.count(kind) for kind in set(steps)} == {"self": 4, "cross": 2, "ffn": 4}
 
 
 def test_adapted_models_are_pickled_and_copied() -> None:

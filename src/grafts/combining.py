@@ -82,7 +82,7 @@ def combine(
         (made.config, registry.own_parts(source), share) for source, made, share in zip(names, plans, shares, strict=True)
     ]
     config, tensors = kind.combine(sources, blend)
-    made = prepare_plan(inner, _config_for_all(config, plans), name=name)
+    made = prepare_plan(inner, _config_for_all(config, plans), name=name, interface=plans[0].interface)
     tensors = {**tensors, **_extras(inner, made, names, shares)}
     needed = {f"{t.path}.{key}".lstrip(".") for t in made.targets if t.tied_to is None for key in t.tensors}
     if needed != set(tensors):
@@ -95,10 +95,12 @@ def _config_for_all(config: AdapterConfig, plans: Sequence[Plan]) -> AdapterConf
     if len({str(getattr(p.config, "trainable_token_indices", None)) for p in plans}) > 1:
         raise ConfigError("adapters that train different tokens (trainable_token_indices) cannot be made into one")
     copies = dict.fromkeys(t.path for p in plans for t in p.targets if t.kind == "copy" and t.tied_to is None)
-    own = dict.fromkeys(t.path for p in plans for t in p.targets if t.kind == p.method.name and t.tied_to is None)
+    own = dict.fromkeys(
+        t.path for p in plans for t in p.targets if t.kind == p.method.name and t.tied_to is None and t.tensors
+    )
+    named: dict[str, Any] = {"target_modules": tuple(own), "exclude_modules": None, "target_roles": None}
     changes: dict[str, Any] = {
-        "target_modules": tuple(own),
-        "exclude_modules": None,
+        **(named if plans[0].method.places is None else {}),
         "modules_to_save": tuple(copies) or None,
         "layers_to_transform": None,
         "layers_pattern": None,

@@ -100,6 +100,16 @@ def test_our_files_come_back_and_adapterhub_reads_them(case: str, tmp_path: Path
         read_by_the_peer(folder, like, expected)
 
 
+def test_the_interface_that_adapterhub_has_saved_is_used() -> None:
+    model, _, _ = base("qwen2-seq_bn")
+    report = grafts.load(model, DATA / "qwen2-seq_bn" / "adapter", allow_pickle=True)
+    theirs = json.loads((DATA / "qwen2-seq_bn" / "adapter" / "adapter_interface.json").read_text())["interface"]
+    ours = report.plan.interface.to_dict()
+    assert {name: ours[name] for name in theirs if name != "adapter_methods"} == {
+        name: value for name, value in theirs.items() if name != "adapter_methods"
+    }
+
+
 def test_what_has_no_place_in_that_layout_is_refused(tmp_path: Path) -> None:
     model, _, _ = base("bert-flat")
     grafts.add(model, grafts.LoraConfig(use_rslora=True), name="lora")

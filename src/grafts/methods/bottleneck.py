@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from grafts.activations import activation, is_activation
+from grafts.averaging import averaged
 from grafts.config import AdapterConfig, config, option
 from grafts.errors import ConfigError, MergeError
 from grafts.hypercomplex import Hypercomplex, HypercomplexLinear
@@ -446,6 +447,8 @@ def link(config: BnConfig, parts: Parts) -> None:
     mergeable=True,
     merges=can_merge,
     source="Houlsby et al. 2019, https://arxiv.org/abs/1902.00751",
+    combinations=("linear",),
+    combine=averaged,
     places=stream_places,
     check=check,
     attached=link,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from grafts.activations import activation, is_activation
+from grafts.averaging import averaged
 from grafts.config import AdapterConfig, config, option
 from grafts.errors import ConfigError
 from grafts.methods import Parts, Place, method
@@ -191,6 +192,8 @@ def _places(
     inert=False,
     mergeable=False,
     source="Pfeiffer et al. 2020, https://arxiv.org/abs/2005.00052",
+    combinations=("linear",),
+    combine=averaged,
     places=_places,
     attached=lambda config, parts: link_couplings(parts),
 )

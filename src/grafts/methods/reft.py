@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from grafts.activations import activation, is_activation
+from grafts.averaging import averaged
 from grafts.config import AdapterConfig, config, option
 from grafts.errors import ConfigError
 from grafts.listening import TokenCounter, inside, listening_places
@@ -197,6 +198,8 @@ def link(config: ReftConfig, parts: Parts) -> None:
     inert=False,
     mergeable=False,
     source="Wu et al. 2024, https://arxiv.org/abs/2404.03592",
+    combinations=("linear",),
+    combine=averaged,
     places=stream_places,
     attached=link,
 )
