@@ -224,7 +224,9 @@ def page(records: Sequence[Mapping[str, Any]], version: str) -> str:
     reasons: dict[str, int] = {}
     lines += [
         "",
-        "Numbers stand for reasons, listed below the tables. Architectures that could not be built are listed last.",
+        "A prefix needs an attention kernel: state-space, recurrent and Fourier models have none, nor have hybrid ones that "
+        "were built without an attention layer. Numbers stand for reasons, listed below the tables; what could not be built "
+        "comes last.",
         "",
     ]
     heads = [SHORT.get(name, name) for name in columns]

@@ -371,6 +371,15 @@ def test_a_method_that_the_interface_does_not_offer_is_refused() -> None:
         grafts.add(LLAMA.model(), "seq_bn", interface=BY_HAND.to_dict())  # type: ignore[arg-type]
 
 
+def test_states_of_another_size_than_the_stream_are_refused_when_they_come() -> None:
+    wrong = grafts.AdapterModelInterface.from_dict(BY_HAND.to_dict() | {"model_layers": "layers", "layer_output_proj": "mlp"})
+    model = LLAMA.model()
+    model.model.layers[0].mlp.down_proj = nn.Linear(24, 20)
+    grafts.add(model, "double_seq_bn[exclude_modules=['o_proj']]", interface=wrong)
+    with pytest.raises(grafts.StateError, match=r"'model.layers.0.mlp' gives states of size 20, .* was made for 16"):
+        model(input_ids=ids())
+
+
 def test_methods_of_a_config() -> None:
     methods = {
         "seq_bn": ["bottleneck"],

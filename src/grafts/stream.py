@@ -9,7 +9,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from grafts.errors import UnmatchedTargetError
+from torch import Tensor
+
+from grafts.errors import StateError, UnmatchedTargetError
 
 SublayerKind = Literal["self", "cross", "ffn"]
 
@@ -17,6 +19,24 @@ SublayerKind = Literal["self", "cross", "ffn"]
 ADDED, RESIDUAL, NORMED = "added to the stream", "the stream before", "norm of the sum"
 LAYER, BEGIN, END = "layer output", "stream begins", "stream ends"
 OUTPUTS = (ADDED, LAYER, BEGIN, END)
+
+
+def require_width(states: Tensor, width: int, what: str) -> None:
+    """Refuse states of another size than was planned for.
+
+    Args:
+        states: ``(*batch, size)``.
+        width: the size that was planned for.
+        what: the module that gave them, for people.
+
+    Raises:
+        StateError: naming both sizes.
+    """
+    if states.shape[-1] != width:
+        raise StateError(
+            f"{what!r} gives states of size {states.shape[-1]}, and its adapter was made for {width}: "
+            "the interface names a module whose output is not the stream's"
+        )
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from grafts.methods.invertible import BLOCKS, CouplingPart, coupling_places, lin
 from grafts.seeds import seeded
 from grafts.sites.module import ModulePart
 from grafts.sites.site import Part
-from grafts.stream import ADDED, BEGIN, END, NORMED, RESIDUAL, Stream, Sublayer
+from grafts.stream import ADDED, BEGIN, END, NORMED, RESIDUAL, Stream, Sublayer, require_width
 from grafts.weights import Layer
 
 _INITS = ("bert", "mam_adapter", "houlsby")
@@ -212,6 +212,7 @@ class BottleneckPart(ModulePart):
             ``h'``, ``(*batch, hidden)``, so that the layer computes ``norm(h' + r)``, or ``h' + r``, from the stream r.
         """
         config = self.config
+        require_width(y, self.width[0], self.sublayer.out)
         residual, self._residual = (x if self.parallel_here else self._residual), None
         if not config.needs_residual:
             return self._bottleneck(y, y)

@@ -16,7 +16,7 @@ from grafts.errors import ConfigError
 from grafts.methods import Parts, Place, method
 from grafts.roles import HEAD
 from grafts.sites.module import ModulePart
-from grafts.stream import BEGIN, END, Stream
+from grafts.stream import BEGIN, END, Stream, require_width
 from grafts.weights import Layer
 
 BLOCKS = ("nice", "glow")
@@ -134,6 +134,7 @@ class CouplingPart(ModulePart):
 
     def __init__(self, block: str, factor: float, non_linearity: str | None, place: Place) -> None:
         super().__init__()
+        self.path = place.path
         self.when = "before" if place.role == END else "after"
         size = place.layer.out_features
         self.block: Nice | Glow | None = None
@@ -145,6 +146,7 @@ class CouplingPart(ModulePart):
         """The embeddings through the block, or the head's input through its inverse, ``(*batch, size)``."""
         block = self.source[0].block
         assert block is not None
+        require_width(y[0] if y else x, sum(block.sizes), self.path)
         result: Tensor = block(y[0]) if y else block.inverse(x)
         return result
 

@@ -17,7 +17,7 @@ from grafts.methods import Parts, Place, method
 from grafts.seeds import seeded
 from grafts.sites.module import ModulePart
 from grafts.sites.site import Part
-from grafts.stream import LAYER, Stream
+from grafts.stream import LAYER, Stream, require_width
 from grafts.weights import Layer
 
 
@@ -115,7 +115,7 @@ class ReftPart(ModulePart):
     def __init__(self, config: ReftConfig, place: Place) -> None:
         super().__init__()
         self.config, self.path = config, place.path
-        size = place.layer.out_features
+        self.width = size = place.layer.out_features
         if config.orthogonality and config.r > size:
             raise ConfigError(f"{place.path!r}: r={config.r} orthonormal rows cannot be had in {size} dimensions")
         wanted = [kind for kind, count in _counts(config).items() if count]
@@ -135,6 +135,7 @@ class ReftPart(ModulePart):
         Returns:
             The same, those positions changed.
         """
+        require_width(y, self.width, self.path)
         result = y
         for kind, chosen in self._positions(y).items():
             count = min(_counts(self.config)[kind], y.shape[1])
