@@ -73,7 +73,7 @@ def test_printed_interface_is_python_that_gives_it_again(base: object) -> None:
         ("gpt2", {"attn_qkv_proj": "c_attn", "layer_pre_ffn": "ln_2", "layer_ln_1": None, "model_layers": "h"}),
         ("bert", {"layer_ln_1": "attention.output.LayerNorm", "layer_pre_ffn": "intermediate", "attn_o_proj": "output.dense"}),
         ("t5", {"model_layers": ("encoder.block", "decoder.block"), "layer_cross_attn": ("layer.1.EncDecAttention", None)}),
-        ("vit", {"model_layers": "layers", "layer_pre_self_attn": "layernorm_before", "model_embeddings": "embeddings"}),
+        ("vit", {"layer_pre_self_attn": "layernorm_before", "model_embeddings": "embeddings", "layer_ln_1": None}),
         ("sdpa", {"model_embeddings": "embed", "layer_self_attn": "", "attn_o_proj": "wo", "layer_pre_ffn": "norm2"}),
     ],
 )

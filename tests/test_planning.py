@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import bases
 import grafts
@@ -191,9 +191,17 @@ def test_layer_of_an_unknown_kind_is_refused_with_the_kinds_that_are_taken() -> 
         targets(nn.Sequential(nn.ConvTranspose1d(4, 4, 1)), target_modules=["0"])
 
 
-def test_a_linear_whose_weight_its_owner_only_reads_is_no_target() -> None:
-    from transformers import MambaConfig, MambaForCausalLM
+class Reads(nn.Module):
+    """Uses the weight of one of its linears, and calls the other two."""
 
-    config = MambaConfig(vocab_size=50, hidden_size=16, state_size=4, num_hidden_layers=1, time_step_rank=4, pad_token_id=0)
-    targets = grafts.plan(MambaForCausalLM(config), grafts.LoraConfig(target_modules="all-linear")).targets
-    assert {target.path.rpartition(".")[2] for target in targets} == {"in_proj", "x_proj", "out_proj"}  # and not dt_proj
+    def __init__(self) -> None:
+        super().__init__()
+        self.read, self.called, self.both = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.called(x) @ self.read.weight.T + self.both(x) + self.both.bias
+
+
+def test_a_linear_whose_weight_its_owner_only_reads_is_no_target() -> None:
+    targets = grafts.plan(nn.Sequential(Reads()), grafts.LoraConfig(target_modules="all-linear")).targets
+    assert {target.path for target in targets} == {"0.called", "0.both"}

@@ -160,7 +160,8 @@ def _input_modules(model: nn.Module) -> list[tuple[str, Any]]:
         text = config.get_text_config() if hasattr(config, "get_text_config") else config
         decoder = decoder if text is not config else None
     # where a model has a stack inside its base, its head may call that one
-    return [(INPUT, next((module for module in (decoder, getattr(base, "decoder", None)) if _takes_embeds(module)), base))]
+    within = [module for module in (decoder, getattr(base, "decoder", None)) if module in set(base.modules())]
+    return [(INPUT, next((module for module in within if _takes_embeds(module)), base))]
 
 
 def _takes_embeds(module: Any) -> bool:

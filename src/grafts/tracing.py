@@ -6,6 +6,7 @@ The forward runs on a tiny input, in evaluation mode, without gradients, and lea
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from grafts.errors import InterfaceError
 from grafts.sites.site import sites_in
 from grafts.weights import describe, own_modules
+
+_LARGEST = 2_000_000_000  # numbers that a model without memory gets some for
 
 
 @dataclass(frozen=True)
@@ -165,24 +168,36 @@ def traced(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> Trace:
     Raises:
         InterfaceError: it cannot be run.
     """
-    failures = []
-    with torch.random.fork_rng(devices=[]):
-        tries = [inputs] if inputs is not None else example_inputs(model)
-    for given in tries:
-        trace = Trace()
-        try:
-            with _watched(model, trace), _as_it_was(model), torch.no_grad(), trace:
-                model(**given)
-        except Exception as error:
-            failures.append(
-                f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:200]
-            )
-            continue
-        return trace
+    failures: list[str] = []
+    for runnable in _with_memory(model):
+        with torch.random.fork_rng(devices=[]):
+            tries = [inputs] if inputs is not None else example_inputs(runnable)
+        for given in tries:
+            trace = Trace()
+            try:
+                with _watched(runnable, trace), _as_it_was(runnable), torch.no_grad(), trace:
+                    runnable(**given)
+            except Exception as error:
+                said = str(error).strip()
+                failures.append(f"{type(error).__name__}: {said.splitlines()[0] if said else ''}"[:200])
+                continue
+            return trace
     raise InterfaceError(
         f"this {type(model).__name__} could not be run on a tiny input ({failures[0] if failures else 'none could be made'}): "
         "give one, as in grafts.infer_interface(model, inputs={'input_ids': ...}), or write the interface by hand"
     )
+
+
+def _with_memory(model: nn.Module) -> Iterator[nn.Module]:
+    """The model, and where it has no memory (the meta device) and is not too large, a copy full of zeros."""
+    yield model
+    tensors = [*model.parameters(), *model.buffers()]
+    if any(t.device.type == "meta" for t in tensors) and sum(t.numel() for t in tensors) < _LARGEST:
+        twin = copy.deepcopy(model).to_empty(device="cpu")
+        with torch.no_grad():
+            for tensor in (*twin.parameters(), *twin.buffers()):
+                tensor.zero_()
+        yield twin
 
 
 @contextlib.contextmanager
