@@ -398,3 +398,16 @@ def test_two_processes_train_the_same_command(models: Path, data: Path, tmp_path
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert metrics["test"]["rows"] == 24
     assert sum(figures["rows"] for figures in metrics["test"]["classes"].values()) == 24
+
+
+def test_inspect_prints_an_interface_ready_to_paste_and_plans_a_union(
+    models: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    call("inspect", models / "bert", "--interface")
+    text = capsys.readouterr().out
+    code = text[: text.index("\n)") + 2]
+    found = eval(code, {"AdapterModelInterface": grafts.AdapterModelInterface})
+    assert found.layer_ln_2 == "output.LayerNorm"
+    assert "seen" in text[len(code) :]
+    call("inspect", models / "bert", "--method", "seq_bn[reduction_factor=4]|lora")
+    assert "added to the stream" in capsys.readouterr().out
