@@ -279,3 +279,15 @@ def test_tokens_behind_the_embeddings_have_no_positions_and_no_norm_of_their_own
         grafts.activate(model, ["en", "before"])(input_ids=ids())
     with pytest.raises(grafts.ConfigError, match="has no module of embeddings to come behind"):
         grafts.add(LLAMA.model(), config)
+
+
+@torch.no_grad()
+def test_a_stack_that_the_head_calls_past_its_base_gets_virtual_tokens() -> None:
+    from transformers import OPTConfig, OPTForCausalLM
+
+    sizes = {"vocab_size": 50, "hidden_size": 16, "word_embed_proj_dim": 16, "ffn_dim": 24, "num_hidden_layers": 2}
+    model = OPTForCausalLM(OPTConfig(**sizes, num_attention_heads=2, max_position_embeddings=32, pad_token_id=1)).eval()
+    bare = model(input_ids=ids()).logits
+    grafts.add(model, grafts.PromptTuningConfig(num_virtual_tokens=3), name="en")
+    assert model(input_ids=ids()).logits.shape == bare.shape
+    assert not torch.allclose(model(input_ids=ids()).logits, bare, atol=1e-4)
