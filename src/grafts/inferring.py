@@ -35,7 +35,12 @@ def infer_interface(model: nn.Module, *, inputs: Mapping[str, Any] | None = None
     Raises:
         InterfaceError: the model cannot be run, or has no layers that add to a stream.
     """
-    body = anatomy(model)
+    return inferred(anatomy(model), inputs)
+
+
+def inferred(body: Anatomy, inputs: Mapping[str, Any] | None = None) -> AdapterModelInterface:
+    """`infer_interface` of a model whose build is known already."""
+    model = body.modules[""]
     if inputs is None and model in _inferred:
         with contextlib.suppress(InterfaceError):  # the model may have been rebuilt since
             _inferred[model].resolve(body)
@@ -75,9 +80,7 @@ def _interface(body: Anatomy, reading: Reading) -> AdapterModelInterface:
     lists = _layers(body, reading)
     if not lists:
         raise InterfaceError(f"no list of layers of this {body.name} was seen to add to a stream: write the interface by hand")
-    model = body.modules[""]
-    base = getattr(model, "base_model", model)
-    root = next((path for path, module in body.modules.items() if module is base), "")
+    root = body.base
     embeddings = _embeddings(body, reading, [layer.path for some in lists.values() for layer in some])
     paths = [*lists, *([embeddings] if embeddings is not None else [])]
     named_base = None

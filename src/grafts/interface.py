@@ -187,9 +187,7 @@ class AdapterModelInterface:
             if self.base_model not in body.modules:
                 raise InterfaceError(f"base_model={self.base_model!r}: {body.name} has no such module")
             return self.base_model
-        model = body.modules[""]
-        base = getattr(model, "base_model", model)
-        return next((path for path, module in body.modules.items() if module is base), "")
+        return body.base
 
 
 NEW = ("layer_gate_proj", "layer_ln_cross_attn")

@@ -14,7 +14,7 @@ from grafts.config import AdapterConfig
 from grafts.config_strings import config_from
 from grafts.errors import ConfigError, InterfaceError, UnmatchedTargetError, UnsupportedTargetError
 from grafts.extras import BiasOffset, MultiheadPart, TrainableCopy, TrainableTokens
-from grafts.inferring import infer_interface
+from grafts.inferring import inferred
 from grafts.interface import METHODS, AdapterModelInterface
 from grafts.matching import collapsed, layer_index, matches, nearest_modules, unmatched, within
 from grafts.methods import Method, Place, method_of
@@ -189,7 +189,7 @@ def resolve(
             interface=interfaces[0] if interfaces else None,
         )
     if interface is None and method.places is not None:
-        interface = infer_interface(model)
+        interface = inferred(body)
     stream = None if interface is None else _stream(body, method, interface)
     if stream is not None:
         body = told(body, stream.roles)
@@ -202,7 +202,7 @@ def resolve(
         try:
             chosen = _chosen(body, config, method, copied, lenient)
         except UnmatchedTargetError:
-            found = None if interface is not None or config.target_modules is not None else _inferred(model)
+            found = None if interface is not None or config.target_modules is not None else _inferred(body)
             if found is None or (method.name in METHODS and method.name not in found.adapter_methods):
                 raise
             return resolve(
@@ -235,10 +235,10 @@ def resolve(
     )
 
 
-def _inferred(model: nn.Module) -> AdapterModelInterface | None:
+def _inferred(body: Anatomy) -> AdapterModelInterface | None:
     """What can be worked out of a model whose names and structure do not say enough."""
     try:
-        return infer_interface(model)
+        return inferred(body)
     except InterfaceError:
         return None
 

@@ -82,6 +82,13 @@ class Anatomy:
     roles: Mapping[str, str]
     input_embedding: str | None
 
+    @property
+    def base(self) -> str:
+        """The path of the base model, as `transformers` says; ``""`` where the model is its own."""
+        model = self.modules[""]
+        base = getattr(model, "base_model", model)
+        return next((path for path, module in self.modules.items() if module is base), "")
+
     def candidates(self, kinds: Collection[str]) -> str:
         """The layers of these kinds as a list for messages, repeated ones once."""
         counts = Counter(collapsed(path) for path, layer in self.layers.items() if layer.kind in kinds)

@@ -22,13 +22,12 @@ from grafts.checkpoints.interfaces import VERSION, interface_file
 from grafts.checkpoints.peft import CONFIG_FILE, Checkpoint, read_json, read_pickle, read_tensors
 from grafts.config import AdapterConfig
 from grafts.errors import CheckpointError, ConfigError
-from grafts.inferring import infer_interface
+from grafts.inferring import inferred
 from grafts.interface import AdapterModelInterface
 from grafts.methods import Parts
 from grafts.methods.union import UnionConfig
 from grafts.planning import Plan
 from grafts.roles import Anatomy, anatomy
-from grafts.stream import Stream
 
 PICKLE_FILE, TENSOR_FILE = "pytorch_adapter.bin", "adapter.safetensors"
 
@@ -91,7 +90,7 @@ def _config(values: Mapping[str, Any]) -> AdapterConfig:
 
 
 def fitted(
-    checkpoint: Checkpoint, model: nn.Module, body: Anatomy, interface: AdapterModelInterface | None
+    checkpoint: Checkpoint, body: Anatomy, interface: AdapterModelInterface | None
 ) -> tuple[Checkpoint, AdapterModelInterface | None]:
     """The checkpoint with the tensors' names and the config of this library's own files, and the interface that it holds for.
 
@@ -103,15 +102,10 @@ def fitted(
         ConfigError: the adapter means something else on this model.
     """
 
-    if interface is None and any(".invertible_adapters." in f".{name}" for name in checkpoint.tensors):
-        base = getattr(model, "base_model", model)
-        if isinstance(getattr(base, "embeddings", None), nn.Module):
-            interface = replace(infer_interface(model), model_embeddings="embeddings")
-
-    def stream() -> Stream:
-        return (infer_interface(model) if interface is None else interface).resolve(body)
-
-    there = _methods().Model(model, body, stream)
+    coupled = any(".invertible_adapters." in f".{name}" for name in checkpoint.tensors)
+    if interface is None and coupled and isinstance(getattr(body.modules[body.base], "embeddings", None), nn.Module):
+        interface = replace(inferred(body), model_embeddings="embeddings")
+    there = _methods().Model(body, interface)
     union = isinstance(checkpoint.config, UnionConfig)
     configs = checkpoint.config.configs if isinstance(checkpoint.config, UnionConfig) else (checkpoint.config,)
     left = dict(checkpoint.tensors)
@@ -146,13 +140,8 @@ def files_of(model: nn.Module, name: str, plan: Plan, parts: Sequence[Parts], ot
         raise ConfigError(
             f"adapter {name!r} has parts of its own elsewhere ({others[0]!r}), which have no place in that layout"
         )
-    body = anatomy(model)
     interface = plan.interface
-
-    def stream() -> Stream:
-        return (infer_interface(model) if interface is None else interface).resolve(body)
-
-    there = _methods().Model(model, body, stream)
+    there = _methods().Model(anatomy(model), interface)
     values: list[dict[str, Any]] = []
     tensors: dict[str, Tensor] = {}
     for one, own in zip(plan.each(), parts, strict=True):

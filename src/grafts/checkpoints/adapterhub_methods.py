@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections import defaultdict
-from collections.abc import Callable, Mapping, MutableMapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, MutableMapping
+from dataclasses import replace
+from functools import cached_property
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 
 from grafts.config import AdapterConfig
 from grafts.errors import CheckpointError, ConfigError
+from grafts.inferring import inferred
+from grafts.interface import AdapterModelInterface
 from grafts.methods import Parts
 from grafts.methods.bottleneck import BnConfig, BottleneckPart
 from grafts.methods.ia3 import IA3Config, IA3Part
@@ -35,25 +38,22 @@ _BERT_LIKE = ("bert", "roberta", "xlm-roberta", "electra", "bert-generation", "x
 _SWAPPED = ("llama", "mistral")
 
 
-@dataclass(frozen=True)
 class Model:
     """A model that files are read for or written from.
 
     Attributes:
-        model: the model.
         body: how it is built.
-        stream: gives its residual stream.
+        root: the path of its base model.
     """
 
-    model: nn.Module
-    body: Anatomy
-    stream: Callable[[], Stream]
+    def __init__(self, body: Anatomy, interface: AdapterModelInterface | None) -> None:
+        self.body, self.root, self.model = body, body.base, body.modules[""]
+        self._interface = interface
 
-    @property
-    def root(self) -> str:
-        """The path of the base model."""
-        base = getattr(self.model, "base_model", self.model)
-        return next((path for path, module in self.body.modules.items() if module is base and path), "")
+    @cached_property
+    def stream(self) -> Stream:
+        """Its residual stream, by the interface or what is worked out."""
+        return (self._interface or inferred(self.body)).resolve(self.body)
 
     @property
     def kind(self) -> str | None:
@@ -71,7 +71,7 @@ class Model:
     def layer(self, name: str) -> tuple[StreamLayer, str] | None:
         """The layer that a tensor's name begins with, and the rest of the name."""
         steps = name.split(".")
-        layers = {layer.path: layer for layer in self.stream().layers}
+        layers = {layer.path: layer for layer in self.stream.layers}
         for end in range(len(steps), 0, -1):
             path = self.here(".".join(steps[:end]))
             if path in layers:
@@ -173,12 +173,12 @@ class _Bottleneck:
                 name = re.sub(rf"^{pattern}$", by, name)
             result[f"{OURS}{path}.{name}"] = tensor
         _taken(left, r".*\.adapters\.[^.]+\.adapter_norm_before\..+")  # once more what adapter_down holds
-        own = [s for s in there.stream().sublayers() if config.takes(s)]
+        own = [s for s in there.stream.sublayers() if config.takes(s)]
         for match, tensor in _taken(left, r"(?:.*\.)?shared_parameters\.[^.]+\.(.+)"):
             result[f"{OURS}{own[0].out}.shared.{match[1]}"] = tensor
         for match, tensor in _taken(left, r"(?:.*\.)?invertible_adapters\.[^.]+\.(\w+)\.(\d)\.(weight|bias)"):
             network = f"{match[1]}.{'first' if match[2] == '0' else 'last'}.{match[3]}"
-            result[f"{OURS}{there.stream().embeddings}.block.{network}"] = tensor
+            result[f"{OURS}{there.stream.embeddings}.block.{network}"] = tensor
         return config, result
 
     def _path(self, name: str, there: Model) -> str:
@@ -199,7 +199,7 @@ class _Bottleneck:
         return chosen[0].out
 
     def write(self, config: BnConfig, parts: Parts, there: Model, name: str) -> tuple[Values, dict[str, Tensor]]:
-        layers = {layer.number: layer.path for layer in there.stream().layers}
+        layers = {layer.number: layer.path for layer in there.stream.layers}
         tensors: dict[str, Tensor] = {}
         for part in parts.values():
             if isinstance(part, CouplingPart) and part.block is not None:

@@ -269,7 +269,7 @@ def _prepare(
     if interface is None:
         interface = saved_interface(path, body)
     if layout is adapterhub:
-        checkpoint, interface = adapterhub.fitted(checkpoint, model, body, interface)
+        checkpoint, interface = adapterhub.fitted(checkpoint, body, interface)
     blanks: dict[Key, Part] = {}
     union = method_of(checkpoint.config).members
     if union is None:

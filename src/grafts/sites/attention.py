@@ -170,12 +170,6 @@ class AttentionSite(Site):
         if isinstance(host.__dict__.get("config"), ConfigView):
             host.__dict__["config"] = real_config(host.__dict__["config"])
 
-    def acts(self) -> bool:
-        """Whether some adapter may act here now."""
-        if self.setup.rows is not None:
-            return any(key in self.children_of for key in self.setup.rows.keys)
-        return any(key in self.children_of for key in self.setup.running)
-
     def _before(self, host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.setup.rows is None and self.setup.routed:
             self.setup.require_forward()

@@ -64,6 +64,9 @@ class ListeningPart(ModelPart):
         raise NotImplementedError
 
 
+_Groups = list[tuple[str | None, list[ModelPart]]]  # the parts that act, by the key of their adapter where rows choose
+
+
 class ModelSite(Site):
     """All adapters at one module that takes the tokens' embeddings."""
 
@@ -113,11 +116,6 @@ class ModelSite(Site):
             return (), given | {"position_ids": given["position_ids"] + shift}
         return (), given | {"past_key_values_length": given.get("past_key_values_length", 0) + shift}
 
-    def acts(self) -> bool:
-        """Whether some adapter may act here now."""
-        keys = self.setup.running if self.setup.rows is None else self.setup.rows.keys
-        return any(key in self.children_of for key in keys)
-
     def _before(
         self, host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
@@ -134,41 +132,42 @@ class ModelSite(Site):
         if tokens is None:
             return None
         batch = tokens.shape[0]
-        placed = view is not None or any(part.length for _, parts in self._parts_by_row() for part in parts)
+        groups = self._parts_by_row()
+        acting = [part for _, parts in groups for part in parts]
+        placed = view is not None or any(part.length for part in acting)
         # where positions are given and nothing is put in, the cache need not be asked, which on a GPU takes time
-        listens = any(isinstance(part, ListeningPart) for _, parts in self._parts_by_row() for part in parts)
+        listens = any(isinstance(part, ListeningPart) for part in acting)
         asks = placed or listens or given.get("position_ids") is None
         past = past_of(cache, given.get("cache_position"), view) if asks else 0
-        shift, encoder = self._numbers("shift", batch, tokens), self._numbers("encoder_length", batch, tokens)
-        self._shift = shift
+        shift = self._shift = self._numbers(groups, "shift", batch, tokens)
         if past == 0 and placed:
             if view is not None:
                 forget_view(cache)
-            room = self._begin(given, host, batch, tokens)
+            room = self._begin(groups, given, host, batch, tokens)
         else:
             room = None if view is None else view.room
             if room is not None and not room.count:
                 room = None
         self._room = room
-        self._tell(given, room, past, tokens)
+        if listens:
+            self._tell(groups, given, room, past, tokens)
         self._move(given, host, room, past, tokens, shift)
         if "encoder_attention_mask" in self.names:
-            after_first = any(part.after_first for _, parts in self._parts_by_row() for part in parts)
+            encoder = self._numbers(groups, "encoder_length", batch, tokens)
+            after_first = any(part.after_first for part in acting)
             _lengthen_encoder_mask(given, encoder, batch, after_first=after_first, snug=_counts_distances(host))
         return (), given
 
-    def _tell(self, given: dict[str, Any], room: Room | None, past: int, tokens: Tensor) -> None:
+    def _tell(self, groups: _Groups, given: dict[str, Any], room: Room | None, past: int, tokens: Tensor) -> None:
         """Tell the parts that listen which tokens there are.
 
         Args:
+            groups: the parts that act now.
             given: the call's arguments, before they follow virtual tokens.
             room: what virtual tokens take up, in this call or in the cache.
             past: how many positions the cache holds.
             tokens: what comes new, ``(batch, tokens, ...)``.
         """
-        groups = [(key, [p for p in parts if isinstance(p, ListeningPart)]) for key, parts in self._parts_by_row()]
-        if not any(parts for _, parts in groups):
-            return
         (batch, new), mask = tokens.shape[:2], given.get("attention_mask")
         before = past - room.count if room is not None and past else past
         _require_plain(mask, "an adapter that counts tokens needs")
@@ -184,11 +183,11 @@ class ModelSite(Site):
             number, left = (room.inserted(x + 1, x.new_zeros(batch, room.count), first) - 1 for x in (number, left))
         for key, parts in groups:
             where = None if key is None or self.setup.rows is None else self.setup.rows.of(key, batch, tokens.device)
-            for part in parts:
+            for part in (x for x in parts if isinstance(x, ListeningPart)):
                 heard, behind = ((x if where is None else x.index_select(0, where)) for x in (number, left))
                 part.hear(heard, behind, before)
 
-    def _parts_by_row(self) -> list[tuple[str | None, list[ModelPart]]]:
+    def _parts_by_row(self) -> _Groups:
         """The parts that act now; by the key of their adapter where rows choose."""
         rows = self.setup.rows
         if rows is None:
@@ -198,9 +197,8 @@ class ModelSite(Site):
             result[key].append(cast(ModelPart, part))
         return list(result.items())
 
-    def _numbers(self, name: str, batch: int, like: Tensor) -> int | Tensor:
+    def _numbers(self, groups: _Groups, name: str, batch: int, like: Tensor) -> int | Tensor:
         """The sum of an attribute of the parts: one number, or one for each row, ``(batch, 1)``."""
-        groups = self._parts_by_row()
         if self.setup.rows is None:
             return sum(int(getattr(part, name)) for part in groups[0][1])
         result = torch.zeros(batch, 1, dtype=torch.long, device=like.device)
@@ -210,9 +208,9 @@ class ModelSite(Site):
             result[where] = sum(getattr(part, name) for part in parts)
         return result
 
-    def _begin(self, given: dict[str, Any], host: nn.Module, batch: int, tokens: Tensor) -> Room | None:
+    def _begin(self, groups: _Groups, given: dict[str, Any], host: nn.Module, batch: int, tokens: Tensor) -> Room | None:
         """Put virtual tokens among ``inputs_embeds``; returns the room that they take."""
-        groups = [(key, [part for part in parts if part.length]) for key, parts in self._parts_by_row()]
+        groups = [(key, [part for part in parts if part.length]) for key, parts in groups]
         parts = [part for _, some in groups for part in some]
         if not parts:
             return None

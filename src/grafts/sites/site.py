@@ -114,6 +114,11 @@ class Site(nn.Module, abc.ABC):
         """The parts of adapter ``name`` at this site; empty where it has none."""
         return self._parts((child_key(name),))
 
+    def acts(self) -> bool:
+        """Whether some adapter may act here now."""
+        keys = self.setup.running if self.setup.rows is None else self.setup.rows.keys
+        return any(key in self.children_of for key in keys)
+
     def running(self) -> list[Part]:
         """The parts that act now, in order."""
         return self._parts(self.setup.running)
