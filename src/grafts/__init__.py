@@ -12,7 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from grafts.adapter_method import AdapterMethod
-    from grafts.checkpoints.adapters import LoadReport, load, save
+    from grafts.checkpoints.cards import About
+    from grafts.checkpoints.hub import fetch, push
+    from grafts.checkpoints.loading import LoadReport, load
+    from grafts.checkpoints.saving import save
+    from grafts.checkpoints.swapping import hotswap, reserve
     from grafts.combining import combine
     from grafts.config import AdapterConfig
     from grafts.config_strings import config_from
@@ -28,6 +32,8 @@ if TYPE_CHECKING:
         UnsupportedTargetError,
     )
     from grafts.faces.peft import AdaptionPromptModel, IA3Model
+    from grafts.faces.pretrained import from_pretrained, integrate
+    from grafts.faces.transformers import PeftAdapterMixin, deinit, init
     from grafts.inferring import infer_interface
     from grafts.interface import AdapterModelInterface
     from grafts.merging import MergeReport, merge, unmerge, verify_merge
@@ -57,7 +63,13 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "grafts.checkpoints.adapters": ("LoadReport", "load", "save"),
+    "grafts.checkpoints.cards": ("About",),
+    "grafts.checkpoints.hub": ("fetch", "push"),
+    "grafts.faces.pretrained": ("from_pretrained", "integrate"),
+    "grafts.faces.transformers": ("PeftAdapterMixin", "deinit", "init"),
+    "grafts.checkpoints.loading": ("LoadReport", "load"),
+    "grafts.checkpoints.saving": ("save",),
+    "grafts.checkpoints.swapping": ("hotswap", "reserve"),
     "grafts.combining": ("combine",),
     "grafts.config": ("AdapterConfig",),
     "grafts.errors": (
@@ -103,6 +115,7 @@ _HOMES = {
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "About",
     "AdaLoraConfig",
     "AdapterConfig",
     "AdapterMethod",
@@ -123,6 +136,7 @@ __all__ = [
     "LoraConfig",
     "MergeError",
     "MergeReport",
+    "PeftAdapterMixin",
     "Plan",
     "PrefixTuningConfig",
     "PromptEncoderConfig",
@@ -140,13 +154,21 @@ __all__ = [
     "combine",
     "config_from",
     "deactivate",
+    "deinit",
     "delete",
     "detach",
+    "fetch",
+    "from_pretrained",
+    "hotswap",
     "infer_interface",
+    "init",
+    "integrate",
     "load",
     "merge",
     "plan",
+    "push",
     "rank_allocator",
+    "reserve",
     "save",
     "train_only",
     "unmerge",

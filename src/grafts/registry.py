@@ -47,6 +47,7 @@ class Registry:
         plans: adapter name -> the plan that was applied, in the order of adding.
         parts: adapter name -> the path and the part of each of its targets, in the order of the plan.
         trained: names of the adapters that were thawed last.
+        trainees: names of the adapters that were ever set to train, and not only loaded to be used.
         calls: what hooks the model's own calls.
         requires_grad: what each base parameter's ``requires_grad`` was before the first adapter came.
         merge: what was merged, or None.
@@ -57,6 +58,7 @@ class Registry:
         self.plans: dict[str, Plan] = {}
         self.parts: dict[str, list[tuple[str, Part]]] = {}
         self.trained: tuple[str, ...] = ()
+        self.trainees: set[str] = set()
         self._unroutable: dict[str, str | None] = {}
         self.calls = Calls(self.setup, self.choose_rows)
         self.requires_grad = {name: p.requires_grad for name, p in own_parameters(model).items()}
@@ -342,6 +344,7 @@ def attach_parts(model: M, name: str, made: Plan, parts: Sequence[tuple[str, Par
             site = part.site(registry.setup)
             site.attach(host)
         site.append(name, part, host)
+    registry.calls.stay_last(model_)
     registry.plans[name] = made
     registry.parts[name] = list(parts)
     for number, one in enumerate(made.each()):
@@ -368,6 +371,7 @@ def delete(model: M, name: str) -> M:
     registry.setup.set(active=tuple(other for other in registry.setup.active if other != name))
     del registry.plans[name]
     registry._unroutable.pop(name, None)
+    registry.trainees.discard(name)
     for path in dict.fromkeys(path for path, _ in registry.parts.pop(name)):
         host = inner.get_submodule(path)
         for site in list(sites_at(host)):
@@ -401,6 +405,19 @@ def detach(model: M, *, keep_merged: bool = False) -> M:
     registry.setup.set(active=())
     _restore(inner, registry)
     return model
+
+
+@contextlib.contextmanager
+def set_apart(model: nn.Module) -> Iterator[None]:
+    """Take all sites out of the tree of modules for the length of a ``with`` block, so that the model looks as its base."""
+    apart = list(sites_in(unwrapped(model)))
+    for host, site in apart:
+        del host._modules[site.child]
+    try:
+        yield
+    finally:
+        for host, site in apart:
+            host._modules[site.child] = site
 
 
 def _restore(model: nn.Module, registry: Registry) -> None:
@@ -487,3 +504,4 @@ def _train(model: nn.Module, registry: Registry, wanted: tuple[str, ...], frozen
             for _, part in registry.parts.get(name, ()):
                 part.requires_grad_(value)
     registry.trained = wanted
+    registry.trainees.update(wanted)

@@ -24,7 +24,7 @@ STEPS = ["mkdtemp", "fsync", "open", "rename", "replace", "rmdir", "chmod"]
 def write(directory: Path, r: int) -> None:
     """A checkpoint whose config and tensors both say ``r``."""
     config = grafts.LoraConfig(r=r).to_dict() | {"peft_type": "LORA"}
-    files.write_all(directory, peft.files_of(config, {"m.lora_A.weight": torch.full((r, 3), float(r))}))
+    files.write_all(directory, peft.files_of(config, {"m.lora_A.weight": torch.full((r, 3), float(r))}, "a card"))
 
 
 def whole(directory: Path) -> int:

@@ -63,11 +63,11 @@ def read(directory: Path, *, allow_pickle: bool = False) -> Checkpoint:
         raise ConfigError(f"{str(directory)!r}: {error}") from error
     file = find(directory, TENSOR_FILE)
     if file is not None:
-        return Checkpoint(directory, config, read_tensors(file), file.stat().st_size)
+        return Checkpoint(directory, config, read_tensors(file), file.stat().st_size, "adapterhub")
     file = find(directory, PICKLE_FILE)
     if file is None:
         raise CheckpointError(f"{str(directory)!r} holds no {PICKLE_FILE} and no {TENSOR_FILE}")
-    return Checkpoint(directory, config, read_pickle(file, allow_pickle), file.stat().st_size)
+    return Checkpoint(directory, config, read_pickle(file, allow_pickle), file.stat().st_size, "adapterhub")
 
 
 def _of_version(values: Mapping[str, Any], version: Any) -> dict[str, Any]:

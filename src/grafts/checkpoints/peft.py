@@ -21,6 +21,7 @@ from grafts.errors import CheckpointError, ConfigError
 from grafts.methods import method_named
 
 CONFIG_FILE, TENSOR_FILE, PICKLE_FILE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+CARD_FILE = "README.md"
 PREFIX = "base_model.model."
 
 
@@ -33,12 +34,14 @@ class Checkpoint:
         config: its config.
         tensors: name -> tensor, the names being those in the file.
         size: bytes of the tensor file.
+        layout: ``"peft"`` or ``"adapterhub"``.
     """
 
     path: Path
     config: AdapterConfig
     tensors: Mapping[str, Tensor]
     size: int
+    layout: str = "peft"
 
     def by_module(self) -> dict[str, Tensor]:
         """The tensors by their module's path in the base model and their own name.
@@ -52,18 +55,19 @@ class Checkpoint:
         return {name.removeprefix(PREFIX): tensor for name, tensor in self.tensors.items()}
 
 
-def files_of(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, bytes]:
+def files_of(config: Mapping[str, Any], tensors: Mapping[str, Tensor], card: str) -> dict[str, bytes]:
     """The files of a checkpoint, by name.
 
     Args:
         config: what goes into ``adapter_config.json``.
         tensors: by their names in the file.
+        card: what goes into ``README.md``.
     """
     keyed = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     return {
         TENSOR_FILE: safetensors_bytes(_own_storage(keyed), metadata={"format": "pt"}),
         CONFIG_FILE: (json.dumps(dict(config), indent=2, sort_keys=True) + "\n").encode(),
-        "README.md": _card(config).encode(),
+        CARD_FILE: card.encode(),
     }
 
 
@@ -76,14 +80,6 @@ def _own_storage(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         result[name] = tensor.clone() if pointer in seen else tensor
         seen.add(pointer)
     return result
-
-
-def _card(config: Mapping[str, Any]) -> str:
-    base = config.get("base_model_name_or_path")
-    front = ["library_name: peft", *([f"base_model: {json.dumps(base)}"] if base else []), "tags:", "- grafts"]
-    return "\n".join(
-        ["---", *front, "---", "", f"# A {config['peft_type']} adapter", "", f"Base model: {base or 'not named'}", ""]
-    )
 
 
 def read(path: str | os.PathLike[str], *, allow_pickle: bool = False) -> Checkpoint:

@@ -112,6 +112,9 @@ class Method:
             parts, in order, from the model's stream, its modules by path, and the places that all layers would be.
         merges: ``merges(config)`` says whether adapters of that config can be merged, where not all are alike.
         members: ``members(config)`` gives the configs that an adapter of this method is made of; it has no parts of its own.
+        swaps: the fields of the config in which an adapter may differ from the one whose place it takes (`grafts.hotswap`).
+        training_state: ``training_state(parts)`` gives what training has to go on from besides the tensors of the file.
+        resume: ``resume(parts, tensors)`` is its inverse.
     """
 
     name: str
@@ -134,6 +137,9 @@ class Method:
     places: Places | None = None
     merges: Callable[[Any], bool] | None = None
     members: Callable[[Any], Sequence[AdapterConfig]] | None = None
+    swaps: frozenset[str] = frozenset()
+    training_state: Callable[[Parts], Mapping[str, Tensor]] | None = None
+    resume: Callable[[Parts, Mapping[str, Tensor]], None] | None = None
 
     def can_merge(self, config: AdapterConfig) -> bool:
         """Whether an adapter of that config can be folded into the base weights."""

@@ -263,6 +263,27 @@ class RankAllocator:
         if self.allots and not self._by_hand:
             self._advance(self.step + 1)
 
+    def state(self) -> dict[str, Tensor]:
+        """What training has to go on from: the step, the importance so far, and the ranks that were kept."""
+        tensors = {"steps": torch.tensor([self.step, self.total_step or 0])}
+        for kind, values in (("sensitivity", self._sensitivity), ("uncertainty", self._uncertainty)):
+            tensors |= {f"{kind}.{path}.{name}": value for (path, name), value in values.items()}
+        return tensors | {f"final.{path}": mask for path, mask in self.final.items()}
+
+    def resume(self, tensors: Mapping[str, Tensor]) -> None:
+        """The inverse of `state`."""
+        self.step, total = map(int, tensors["steps"])
+        self.total_step = total or None
+        self.final, self._sensitivity, self._uncertainty = {}, {}, {}
+        for key, tensor in tensors.items():
+            kind, _, path = key.partition(".")
+            here = tensor.to(next(iter(self.parts.values())).lora_E.device)
+            if kind == "final":
+                self.final[path] = here
+            elif kind in ("sensitivity", "uncertainty"):
+                owner, _, name = path.rpartition(".")
+                (self._sensitivity if kind == "sensitivity" else self._uncertainty)[owner, name] = here
+
     def _require_total_step(self) -> int:
         if self.total_step is None:
             raise ConfigError(
@@ -430,6 +451,22 @@ def combined(sources: Sequence[tuple[AdaLoraConfig, Parts, float]], blend: Blend
     return config, tensors
 
 
+def _allocator(parts: Parts) -> RankAllocator:
+    allocator = cast(AdaLoraPart, next(iter(parts.values()))).allocator
+    assert allocator is not None
+    return allocator
+
+
+def training_state(parts: Parts) -> Mapping[str, Tensor]:
+    """What the allocator has to go on from."""
+    return _allocator(parts).state()
+
+
+def resume(parts: Parts, tensors: Mapping[str, Tensor]) -> None:
+    """Let the allocator go on from there."""
+    _allocator(parts).resume(tensors)
+
+
 @method(
     "adalora",
     title="AdaLoRA",
@@ -443,6 +480,8 @@ def combined(sources: Sequence[tuple[AdaLoraConfig, Parts, float]], blend: Blend
     combine=combined,
     file_values=file_values,
     attached=attached,
+    training_state=training_state,
+    resume=resume,
 )
 def adalora_part(config: AdaLoraConfig, place: Place) -> Part:
     """The part for one layer."""

@@ -166,6 +166,7 @@ def combined(sources: Sequence[tuple[IA3Config, Parts, float]], blend: Blend) ->
     combine=combined,
     check=feedforwards_among_targets,
     file_values=file_values,
+    swaps=frozenset({"init_ia3_weights"}),
 )
 def ia3_part(config: IA3Config, place: Place) -> Part:
     """The part for one layer."""

@@ -111,20 +111,24 @@ class LoraPart(ModulePart):
         lora_A: ``(r, in)``; beside a convolution ``(r, in / groups, *kernel)``, beside an embedding ``(r, rows)``.
         lora_B: ``(out, r)``; beside a convolution ``(out, r, 1, ...)``, beside an embedding ``(dim, r)``.
         lora_bias: ``(out,)``, or None.
-        scaling: the factor of the update.
+        scaling: the factor of the update; 1 where room was made for others, whose factor is in ``rate``.
+        rank: how much of A and B is in use.
+        rate: the factor as a tensor, where room was made (`reserve`), so that compiled code reads it anew; else None.
         transposed: the parameters are those of a part beside an embedding or head that shares its weight with this one.
         start: what A and B were at the start, where the update is counted from there; else None.
     """
 
     transposed = False
+    rate: Tensor | None
 
     def __init__(self, config: LoraConfig, place: Place) -> None:
         super().__init__()
+        self.register_buffer("rate", None, persistent=False)
         self.product = product(place.layer, place.host)
         self.init = config.init_lora_weights if place.layer.is_linear else bool(config.init_lora_weights)
         if place.layer.kind == "convolution" and config.init_lora_weights == "gaussian":
             self.init = "gaussian"
-        rank = config.rank(place.path)
+        rank = self.rank = config.rank(place.path)
         self.scaling = config.scaling(place.path)
         drops = config.lora_dropout and place.layer.kind != "embedding"
         self.dropout = nn.Dropout(config.lora_dropout) if drops else None
@@ -169,11 +173,10 @@ class LoraPart(ModulePart):
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """A and B of the whole update; counted from a start, that start stands in them with the opposite sign."""
-        if self.transposed:
-            return self.lora_B.T, self.lora_A.T
-        if self.start is None:
-            return self.lora_A, self.lora_B
-        return torch.cat([self.lora_A, self.start.a]), torch.cat([self.lora_B, -self.start.b], dim=1)
+        a, b = (self.lora_B.T, self.lora_A.T) if self.transposed else (self.lora_A, self.lora_B)
+        if self.start is not None:
+            a, b = torch.cat([a, self.start.a]), torch.cat([b, -self.start.b], dim=1)
+        return a, b if self.rate is None else b * self.rate
 
     def forward(self, x: Tensor, y: Tensor, *base: nn.Module) -> Tensor:
         """Add the low-rank update to the base output.
@@ -196,18 +199,73 @@ class LoraPart(ModulePart):
 
     def _input(self, x: Tensor, y: Tensor) -> Tensor:
         x = x.to(y.device)
-        return x if self.dropout is None else self.dropout(x)
+        return x if not self.training or self.dropout is None else self.dropout(x)
 
     def _with_bias(self, y: Tensor) -> Tensor:
         if self.lora_bias is None:
             return y
-        return y + self.product.along(self.scaling * self.lora_bias).to(y.dtype)
+        return y + self.product.along(self._scaled_bias(self.lora_bias)).to(y.dtype)
+
+    def _scaled_bias(self, bias: Tensor) -> Tensor:
+        return self.scaling * bias if self.rate is None else self.rate * bias
 
     def file_tensors(self) -> Mapping[str, Tensor]:
         """The two matrices, under the names that they have in files beside this kind of layer, and the bias."""
         a, b = (self.lora_B.T, self.lora_A.T) if self.transposed else (self.lora_A, self.lora_B)
+        if self.rate is not None:
+            a, b = a[: self.rank], b[:, : self.rank]
         tensors = dict(zip(self.product.names, (a, b), strict=True))
         return tensors if self.lora_bias is None else {**tensors, "lora_B.bias": self.lora_bias}
+
+    def require_reservable(self, rank: int) -> None:
+        """Refuse a rank that is below the present one, and an update that is counted from a start."""
+        if not _is_rank(rank) or rank < self.rank:
+            raise ConfigError(
+                f"room for rank {rank!r} is asked for beside an adapter of rank {self.rank}: it must be that or more"
+            )
+        if self.start is not None or self.transposed or isinstance(self, GatedLoraPart):
+            raise ConfigError("room for other ranks cannot be had with pissa, olora, use_gating or a tied weight")
+
+    def reserve(self, rank: int) -> None:
+        """Lay A and B into larger tensors with zeros around them, and the factor into a tensor."""
+        if self.rate is None:
+            self.register_buffer("rate", self.lora_A.new_tensor(self.scaling), persistent=False)
+            self.scaling = 1.0
+        more = rank - self.lora_A.shape[0]
+        a, b = (nn.functional.pad(t.detach().movedim(dim, -1), (0, more)).movedim(-1, dim) for t, dim in self._ranked())
+        self.lora_A = nn.Parameter(a.contiguous(), self.lora_A.requires_grad)
+        self.lora_B = nn.Parameter(b.contiguous(), self.lora_B.requires_grad)
+
+    def _ranked(self) -> tuple[tuple[Tensor, int], tuple[Tensor, int]]:
+        """A and B, each with the dimension that is the rank."""
+        return (self.lora_A, 0), (self.lora_B, 1)
+
+    def require_room(self, other: Part) -> None:
+        """Ranks need as much room as was made."""
+        if not isinstance(other, LoraPart) or self.rate is None:
+            super().require_room(other)
+        elif other.rank > self.lora_A.shape[0]:
+            raise ConfigError(f"it is of rank {other.rank}, and there is room for {self.lora_A.shape[0]}")
+        elif other.start is not None:
+            raise ConfigError(
+                "an adapter whose update is counted from a start (pissa, olora) cannot take the place of another"
+            )
+
+    def become(self, other: Part) -> None:
+        """Take over A, B and the factor; what room is left over is zero."""
+        assert isinstance(other, LoraPart)
+        if self.rate is None:
+            super().become(other)
+            self.scaling = other.scaling
+        else:
+            for (mine, dim), (theirs, _) in zip(self._ranked(), other._ranked(), strict=True):
+                mine.zero_().narrow(dim, 0, other.rank).copy_(theirs)
+            for name, value in other.named_parameters():
+                if name not in ("lora_A", "lora_B"):
+                    self.get_parameter(name).copy_(value)
+            self.rate.fill_(other.scaling)
+            self.rank = other.rank
+        self.dropout = other.dropout
 
     def merged(self, tensors: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """``W + scaling * B A``, and ``b + scaling * lora_bias``."""
@@ -215,7 +273,7 @@ class LoraPart(ModulePart):
         if self.lora_bias is not None:
             if "bias" not in tensors:
                 raise MergeError("it has no bias that lora_bias could be merged into: use the adapter unmerged")
-            result["bias"] = tensors["bias"] + self.scaling * self.lora_bias.to(tensors["bias"].dtype)
+            result["bias"] = tensors["bias"] + self._scaled_bias(self.lora_bias).to(tensors["bias"].dtype)
         return result
 
     def tied(self, host: nn.Module) -> Self:
@@ -228,6 +286,7 @@ class LoraPart(ModulePart):
         twin.__dict__.update({name: value for name, value in self.__dict__.items() if name not in nn.Module().__dict__})
         twin.product, twin.transposed, twin.dropout, twin.start = product(layer, host), not self.transposed, None, None
         twin.lora_A, twin.lora_B, twin.lora_bias = self.lora_A, self.lora_B, None
+        twin.register_buffer("rate", None, persistent=False)
         return twin
 
 
@@ -444,8 +503,8 @@ def _combined_part(path: str, pieces: Sequence[tuple[LoraPart, float]], blend: B
         b = blend(b_s, roots)
     tensors = dict(zip(first.product.names, (a, b), strict=True))
     if first.lora_bias is not None:
-        biases = [part.lora_bias for part, _ in pieces if part.lora_bias is not None]
-        tensors["lora_B.bias"] = sum(scale * bias for scale, bias in zip(scales, biases, strict=True))  # type: ignore[assignment]
+        biases = [weight * part._scaled_bias(part.lora_bias) for part, weight in pieces if part.lora_bias is not None]
+        tensors["lora_B.bias"] = sum(biases)  # type: ignore[assignment]
     if isinstance(first, DoraPart):
         base = first.base_norm.sqrt()
         moved = [weight * (cast(DoraPart, part).magnitude - base) for part, weight in pieces]
@@ -473,6 +532,7 @@ def with_listeners(config: LoraConfig, places: Sequence[Place], everywhere: Sequ
     combine=combined,
     merges=lambda config: not config.use_gating,
     narrow=with_listeners,
+    swaps=frozenset({"r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "lora_dropout", "init_lora_weights"}),
 )
 def lora_part(config: LoraConfig, place: Place) -> Part:
     """The part for one layer."""

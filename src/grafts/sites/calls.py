@@ -1,11 +1,13 @@
-"""The arguments of a model's calls that are meant for its adapters: which one each row of the batch wants, and for prompts."""
+"""The model's own calls: arguments that are meant for its adapters (which one each row of the batch wants, and for prompts),
+and outputs that cannot be trained by."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -31,19 +33,27 @@ class Calls:
         self.choose = choose
         self._hook: RemovableHandle | None = None
         self._end: RemovableHandle | None = None
+        self._guard: RemovableHandle | None = None
 
     def attach(self, model: nn.Module) -> None:
         """Hook the model's calls, and its ``generate`` if it has one."""
         self._hook = model.register_forward_pre_hook(self._before, with_kwargs=True, prepend=True)
+        self.stay_last(model)
         if callable(getattr(type(model), "generate", None)):
             model.__dict__["generate"] = AdaptedGenerate(self, model)
 
+    def stay_last(self, model: nn.Module) -> None:
+        """Look at the model's output after all sites have."""
+        if self._guard is not None:
+            self._guard.remove()
+        self._guard = model.register_forward_hook(self._guarded)
+
     def detach(self, model: nn.Module) -> None:
         """The exact inverse of `attach`."""
-        for handle in (self._hook, self._end):
+        for handle in (self._hook, self._end, self._guard):
             if handle is not None:
                 handle.remove()
-        self._hook = self._end = None
+        self._hook = self._end = self._guard = None
         model.__dict__.pop("generate", None)
 
     def _before(
@@ -73,6 +83,23 @@ class Calls:
             self._end.remove()
             self._end = None
 
+    def _guarded(self, *call: Any) -> Any:
+        """Let an output that nothing trainable has made say so when it is trained by.
+
+        Args:
+            call: the model, its positional arguments and its output; in one, because the compiler of PyTorch looks at each
+                argument of a hook and warns of tensors that are no leaves.
+        """
+        if not call[0].training or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return None
+        output = call[2]
+        values = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple) else (output,)
+        floats = [value for value in values if isinstance(value, Tensor) and value.is_floating_point()]
+        if not floats or any(value.requires_grad for value in floats):
+            return None
+        anchor = torch.empty(0, requires_grad=True)
+        return _replaced(output, lambda value: Untrainable.apply(value, anchor, self.setup))  # type: ignore[no-untyped-call]
+
     def require_bias(self, model: nn.Module) -> None:
         """Refuse a ``prompt_bias`` that nothing would read.
 
@@ -97,6 +124,42 @@ class Calls:
         if given and given[0].shape[0] != len(rows.names):
             raise StateError(f"adapter_names has {len(rows.names)} names for a batch of {given[0].shape[0]} rows")
         return rows
+
+
+def _replaced(output: Any, change: Callable[[Tensor], Any]) -> Any:
+    """An output with its floating-point tensors changed."""
+    if isinstance(output, Tensor):
+        return change(output) if output.is_floating_point() else output
+    if isinstance(output, Mapping):
+        for name, value in list(output.items()):
+            if isinstance(value, Tensor):
+                output[name] = _replaced(value, change)  # type: ignore[index]
+        return output
+    if type(output) is tuple:
+        return tuple(_replaced(value, change) if isinstance(value, Tensor) else value for value in output)
+    return output
+
+
+class Untrainable(torch.autograd.Function):
+    """The identity, whose backward pass says that there is nothing to train."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, anchor: Tensor, setup: Setup) -> Tensor:
+        """A copy of ``value``."""
+        ctx.setup = setup
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        """No gradient.
+
+        Raises:
+            StateError: saying what is active.
+        """
+        raise StateError(
+            f"nothing is trainable: no parameter that acts in this call gets a gradient; active are {list(ctx.setup.active)}. "
+            "A loaded adapter is frozen: grafts.train_only(model, name) makes it trainable, as train=True does on loading"
+        )
 
 
 class AdaptedGenerate:

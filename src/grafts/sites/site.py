@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from grafts.composition import SITE_NAMES, Rows, Setup, child_key
-from grafts.errors import MergeError, StateError
+from grafts.errors import ConfigError, MergeError, StateError
 from grafts.weights import own_modules
 
 
@@ -71,6 +71,37 @@ class Part(nn.Module):
             MergeError: the weights cannot be read.
         """
 
+    def require_reservable(self, rank: int) -> None:
+        """Refuse a `reserve` that cannot be; most parts have one size.
+
+        Raises:
+            ConfigError: the rank is not above 0, or below what is there.
+        """
+
+    def reserve(self, rank: int) -> None:
+        """Make room for values of another rank, up to this one, in tensors that stay where they are."""
+
+    def require_room(self, other: Part) -> None:
+        """Refuse a `become` that cannot be.
+
+        Raises:
+            ConfigError: the other part's tensors are of other sizes.
+        """
+        mine, theirs = _shapes(self), _shapes(other)
+        for name in mine.keys() | theirs.keys():
+            if mine.get(name) != theirs.get(name):
+                raise ConfigError(f"its {name} is {mine.get(name)} here and {theirs.get(name)} there")
+
+    def become(self, other: Part) -> None:
+        """Take the values of a part that was made for the same place, into the tensors that are there.
+
+        Args:
+            other: a part for which `require_room` holds.
+        """
+        values = {**dict(other.named_parameters()), **dict(other.named_buffers())}
+        for name, tensor in (*self.named_parameters(), *self.named_buffers()):
+            tensor.copy_(values[name])
+
     def tied(self, host: nn.Module) -> Part:
         """A part with the same parameters, beside a module whose weight is the same tensor as this one's module's.
 
@@ -84,6 +115,10 @@ class Part(nn.Module):
 
 
 P = TypeVar("P", bound=Part)
+
+
+def _shapes(part: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in (*part.named_parameters(), *part.named_buffers())}
 
 
 class Site(nn.Module, abc.ABC):

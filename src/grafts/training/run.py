@@ -23,8 +23,8 @@ from torch import nn
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments, set_seed
 
 import grafts
-from grafts.checkpoints.adapters import checkpoint_files
 from grafts.checkpoints.files import write_all
+from grafts.checkpoints.saving import checkpoint_files
 from grafts.errors import RunError
 from grafts.planning import Plan
 from grafts.registry import registry_of

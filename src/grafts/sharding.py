@@ -1,0 +1,80 @@
+"""Adapters whose tensors lie in pieces on several processes (`fully_shard`), and state dicts that hold them whole."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from grafts.errors import StateError
+from grafts.sites.site import Part
+
+_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+
+
+def is_sharded(parts: Iterable[nn.Module]) -> bool:
+    """Whether some parameter of these lies in pieces on several processes."""
+    return any(is_piece(parameter) for part in parts for parameter in part.parameters())
+
+
+def is_piece(tensor: Tensor) -> bool:
+    """Whether this is a `DTensor`; where that was never imported, which takes a second, nothing is one."""
+    loaded = sys.modules.get("torch.distributed.tensor")
+    return loaded is not None and isinstance(tensor, loaded.DTensor)
+
+
+def is_main_process() -> bool:
+    """Whether this is the process that writes files: the first, or the only one."""
+    return not (torch.distributed.is_available() and torch.distributed.is_initialized()) or torch.distributed.get_rank() == 0
+
+
+@contextlib.contextmanager
+def whole(model: nn.Module, parts: Sequence[Part], state: Mapping[str, Tensor] | None = None) -> Iterator[None]:
+    """Let ``parts`` hold whole tensors for the length of a ``with`` block.
+
+    Without a state dict, every process has to come here: the pieces are gathered from all of them.
+
+    Args:
+        model: the model that carries the parts.
+        parts: of adapters.
+        state: the model's state dict, to take the tensors from.
+
+    Raises:
+        StateError: the state dict does not hold one of them.
+    """
+    names: dict[int, str] = {}
+    if state is not None:
+        state = {_WRAPPERS.sub("", name): tensor for name, tensor in state.items()}
+        names = {id(p): _WRAPPERS.sub("", name) for name, p in model.named_parameters(remove_duplicate=False)}
+    before: list[tuple[nn.Module, str, nn.Parameter]] = []
+    made: dict[int, nn.Parameter] = {}
+    try:
+        for module in (module for part in parts for module in part.modules()):
+            for key, parameter in module._parameters.items():
+                if parameter is None or (state is None and not is_piece(parameter)):
+                    continue
+                if id(parameter) not in made:
+                    made[id(parameter)] = nn.Parameter(_whole(parameter, names, state), requires_grad=False)
+                before.append((module, key, parameter))
+        for module, key, parameter in before:
+            module._parameters[key] = made[id(parameter)]
+        yield
+    finally:
+        for module, key, parameter in before:
+            module._parameters[key] = parameter
+
+
+def _whole(parameter: Tensor, names: Mapping[int, str], state: Mapping[str, Tensor] | None) -> Tensor:
+    if state is not None:
+        name = names[id(parameter)]
+        if name not in state:
+            raise StateError(f"the state dict does not hold {name!r}, which is the adapter's")
+        parameter = state[name]
+    if is_piece(parameter):
+        return cast(Any, parameter).full_tensor()  # type: ignore[no-any-return]
+    return parameter.detach()

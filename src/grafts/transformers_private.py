@@ -1,0 +1,44 @@
+"""The names of `transformers` that are private to it, or not meant to be replaced. Nothing else of this package touches one.
+
+- `Trainer._load_from_checkpoint`, `Trainer._load_best_model`: what a Trainer calls to resume, and to end with the best model.
+  They know models, and adapters inside a `peft.PeftModel`; for adapters on a model itself they find nothing to load.
+- `is_peft_available` in the modules below: the question before a folder is looked at as an adapter. `transformers` asks
+  whether `peft` is installed, where the model's own ``load_adapter`` is all that it calls then.
+- `PreTrainedModel.load_adapter`: what ``from_pretrained`` calls once it has loaded the base that a folder names.
+- ``_no_split_modules`` of a model: which of its modules have to stay on one device, which `accelerate` asks for.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+TRAINER_LOADS = ("_load_from_checkpoint", "_load_best_model")
+_ASKING = ("transformers.integrations.peft", "transformers.models.auto.auto_factory", "transformers.pipelines")
+
+
+def trainer_class() -> Any:
+    """The Trainer, or None without `transformers` or what its Trainer needs."""
+    try:
+        return importlib.import_module("transformers.trainer").Trainer
+    except ImportError:
+        return None
+
+
+def model_class() -> Any:
+    """The class of all models."""
+    return importlib.import_module("transformers.modeling_utils").PreTrainedModel
+
+
+def asking_for_peft() -> Iterator[Any]:
+    """The modules that ask ``is_peft_available()`` before they look at a folder as an adapter."""
+    for name in _ASKING:
+        yield importlib.import_module(name)
+
+
+def unsplit_modules(model: nn.Module) -> list[str]:
+    """The names of the module classes that have to stay on one device."""
+    return list(getattr(model, "_no_split_modules", None) or ())
