@@ -26,7 +26,7 @@ from grafts.config import AdapterConfig
 from grafts.config_strings import config_from
 from grafts.errors import AdapterNameError, ConfigError, StateError, did_you_mean
 from grafts.faces.integration import wrap_trainer
-from grafts.methods import method_named
+from grafts.methods import method_named, method_of
 from grafts.placement import dispatch
 from grafts.registry import find_registry
 from grafts.sharding import whole
@@ -259,7 +259,7 @@ class PeftAdapterMixin:
     def get_adapter_state_dict(
         self, adapter_name: str | None = None, state_dict: Mapping[str, Tensor] | None = None
     ) -> dict[str, Tensor]:
-        """The tensors of an adapter, by their names in a file without what stands for the base model in front.
+        """The tensors of an adapter, by their names in a file, those of modules without ``base_model.model.`` in front.
 
         Args:
             adapter_name: which; the first active one if not given.
@@ -274,12 +274,9 @@ class PeftAdapterMixin:
         plan = known.plans[name]
         with whole(cast(nn.Module, self), [part for _, part in known.parts[name]], state_dict):
             each = [adapter_tensors(known, name, one, number) for number, one in enumerate(plan.each())]
-            numbers = [f"{number}." if plan.members else "" for number in range(len(each))]
-            return {
-                prefix + key.removeprefix(peft.PREFIX): tensor.detach()
-                for prefix, tensors in zip(numbers, each, strict=True)
-                for key, tensor in tensors.items()
-            }
+            if plan.members:
+                return {f"{at}.{key}": tensor.detach() for at, tensors in enumerate(each) for key, tensor in tensors.items()}
+            return {key.removeprefix(peft.PREFIX): tensor.detach() for key, tensor in each[0].items()}
 
     def enable_peft_hotswap(
         self, target_rank: int = 128, check_compiled: Literal["error", "warn", "ignore"] = "error"
@@ -512,8 +509,9 @@ def _checkpoint(
             return checkpoint
         made = checkpoint.config if config is None else _config(config)
         tensors = checkpoint.tensors if tensors is None else tensors
-    whole_names = method_named(made.peft_type).files is None and method_named(made.peft_type).members is None
-    named = {peft.PREFIX + name.removeprefix(peft.PREFIX) if whole_names else name: t for name, t in tensors.items()}
+    method = method_of(made)
+    by_module = method.files is None and method.members is None
+    named = {peft.PREFIX + name.removeprefix(peft.PREFIX) if by_module else name: t for name, t in tensors.items()}
     return Checkpoint(path, made, named, sum(t.numel() * t.element_size() for t in named.values()))
 
 
