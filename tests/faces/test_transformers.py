@@ -158,13 +158,13 @@ def script(model: Any, config: Any, folder: Path) -> list[Any]:
     note(model.active_adapters)
     note(model.enable_adapters)
     note(model.active_adapters)
-    note(lambda: model.load_adapter())
+    note(model.load_adapter)
     note(lambda: model.delete_adapter("nobody"))
     note(lambda: model.delete_adapter(["de", "nobody"]))
     note(lambda: sorted(model.peft_config))
     note(lambda: model.delete_adapter(["de", "en"]))
     note(lambda: sorted(model.peft_config))
-    note(lambda: model.enable_peft_hotswap())
+    note(model.enable_peft_hotswap)
     note(lambda: model.delete_adapter("default"))
     note(model.active_adapters)
     return seen
@@ -377,7 +377,7 @@ def test_wrong_arguments_say_what_is_wrong_and_change_nothing(tmp_path: Path) ->
         model.load_adapter("/no/such/folder")
     with pytest.raises(grafts.CheckpointError, match="inside of"):
         model.load_adapter(tmp_path, adapter_kwargs={"subfolder": "../elsewhere"})
-    with pytest.raises(ValueError, match="already an existing adapter|already be an existing"):
+    with pytest.raises(ValueError, match="there must already be an existing adapter"):
         model.load_adapter(tmp_path, hotswap=True)
     with pytest.raises(grafts.ConfigError, match="check_compiled"):
         model.enable_peft_hotswap(check_compiled="maybe")

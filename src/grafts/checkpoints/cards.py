@@ -42,19 +42,24 @@ def card(plan: Plan, base: str | None, about: About | None = None) -> str:
         about: what else is known.
     """
     about = about or About()
-    rows = [("Method", ", ".join(dict.fromkeys(f"{one.method.title} ({one.method.source})" for one in plan.each())))]
-    rows += [("Base model", f"`{base}`" if base else f"not named (a {plan.model_name})")]
-    rows += [("Trained parameters", f"{plan.parameters:,} in {len({t.path for t in plan.targets})} modules")]
-    rows += [("Data", ", ".join(about.data) or "not named")]
-    rows += [("Options", ", ".join(f"`{name}={value!r}`" for one in plan.each() for name, value in _told(one)) or "defaults")]
     lines = ["---", *_front(plan, base, about), "---", "", f"# {_article(plan.method.title)} adapter", ""]
     lines += [about.text, ""] if about.text else []
-    lines += ["| | |", "|---|---|", *(f"| {name} | {value.replace('|', '/')} |" for name, value in rows), ""]
+    lines += table(plan, base, about)
     if about.figures:
         lines += [f"Measured on {about.measured_on or (about.data or ('data not named',))[0]}:", "", "| metric | value |"]
         lines += ["|---|---|", *(f"| {name} | {value:.6g} |" for name, value in about.figures.items()), ""]
     code = ["```python", "import grafts", "", 'model = grafts.from_pretrained("this folder or repository")', "```", ""]
     return "\n".join([*lines, *code])
+
+
+def table(plan: Plan, base: str | None, about: About) -> list[str]:
+    """What an adapter is, as the lines of a table."""
+    rows = [("Method", ", ".join(dict.fromkeys(f"{one.method.title} ({one.method.source})" for one in plan.each())))]
+    rows += [("Base model", f"`{base}`" if base else f"not named (a {plan.model_name})")]
+    rows += [("Trained parameters", f"{plan.parameters:,} in {len({t.path for t in plan.targets})} modules")]
+    rows += [("Data", ", ".join(about.data))] if about.data else []
+    rows += [("Options", ", ".join(f"`{name}={value!r}`" for one in plan.each() for name, value in _told(one)) or "defaults")]
+    return ["| | |", "|---|---|", *(f"| {name} | {value.replace('|', '/')} |" for name, value in rows), ""]
 
 
 def _article(title: str) -> str:

@@ -83,6 +83,9 @@ def fetch(
 
 def _reason(name: str, revision: str | None, error: BaseException) -> str:
     """One sentence on why a repository could not be had."""
+    cause = error.__cause__
+    if cause is not None and any(name in str(type(cause).__mro__) for name in ("RevisionNotFound", "Timeout", "Validation")):
+        error = cause
     kinds = {kind.__name__ for kind in type(error).__mro__}
     shown = str(error).strip().split("\n")[0][:200]
     if "GatedRepoError" in kinds:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from grafts import merging, registry
 from grafts.checkpoints import hub, peft
-from grafts.checkpoints.cards import About
+from grafts.checkpoints.cards import About, table
 from grafts.checkpoints.files import write_all
 from grafts.checkpoints.loading import LoadReport, prepare, read_checkpoint
 from grafts.checkpoints.peft import Checkpoint
@@ -448,6 +448,25 @@ class PeftAdapterMixin:
         about = About(**{**about.__dict__, "tags": (*about.tags, *(tags or ()))})
         commit["commit_message"] = commit_message or "Upload adapter"
         return hub.upload(self._files(about=about), repo_id, subfolder=None, commit=commit, **where)
+
+    def create_or_update_model_card(self, output_dir: str | os.PathLike[str]) -> None:
+        """Say in the card that a Trainer has written what the adapters are; a Trainer calls this before it pushes.
+
+        Args:
+            output_dir: the folder with the card.
+        """
+        from huggingface_hub import ModelCard  # noqa: PLC0415 (an optional backend)
+
+        file = Path(output_dir) / peft.CARD_FILE
+        written, known = ModelCard.load(file), self._registry()
+        for name in self._chosen():
+            plan = known.plans[name]
+            base = plan.config.base_model_name_or_path or getattr(getattr(self, "config", None), "_name_or_path", None)
+            written.data.library_name = "peft"
+            written.data.base_model = written.data.base_model or base or None
+            written.data.tags = list(dict.fromkeys([*(written.data.tags or ()), "grafts", plan.method.name]))
+            written.text += "\n".join(["", f"## Adapter {name}", "", *table(plan, base or None, About())])
+        written.save(file)
 
 
 def _warn(message: str) -> None:
