@@ -40,7 +40,7 @@ def dispatch(
     """
     try:
         from accelerate import dispatch_model, infer_auto_device_map  # noqa: PLC0415 (an optional backend)
-        from accelerate.utils import get_balanced_memory  # noqa: PLC0415
+        from accelerate.utils import get_balanced_memory, offload_state_dict  # noqa: PLC0415
     except ImportError as error:
         raise StateError("to spread a model over devices: pip install accelerate") from error
     inner = unwrapped(model)
@@ -57,9 +57,19 @@ def dispatch(
             device_map = {"": device_map}
         if "disk" in device_map.values() and offload_folder is None and offload_index is None:
             raise StateError("some weights do not fit into memory: name a folder for them with offload_folder=")
+        if offload_index is None and "disk" in device_map.values():
+            # not left to `dispatch_model`, which takes what it finds in the folder for these weights, whatever it is
+            there = inner.state_dict(keep_vars=False)
+            offload_state_dict(offload_folder, {n: t for n, t in there.items() if _place_of(n, device_map) == "disk"})
         dispatch_model(inner, dict(device_map), offload_dir=offload_folder, offload_index=offload_index)
     for host, site in sites_in(inner):
         site.to(home(host)[0])
+
+
+def _place_of(name: str, device_map: Mapping[str, Any]) -> Any:
+    """Where a tensor goes: as the longest path in the map says that leads to it."""
+    paths = [path for path in device_map if not path or name == path or name.startswith(f"{path}.")]
+    return device_map[max(paths, key=len)] if paths else None
 
 
 def gather(model: nn.Module) -> None:
@@ -75,7 +85,7 @@ def gather(model: nn.Module) -> None:
         ]
         for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
             if tensor is not None and tensor.device.type == "meta" and values:
-                value: Any = torch.as_tensor(values[0][name]).to("cpu", tensor.dtype)
+                value: Any = torch.as_tensor(values[0][name]).to("cpu", tensor.dtype).clone()
                 value = nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
                 (module._parameters if isinstance(tensor, nn.Parameter) else module._buffers)[name] = value
         hook.weights_map = None

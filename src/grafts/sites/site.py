@@ -88,7 +88,7 @@ class Part(nn.Module):
             ConfigError: the other part's tensors are of other sizes.
         """
         mine, theirs = _shapes(self), _shapes(other)
-        for name in mine.keys() | theirs.keys():
+        for name in sorted(mine.keys() | theirs.keys()):
             if mine.get(name) != theirs.get(name):
                 raise ConfigError(f"its {name} is {mine.get(name)} here and {theirs.get(name)} there")
 
