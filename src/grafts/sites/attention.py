@@ -21,7 +21,7 @@ from torch.utils.hooks import RemovableHandle
 
 from grafts.errors import StateError
 from grafts.sites.interception import Interception, Steps, route_of, unflatten, written_forward
-from grafts.sites.prefixes import Prefix, extended
+from grafts.sites.prefixes import Prefix, PrefixedCache, extended
 from grafts.sites.site import Part, Site
 
 KERNEL = "grafts"  # the name under which `transformers` finds the kernel of this file
@@ -253,9 +253,14 @@ class AttentionSite(Site):
         real: Any = self.eager if name in (None, "eager") else self.functions[name]
         now = self._present(host, query, key, arguments.get("scaling"))
         prefix = self._prefixes(now, key)
+        paged = arguments.get("cache")
         if prefix is not None:
-            mask, arguments = extended(mask, name, _is_causal(host, arguments), query, key.shape[2], prefix, arguments)
-            key, value = prefix.before(key, value)
+            keys = key.shape[2] if paged is None or mask is None else mask.shape[-1]
+            mask, arguments = extended(mask, name, _is_causal(host, arguments), query, keys, prefix, arguments)
+            if paged is None:
+                key, value = prefix.before(key, value)
+            else:
+                arguments["cache"] = PrefixedCache(paged, prefix)
         output, weights = real(host, query, key, value, mask, **arguments)
         added = self._beside(now)
         return (output if added is None else output + added.transpose(1, 2)), weights

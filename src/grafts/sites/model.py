@@ -347,7 +347,9 @@ def _require_plain(mask: Any, who: str) -> None:
         StateError: saying so.
     """
     if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
-        raise StateError(f"{who} a mask of the shape (batch, tokens), or none")
+        raise StateError(
+            f"{who} a mask of the shape (batch, tokens), or none; it cannot be had for sequences packed into one row"
+        )
 
 
 def embeds_positions(host: nn.Module) -> bool:

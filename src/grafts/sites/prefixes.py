@@ -74,6 +74,34 @@ class Prefix:
         )
 
 
+class PrefixedCache:
+    """The cache of continuous batching as a kernel sees it, which gets all keys and values from it: a prefix comes in front.
+
+    The sequences of a batch lie packed in one row there, and a mask tells them apart; all of them attend to the prefix.
+    Kernels ask whether it is a cache of that class, so it says that it is.
+    """
+
+    def __init__(self, cache: Any, prefix: Prefix) -> None:
+        self._cache = cache
+        self._prefix = prefix
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        return type(self._cache)
+
+    def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """The keys and values of the cache with those in front; ``(1, heads, keys, size)`` or ``(keys, heads, size)``."""
+        key, value = self._cache.update(*args, **kwargs)
+        if key.dim() == 4:
+            return self._prefix.before(key, value)
+        whole = self._prefix.before(*(x.transpose(0, 1)[None] for x in (key, value)))
+        return whole[0][0].transpose(0, 1), whole[1][0].transpose(0, 1)
+
+    def __getattr__(self, name: str) -> Any:
+        """What the cache has."""
+        return getattr(self._cache, name)
+
+
 def extended(
     mask: Any, name: str | None, causal: bool, query: Tensor, keys: int, prefix: Prefix, arguments: Mapping[str, Any]
 ) -> tuple[Any, dict[str, Any]]:
