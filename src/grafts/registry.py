@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TypeVar, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -18,6 +19,7 @@ from grafts.errors import AdapterNameError, ConfigError, GraftsError, StateError
 from grafts.interface import AdapterModelInterface
 from grafts.planning import Key, Plan, Target, resolve
 from grafts.roles import Anatomy, loses_rows
+from grafts.sharding import require_shared
 from grafts.sites.calls import Calls
 from grafts.sites.site import Part, site_of, sites_at, sites_in
 from grafts.weights import home, own_modules, own_parameters
@@ -328,8 +330,14 @@ def _fill(part: Part, values: Mapping[str, Tensor], device: torch.device) -> Non
 
 
 def attach_parts(model: M, name: str, made: Plan, parts: Sequence[tuple[str, Part]], *, activate: bool, train: bool) -> M:
-    """Hang prepared parts on the model; nothing in here can fail halfway."""
+    """Hang prepared parts on the model; nothing in here can fail halfway.
+
+    Raises:
+        StateError: they are to be trained, and the base lies in pieces on several processes.
+    """
     outer, model_ = model, unwrapped(model)
+    if train:
+        require_shared(model_, (part for _, part in parts))
     registry = find_registry(model_)
     if registry is None:
         registry = _known[model_] = Registry(model_)
@@ -405,6 +413,31 @@ def detach(model: M, *, keep_merged: bool = False) -> M:
     registry.setup.set(active=())
     _restore(inner, registry)
     return model
+
+
+def bare(model: M) -> M:
+    """The base of ``model`` as a model of its own that shares its weights: what adapters are compared with.
+
+    For trainers that take a reference model beside the one that is trained (DPO)::
+
+        DPOTrainer(model, ref_model=grafts.bare(model), ...)
+
+    Returns:
+        A model of the same class without adapters; it takes no memory for weights, which stay frozen.
+
+    Raises:
+        StateError: nothing is attached, or adapters are merged, so that the weights are not those of the base.
+    """
+    inner = unwrapped(model)
+    registry_of(inner).require_unmerged("look at the bare base")
+    shared = [*own_parameters(inner).values(), *(b for _, m in own_modules(inner) for b in m._buffers.values())]
+    twin = copy.deepcopy(inner, {id(tensor): tensor for tensor in shared if tensor is not None})
+    registry = registry_of(twin)
+    for host, site in list(sites_in(twin)):
+        site.detach(host)
+    registry.calls.detach(twin)
+    _known.pop(twin, None)
+    return cast(M, twin)
 
 
 @contextlib.contextmanager
@@ -490,6 +523,7 @@ def train_only(model: M, names: str | Sequence[str] = ()) -> M:
             raise StateError(f"adapter {name!r} has no parameters to train")
         if name in registry.setup.merged:
             registry.require_unmerged(f"train {name!r}")
+        require_shared(inner, (part for _, part in registry.parts[name]))
     _train(inner, registry, wanted, frozen=tuple(registry.parts))
     return model
 

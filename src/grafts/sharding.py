@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from grafts.errors import StateError
 from grafts.sites.site import Part
+from grafts.weights import is_piece
 
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
@@ -22,10 +23,20 @@ def is_sharded(parts: Iterable[nn.Module]) -> bool:
     return any(is_piece(parameter) for part in parts for parameter in part.parameters())
 
 
-def is_piece(tensor: Tensor) -> bool:
-    """Whether this is a `DTensor`; where that was never imported, which takes a second, nothing is one."""
-    loaded = sys.modules.get("torch.distributed.tensor")
-    return loaded is not None and isinstance(tensor, loaded.DTensor)
+def require_shared(model: nn.Module, parts: Iterable[nn.Module]) -> None:
+    """Refuse to train whole parts on a base that lies in pieces: every process would train its own.
+
+    Raises:
+        StateError: saying in which order to go.
+    """
+    if "torch.distributed.tensor" not in sys.modules or not is_sharded([model]):
+        return
+    if not all(is_piece(parameter) for part in parts for parameter in part.parameters()):
+        raise StateError(
+            f"this {type(model).__name__} is sharded, and an adapter that comes later is not: each process would train "
+            "its own. "
+            "Add or load the adapter first, then call fully_shard; to use it as it is, load it with train=False"
+        )
 
 
 def is_main_process() -> bool:

@@ -136,6 +136,12 @@ def _is_conv1d(module: nn.Module) -> bool:
     return loaded is not None and isinstance(module, loaded.Conv1D)
 
 
+def is_piece(tensor: Tensor) -> bool:
+    """Whether this is a `DTensor`, of which each process has a piece; where that was never imported, nothing is one."""
+    loaded = sys.modules.get("torch.distributed.tensor")
+    return loaded is not None and isinstance(tensor, loaded.DTensor)
+
+
 def row_scale(embedding: nn.Module) -> float:
     """The factor that an embedding's ``forward`` puts on its rows (Gemma, BART); 1 for most."""
     return float(getattr(embedding, "scalar_embed_scale", getattr(embedding, "embed_scale", 1.0)))
@@ -196,12 +202,17 @@ def read(module: nn.Module) -> dict[str, Tensor]:
     """The module's parameters for merging: at least float32, the weight of a Conv1D as ``(out_features, in_features)``.
 
     Raises:
-        MergeError: a tensor is not here (offloaded), or is stored in a form that cannot be written back (quantized).
+        MergeError: a tensor is not here (offloaded), lies on several processes (sharded), or is stored in a form that
+            cannot be written back (quantized).
     """
     tensors = {}
     for name, parameter in own_parameters(module).items():
         if parameter.device.type == "meta":
             raise MergeError(f"its {name!r} is on the meta device (offloaded): load the model without offloading first")
+        if is_piece(parameter):
+            raise MergeError(
+                f"its {name!r} lies in pieces on several processes: save the adapter, and merge it into a base that is whole"
+            )
         if type(parameter) is not nn.Parameter or parameter.dtype not in _DENSE:
             raise MergeError(
                 f"its {name!r} is stored as {type(parameter).__name__} of {parameter.dtype}, which has no exact merge: "

@@ -19,6 +19,7 @@ import grafts
 from bases import BY_NAME
 from conftest import any_config, randomise
 from grafts.methods import Method
+from tokens import tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
 
@@ -172,18 +173,6 @@ def test_missing_base_says_which(tmp_path: Path) -> None:
     assert torch.equal(logits(other), logits(model))
     with pytest.raises(grafts.CheckpointError, match="there is no folder"):
         grafts.from_pretrained("/no/such/adapter")
-
-
-def tokenizer(folder: Path) -> None:
-    """A tokenizer of words, for the models of the tests."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = {"<pad>": 0, "<bos>": 1, "<eos>": 2, "<unk>": 3, "<mask>": 4} | {f"w{i}": i for i in range(5, 50)}
-    made = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    made.pre_tokenizer = pre_tokenizers.Whitespace()
-    special = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>", "mask_token": "<mask>"}
-    PreTrainedTokenizerFast(tokenizer_object=made, **special).save_pretrained(folder)
 
 
 PIPELINES = {
