@@ -23,7 +23,7 @@ import bases
 import grafts
 from bases import BY_NAME
 from conftest import any_config, randomise
-from grafts.methods import Method
+from grafts.methods import Method, method_of
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning"),
@@ -413,3 +413,21 @@ def test_gradient_checkpointing_leaves_no_hook_when_it_is_switched_off() -> None
     model.gradient_checkpointing_enable()
     model.gradient_checkpointing_disable()
     assert not model.get_input_embeddings()._forward_hooks
+
+
+def test_library_that_calls_forward_itself_reaches_the_adapters(saved: tuple[Path, torch.Tensor]) -> None:
+    from transformers import LlamaModel
+
+    folder, expected = saved
+    model = ready()
+    model.load_adapter(folder, "en")
+    with torch.no_grad():
+        assert torch.equal(model.forward(IDS).logits, expected)
+        assert torch.equal(model.forward(input_ids=IDS, adapter_names=[None, None]).logits, logits(plain()))
+        assert torch.equal(model(IDS).logits, expected)
+    inner: Any = grafts.init(LlamaModel(plain().config).eval())
+    inner.add_adapter(any_config(method_of(model.peft_config["en"])))
+    randomise(inner, "default")
+    with torch.no_grad():
+        assert torch.equal(inner.forward(IDS).last_hidden_state, inner(IDS).last_hidden_state)
+    assert inspect.signature(type(model).forward) == inspect.signature(type(plain()).forward)

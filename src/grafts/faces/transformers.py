@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copyreg
+import functools
 import os
 import warnings
 from collections.abc import Mapping, Sequence
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 
 from grafts import merging, registry
@@ -30,6 +32,7 @@ from grafts.methods import method_named, method_of
 from grafts.placement import dispatch
 from grafts.registry import find_registry
 from grafts.sharding import whole
+from grafts.sites.calls import ENTERED
 
 M = TypeVar("M", bound=nn.Module)
 _HUB = ("revision", "token", "subfolder", "cache_dir", "local_files_only", "force_download")
@@ -541,7 +544,8 @@ def init(model: M) -> M:
     """Give ``model`` the methods of `PeftAdapterMixin`, in place; the inverse is `deinit`.
 
     Its class becomes a subclass with the same name, made for the purpose: what looks at the name, ``isinstance``, copies,
-    pickles and what the model is saved as see no difference. The Trainer of `transformers` learns to load adapters back
+    pickles and what the model is saved as see no difference. A library that calls ``model.forward`` itself, and so passes by
+    hooks, reaches the adapters too. The Trainer of `transformers` learns to load adapters back
     into such models (`grafts.faces.integration`).
 
     Returns:
@@ -577,8 +581,19 @@ def _with_methods(cls: type) -> type:
             assert made[0] is copyreg.__newobj__  # type: ignore[attr-defined]
             return (_blank, (cls,), *made[2:])
 
+        written: Any = getattr(cls, "forward")  # noqa: B009 - not every class has one by its type
+
+        @functools.wraps(written)
+        def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+            entered = self.__dict__.get(ENTERED)
+            if entered is None or entered or torch.compiler.is_compiling():
+                if entered:
+                    self.__dict__[ENTERED] = False
+                return written(self, *args, **kwargs)
+            return self(*args, **kwargs)  # a library has called ``forward`` itself, which passes by every hook
+
         kept = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
-        _classes[cls] = type(cls.__name__, (PeftAdapterMixin, cls), {**kept, "__reduce_ex__": reduce})
+        _classes[cls] = type(cls.__name__, (PeftAdapterMixin, cls), {**kept, "__reduce_ex__": reduce, "forward": forward})
     return _classes[cls]
 
 

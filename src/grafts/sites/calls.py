@@ -17,6 +17,7 @@ from grafts.sites.model import ModelSite
 from grafts.sites.site import sites_in
 
 ARGUMENT, BIAS = "adapter_names", "prompt_bias"
+ENTERED = "_adapters_entered"  # whether a call of the model has come through its hooks and is on its way to ``forward``
 Choose = Callable[[Sequence[str | None]], Rows]
 
 
@@ -39,6 +40,7 @@ class Calls:
         """Hook the model's calls, and its ``generate`` if it has one."""
         self._hook = model.register_forward_pre_hook(self._before, with_kwargs=True, prepend=True)
         self.stay_last(model)
+        model.__dict__[ENTERED] = False
         if callable(getattr(type(model), "generate", None)):
             model.__dict__["generate"] = AdaptedGenerate(self, model)
 
@@ -55,11 +57,14 @@ class Calls:
                 handle.remove()
         self._hook = self._end = self._guard = None
         model.__dict__.pop("generate", None)
+        model.__dict__.pop(ENTERED, None)
 
     def _before(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         setup = self.setup
+        if not torch.compiler.is_compiling():
+            model.__dict__[ENTERED] = True
         if kwargs.get(ARGUMENT) is not None:
             setup.rows = self.rows(model, kwargs[ARGUMENT], args, kwargs)
         if kwargs.get(BIAS) is not None:
