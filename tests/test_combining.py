@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-import peft
 import pytest
 import torch
 from torch import nn
@@ -14,6 +13,7 @@ import grafts
 from bases import BY_NAME
 from conftest import randomise
 from grafts.registry import parts_of
+from peers import peft
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")  # `peft` asks for that name
 LLAMA = BY_NAME["llama"]

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import peft
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft.tuners.tuners_utils import check_target_module_exists
-from peft.utils.other import get_pattern_key
 
 from grafts.composition import child_key
 from grafts.matching import layer_index, matches, pattern_value
+from peers import peft
 
 step = st.sampled_from(["model", "layers", "h", "0", "1", "11", "q_proj", "proj", "q", "experts", "mlp", "v_proj"])
 path = st.lists(step, min_size=1, max_size=6).map(".".join)
@@ -21,7 +19,7 @@ regex = st.sampled_from([r".*\.q_proj", r"model\.layers\.[01]\..*", ".*proj", "q
 @given(path, st.one_of(regex, st.lists(path, min_size=1, max_size=3)))
 def test_selection_is_that_of_peft(path: str, patterns: str | list[str]) -> None:
     config = peft.LoraConfig(target_modules=patterns)
-    assert matches(path, patterns) == bool(check_target_module_exists(config, path))
+    assert matches(path, patterns) == bool(peft.tuners.tuners_utils.check_target_module_exists(config, path))
 
 
 @settings(max_examples=300, deadline=None)
@@ -31,14 +29,14 @@ def test_layer_index_is_that_of_peft_where_it_finds_one(path: str, indices: list
     name = f"base.model.{path}.q_proj"
     config = peft.LoraConfig(target_modules=["q_proj"], layers_to_transform=indices, layers_pattern=pattern)
     found = layer_index(name, [pattern] if pattern else [])
-    assert (found in indices) == bool(check_target_module_exists(config, name))
+    assert (found in indices) == bool(peft.tuners.tuners_utils.check_target_module_exists(config, name))
 
 
 @settings(max_examples=300, deadline=None)
 @given(path, st.lists(st.one_of(path, regex), max_size=3, unique=True))
 def test_pattern_value_is_that_of_peft(path: str, patterns: list[str]) -> None:
     values = {pattern: index for index, pattern in enumerate(patterns)}
-    assert pattern_value(path, values, -1) == values.get(get_pattern_key(list(values), path), -1)
+    assert pattern_value(path, values, -1) == values.get(peft.utils.other.get_pattern_key(list(values), path), -1)
 
 
 @settings(max_examples=500)

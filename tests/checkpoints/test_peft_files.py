@@ -6,7 +6,6 @@ import copy
 import json
 from pathlib import Path
 
-import peft
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -16,6 +15,7 @@ import bases
 import grafts
 from bases import BY_NAME, Base
 from conftest import randomise
+from peers import peft
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning"),  # `peft` asks for a deprecated name

@@ -144,8 +144,9 @@ def test_mixed_precision_checkpointing_accumulation_and_given_labels_work_togeth
 def test_adapter_of_peft_is_used_with_the_base_and_labels_named(
     models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import peft
     from transformers import AutoModelForSequenceClassification
+
+    from peers import peft
 
     base = AutoModelForSequenceClassification.from_pretrained(models / "bert")
     peft.get_peft_model(base, peft.LoraConfig(task_type="SEQ_CLS", target_modules=["query"])).save_pretrained(

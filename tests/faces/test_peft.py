@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import peft
 import pytest
 import torch
 from torch import nn
@@ -11,6 +10,7 @@ import grafts
 from bases import BY_NAME
 from conftest import randomise
 from grafts.registry import parts_of
+from peers import peft
 
 LLAMA, GPT2 = BY_NAME["llama"], BY_NAME["gpt2"]
 pytestmark = [

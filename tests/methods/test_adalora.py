@@ -8,7 +8,6 @@ import os
 import pickle
 from pathlib import Path
 
-import peft
 import pytest
 import torch
 import torch.multiprocessing as mp
@@ -18,6 +17,7 @@ from torch import nn
 import grafts
 from bases import BY_NAME, ids
 from grafts.registry import parts_of
+from peers import peft
 
 LLAMA = BY_NAME["llama"]
 SCHEDULE = {"init_r": 4, "target_r": 2, "tinit": 3, "tfinal": 4, "total_step": 14, "deltaT": 2}
