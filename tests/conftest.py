@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Iterator
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
@@ -43,6 +45,19 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         "base" in str(m.args[0]) for m in metafunc.definition.iter_markers("parametrize")
     ):
         metafunc.parametrize("base", BY_NAME.values(), ids=lambda base: base.name)
+
+
+@pytest.fixture(autouse=True)
+def forget_accelerate() -> Iterator[None]:
+    """What one test's Trainer has told `accelerate` (a number format, by the environment too) is not for the next."""
+    before = {name: value for name, value in os.environ.items() if name.startswith("ACCELERATE_")}
+    yield
+    for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
+        del os.environ[name]
+    os.environ.update(before)
+    state = sys.modules.get("accelerate.state")
+    if state is not None:
+        state.AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture

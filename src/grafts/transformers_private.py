@@ -17,7 +17,7 @@ from typing import Any
 from torch import nn
 
 TRAINER_LOADS = ("_load_from_checkpoint", "_load_best_model")
-_ASKING = ("transformers.integrations.peft", "transformers.models.auto.auto_factory", "transformers.pipelines")
+_ASKING = ("integrations.peft", "models.auto.auto_factory", "pipelines", "modeling_utils")  # the last before 5
 
 
 def trainer_class() -> Any:
@@ -36,7 +36,9 @@ def model_class() -> Any:
 def asking_for_peft() -> Iterator[Any]:
     """The modules that ask ``is_peft_available()`` before they look at a folder as an adapter."""
     for name in _ASKING:
-        yield importlib.import_module(name)
+        module = importlib.import_module(f"transformers.{name}")
+        if hasattr(module, "is_peft_available"):
+            yield module
 
 
 def unsplit_modules(model: nn.Module) -> list[str]:

@@ -118,7 +118,7 @@ def test_checkpoint_does_not_load_as_a_model_where_there_is_no_adapter_library(
     config = BY_NAME["llama"].model().config
     for load in (AutoModelForCausalLM.from_pretrained, LlamaForCausalLM.from_pretrained):
         for options in ({}, {"config": config}):
-            with pytest.raises((OSError, ValueError)):
+            with pytest.raises((OSError, ValueError, TypeError, AttributeError)):  # of 4.57 the last two, of its own making
                 load(tmp_path / f"checkpoint-{STEPS}", **options)
 
 
@@ -198,7 +198,8 @@ def test_option_of_the_trainer_trains_the_adapter_and_leaves_no_hook(
     trained(model, tmp_path, **options)
     assert any(not torch.equal(value, before[key]) for key, value in tensors(model).items())
     assert all(torch.equal(base[name], value) for name, value in model.named_parameters() if name in base)
-    model.gradient_checkpointing_disable()
+    if "gradient_checkpointing" in options:
+        model.gradient_checkpointing_disable()
     model.delete_adapter("default")
     bare = BY_NAME["llama"].model()
     for name, module in model.named_modules():

@@ -31,10 +31,10 @@ ACCELERATE = [
 ]
 
 
-def started(program: list[str], folder: Path) -> dict[str, Any]:
+def started(program: list[str], folder: Path, **more: str) -> dict[str, Any]:
     """What a program of this folder has written."""
     folder.mkdir(parents=True, exist_ok=True)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **more}
     done = subprocess.run(
         [sys.executable, *program, str(folder)], capture_output=True, text=True, timeout=300, check=False, env=environment
     )
@@ -87,3 +87,18 @@ def test_trainer_on_two_processes_saves_resumes_and_trains_as_on_one(launcher: l
             for folder in (name, f"{name}-resumed")
         )
         assert all(torch.equal(tensor, second[key]) for key, tensor in first.items())
+
+
+@pytest.mark.parametrize("stage", ["2", "3"])
+def test_deepspeed_saves_whole_adapters_resumes_and_trains_as_one_process(stage: str, tmp_path: Path) -> None:
+    pytest.importorskip("deepspeed")  # not among what the tests install: it has to be built beside PyTorch
+    expected = started([str(HERE / "trainer.py")], tmp_path / "one")
+    got = started([*TORCHRUN, str(HERE / "trainer.py")], tmp_path / "two", ZERO_STAGE=stage, DS_ACCELERATOR="cpu")
+    for name, losses in expected.items():
+        assert got[name] == pytest.approx(losses, abs=2e-6), name
+        if "resumed" not in name:
+            files = (tmp_path / run / name / "checkpoint-4" / "adapter_model.safetensors" for run in ("one", "two"))
+            here, there = map(load_file, files)
+            assert here.keys() == there.keys()
+            for key, tensor in here.items():
+                torch.testing.assert_close(there[key], tensor, atol=1e-5, rtol=1e-4)

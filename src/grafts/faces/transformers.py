@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copyreg
+import dataclasses
 import functools
 import os
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -127,7 +129,8 @@ class PeftAdapterMixin:
             low_cpu_mem_usage: accepted; adapters are always planned without memory and made once, where they live.
             is_trainable: make it what is trained; else it stays frozen.
             adapter_kwargs: ``revision``, ``token``, ``subfolder``, ``cache_dir``, ``local_files_only``,
-                ``force_download`` of the repository, and ``allow_pickle=True`` to read an ``adapter_model.bin``.
+                ``force_download`` of the repository; ``allow_pickle=True`` to read an ``adapter_model.bin``; ``key_mapping``,
+                regular expressions for parts of module paths that the model calls otherwise today.
             hotswap: True puts it into the tensors of the adapter that has the name; "auto" does so after
                 `enable_peft_hotswap`.
             local_files_only: look only at what was downloaded before.
@@ -514,7 +517,7 @@ def _checkpoint(
         raise ConfigError(
             "You should either pass a `peft_model_id` or a `peft_config` and `adapter_state_dict` to load an adapter."
         )
-    known = (*_HUB, "allow_pickle", *_IGNORED)
+    known = (*_HUB, "allow_pickle", "key_mapping", *_IGNORED)
     if strange := [name for name in more if name not in known]:
         raise ConfigError(f"adapter_kwargs has no {strange[0]!r}; {did_you_mean(strange[0], known[: -len(_IGNORED)])}")
     chosen = {name: caller[name] for name in _HUB if caller.get(name)}
@@ -526,7 +529,7 @@ def _checkpoint(
         assert source is not None
         path = hub.fetch(source, **chosen)
         pickled = bool(more.get("allow_pickle")) or getattr(load_config, "use_safetensors", None) is False
-        checkpoint = read_checkpoint(path, allow_pickle=pickled)
+        checkpoint = _renamed(read_checkpoint(path, allow_pickle=pickled), more.get("key_mapping"))
         if tensors is None and config is None:
             return checkpoint
         made = checkpoint.config if config is None else _config(config)
@@ -535,6 +538,23 @@ def _checkpoint(
     by_module = method.files is None and method.members is None
     named = {peft.PREFIX + name.removeprefix(peft.PREFIX) if by_module else name: t for name, t in tensors.items()}
     return Checkpoint(path, made, named, sum(t.numel() * t.element_size() for t in named.values()))
+
+
+def _renamed(checkpoint: Checkpoint, mapping: Mapping[str, str] | None) -> Checkpoint:
+    """A checkpoint whose tensors have the names that the model's modules have today.
+
+    Args:
+        checkpoint: as it was read.
+        mapping: regular expression -> what takes its place in the path of a module.
+    """
+    names = {name: name.removeprefix(peft.PREFIX) for name in checkpoint.tensors} if mapping else {}
+    for pattern, by in (mapping or {}).items():
+        names = {name: re.sub(pattern, by, new) for name, new in names.items()}
+    changed = {name: new for name, new in names.items() if new != name.removeprefix(peft.PREFIX)}
+    if not changed:
+        return checkpoint
+    tensors = {peft.PREFIX + changed[n] if n in changed else n: tensor for n, tensor in checkpoint.tensors.items()}
+    return dataclasses.replace(checkpoint, tensors=tensors)
 
 
 _classes: WeakKeyDictionary[type, type] = WeakKeyDictionary()
