@@ -117,3 +117,14 @@ def test_core_knows_no_method_by_name() -> None:
             n.value for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Constant) and isinstance(n.value, str)
         }
         assert not words & names, path
+
+
+def test_private_names_of_transformers_are_imported_in_one_module_alone() -> None:
+    found = []
+    for file in sorted(Path(grafts.__file__).parent.rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, (ast.Import, ast.ImportFrom)) else []
+            module = node.module or "" if isinstance(node, ast.ImportFrom) else ""
+            paths = [f"{module}.{name}" if module else name for name in names]
+            found += [(file.name, path) for path in paths if path.startswith("transformers.") and "._" in path]
+    assert {name for name, _ in found} <= {"transformers_private.py"}

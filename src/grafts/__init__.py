@@ -31,9 +31,10 @@ if TYPE_CHECKING:
         UnmatchedTargetError,
         UnsupportedTargetError,
     )
+    from grafts.faces.mixin import PeftAdapterMixin
     from grafts.faces.peft import AdaptionPromptModel, IA3Model
     from grafts.faces.pretrained import from_pretrained, integrate
-    from grafts.faces.transformers import PeftAdapterMixin, deinit, init
+    from grafts.faces.transformers import deinit, init
     from grafts.inferring import infer_interface
     from grafts.interface import AdapterModelInterface
     from grafts.merging import MergeReport, merge, unmerge, verify_merge
@@ -67,7 +68,8 @@ _HOMES = {
     "grafts.checkpoints.cards": ("About",),
     "grafts.checkpoints.hub": ("fetch", "push"),
     "grafts.faces.pretrained": ("from_pretrained", "integrate"),
-    "grafts.faces.transformers": ("PeftAdapterMixin", "deinit", "init"),
+    "grafts.faces.mixin": ("PeftAdapterMixin",),
+    "grafts.faces.transformers": ("deinit", "init"),
     "grafts.checkpoints.loading": ("LoadReport", "load"),
     "grafts.checkpoints.saving": ("save",),
     "grafts.checkpoints.swapping": ("hotswap", "reserve"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import sys
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
@@ -16,6 +17,8 @@ from grafts.sites.site import Part
 from grafts.weights import is_piece
 
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 
 
 def is_sharded(parts: Iterable[nn.Module]) -> bool:
@@ -62,22 +65,25 @@ def whole(model: nn.Module, parts: Sequence[Part], state: Mapping[str, Tensor] |
     if state is not None:
         state = {_WRAPPERS.sub("", name): tensor for name, tensor in state.items()}
         names = {id(p): _WRAPPERS.sub("", name) for name, p in model.named_parameters(remove_duplicate=False)}
-    before: list[tuple[nn.Module, str, nn.Parameter]] = []
+    before: list[tuple[nn.Module, dict[str, nn.Parameter | None]]] = []
     made: dict[int, nn.Parameter] = {}
-    try:
-        for module in (module for part in parts for module in part.modules()):
-            for key, parameter in module._parameters.items():
-                if parameter is None or (state is None and not is_piece(parameter)):
-                    continue
+    for module in (module for part in parts for module in part.modules()):
+        own = dict(module._parameters)
+        for key, parameter in own.items():
+            if parameter is not None and (state is not None or is_piece(parameter)):
                 if id(parameter) not in made:
                     made[id(parameter)] = nn.Parameter(_whole(parameter, names, state), requires_grad=False)
-                before.append((module, key, parameter))
-        for module, key, parameter in before:
-            module._parameters[key] = made[id(parameter)]
+                own[key] = made[id(parameter)]
+        before.append((module, own))
+    # whole dictionaries change places and hooks are left out, since others may watch what is read and called (DeepSpeed)
+    kept = [(module, {name: module.__dict__[name] for name in ("_parameters", *_HOOKS)}) for module, _ in before]
+    try:
+        for module, own in before:
+            module.__dict__.update({"_parameters": own, **{name: OrderedDict() for name in _HOOKS}})
         yield
     finally:
-        for module, key, parameter in before:
-            module._parameters[key] = parameter
+        for module, all_own in kept:
+            module.__dict__.update(all_own)
 
 
 def _whole(parameter: Tensor, names: Mapping[int, str], state: Mapping[str, Tensor] | None) -> Tensor:

@@ -1,0 +1,101 @@
+"""What the arguments of `load_adapter` and `add_adapter` name: configs of any kind, and checkpoints from anywhere."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from grafts.checkpoints import hub, peft
+from grafts.checkpoints.loading import read_checkpoint
+from grafts.checkpoints.peft import Checkpoint
+from grafts.config import AdapterConfig
+from grafts.config_strings import config_from
+from grafts.errors import ConfigError, did_you_mean
+from grafts.methods import method_named, method_of
+
+_HUB = ("revision", "token", "subfolder", "cache_dir", "local_files_only", "force_download")
+_IGNORED = ("_adapter_model_path", "_commit_hash", "proxies")  # what `from_pretrained` passes on besides
+
+
+def config_of(given: Any) -> AdapterConfig:
+    """A config from what a user of `transformers` gives; one of `peft` by what it says of itself.
+
+    Raises:
+        TypeError: it is no config.
+    """
+    if isinstance(given, (AdapterConfig, str)):
+        return config_from(given)
+    values = given if isinstance(given, Mapping) else given.to_dict() if hasattr(given, "to_dict") else None
+    if not isinstance(values, Mapping) or values.get("peft_type") is None:
+        raise TypeError(f"adapter_config should be a config of a method. Got {type(given)} instead.")
+    kind = values["peft_type"]
+    others = {name: value for name, value in values.items() if name not in ("peft_type", "peft_version")}
+    return method_named(str(getattr(kind, "value", kind))).config.from_dict(others)
+
+
+def checkpoint_of(
+    source: str | os.PathLike[str] | None,
+    config: AdapterConfig | Mapping[str, Any] | None,
+    tensors: Mapping[str, Tensor] | None,
+    options: Mapping[str, Any],
+    more: Mapping[str, Any],
+    load_config: Any,
+) -> Checkpoint:
+    """The checkpoint that the arguments of `load_adapter` name.
+
+    Raises:
+        ConfigError: they name none, or hold an option that is not known.
+    """
+    caller = dict(getattr(load_config, "download_kwargs", None) or {})
+    its_own = getattr(load_config, "pretrained_model_name_or_path", None)
+    if source is not None and source != its_own:
+        caller.pop("revision", None)  # that of the base
+    source = source or its_own
+    if source is None and (config is None or tensors is None):
+        raise ConfigError(
+            "You should either pass a `peft_model_id` or a `peft_config` and `adapter_state_dict` to load an adapter."
+        )
+    known = (*_HUB, "allow_pickle", "key_mapping", *_IGNORED)
+    if strange := [name for name in more if name not in known]:
+        raise ConfigError(f"adapter_kwargs has no {strange[0]!r}; {did_you_mean(strange[0], known[: -len(_IGNORED)])}")
+    chosen = {name: caller[name] for name in _HUB if caller.get(name)}
+    chosen |= {name: value for name, value in {**more, **options}.items() if value is not None and name in _HUB}
+    if config is not None and tensors is not None:
+        path = Path("state dict")
+        made = config_of(config)
+    else:
+        assert source is not None
+        path = hub.fetch(source, **chosen)
+        pickled = bool(more.get("allow_pickle")) or getattr(load_config, "use_safetensors", None) is False
+        checkpoint = _renamed(read_checkpoint(path, allow_pickle=pickled), more.get("key_mapping"))
+        if tensors is None and config is None:
+            return checkpoint
+        made = checkpoint.config if config is None else config_of(config)
+        tensors = checkpoint.tensors if tensors is None else tensors
+    method = method_of(made)
+    by_module = method.files is None and method.members is None
+    named = {peft.PREFIX + name.removeprefix(peft.PREFIX) if by_module else name: t for name, t in tensors.items()}
+    return Checkpoint(path, made, named, sum(t.numel() * t.element_size() for t in named.values()))
+
+
+def _renamed(checkpoint: Checkpoint, mapping: Mapping[str, str] | None) -> Checkpoint:
+    """A checkpoint whose tensors have the names that the model's modules have today.
+
+    Args:
+        checkpoint: as it was read.
+        mapping: regular expression -> what takes its place in the path of a module.
+    """
+    names = {name: name.removeprefix(peft.PREFIX) for name in checkpoint.tensors} if mapping else {}
+    for pattern, by in (mapping or {}).items():
+        names = {name: re.sub(pattern, by, new) for name, new in names.items()}
+    changed = {name: new for name, new in names.items() if new != name.removeprefix(peft.PREFIX)}
+    if not changed:
+        return checkpoint
+    tensors = {peft.PREFIX + changed[n] if n in changed else n: tensor for n, tensor in checkpoint.tensors.items()}
+    return dataclasses.replace(checkpoint, tensors=tensors)
