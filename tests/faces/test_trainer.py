@@ -265,3 +265,21 @@ def test_state_of_the_trainer_names_the_adapter_checkpoint(tmp_path: Path) -> No
     trained(fresh(), tmp_path)
     state = json.loads((tmp_path / f"checkpoint-{STEPS}" / "trainer_state.json").read_text())
     assert state["global_step"] == STEPS
+
+
+def test_class_of_ones_own_resumes_too(tmp_path: Path) -> None:
+    from transformers import LlamaForCausalLM
+
+    class Own(grafts.PeftAdapterMixin, LlamaForCausalLM):
+        pass
+
+    def model() -> Any:
+        torch.manual_seed(0)
+        made = Own(BY_NAME["llama"].model().config)
+        made.add_adapter("lora")
+        return made
+
+    whole, resumed = model(), model()
+    trained(whole, tmp_path / "whole")
+    trained(resumed, tmp_path / "resumed", tmp_path / "whole" / f"checkpoint-{STEPS // 2}")
+    assert_same(tensors(whole), tensors(resumed))

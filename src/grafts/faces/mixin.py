@@ -22,6 +22,7 @@ from grafts.checkpoints.swapping import reserve
 from grafts.config import AdapterConfig
 from grafts.errors import AdapterNameError, ConfigError, StateError, did_you_mean
 from grafts.faces.arguments import checkpoint_of, config_of
+from grafts.faces.integration import wrap_trainer
 from grafts.placement import dispatch
 from grafts.registry import find_registry
 from grafts.sharding import whole
@@ -47,6 +48,11 @@ class PeftAdapterMixin:
 
         class MyModel(grafts.PeftAdapterMixin, LlamaForCausalLM): ...
     """
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Let the Trainer load adapters back into models of this class."""
+        super().__init_subclass__(**options)
+        wrap_trainer()
 
     @property
     def _hf_peft_config_loaded(self) -> bool:

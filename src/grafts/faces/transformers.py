@@ -12,7 +12,6 @@ from torch import nn
 
 from grafts import registry
 from grafts.errors import StateError
-from grafts.faces.integration import wrap_trainer
 from grafts.faces.mixin import PeftAdapterMixin
 from grafts.sites.calls import ENTERED
 
@@ -35,7 +34,6 @@ def init(model: M) -> M:
     inner = registry.unwrapped(model)
     if not isinstance(inner, PeftAdapterMixin):
         inner.__class__ = _with_methods(type(inner))
-    wrap_trainer()
     return model
 
 
