@@ -40,16 +40,19 @@ test-adapterhub: $(VENV)/.dev
 	.venv-hub/bin/python -m pip install --quiet --disable-pip-version-check adapters==1.3.0
 	$(BIN)/python -m pytest tests/checkpoints/test_adapterhub_files.py
 
-# The suite on the oldest and the newest supported transformers, each in its own environment.
+# The suite on the oldest and the newest supported transformers, and without peft, each in its own environment.
 test-matrix:
 	scripts/venv.sh .venv-4.57 dev transformers==4.57.6 datasets accelerate
 	.venv-4.57/bin/python -m pytest -n $(WORKERS)
 	scripts/venv.sh .venv-newest dev transformers
 	.venv-newest/bin/python -m pytest -n $(WORKERS)
+	scripts/venv.sh .venv-no-peft dev
+	.venv-no-peft/bin/python -m pip uninstall --quiet --yes peft
+	.venv-no-peft/bin/python -m pytest -n $(WORKERS)
 
 $(VENV)/.demo $(VENV)/.dev: $(VENV)/.%: FORCE
 	@scripts/venv.sh $(VENV) $*
 FORCE:
 
 clean:
-	rm -rf .venv .venv-4.57 .venv-newest build demo-output
+	rm -rf .venv .venv-4.57 .venv-newest .venv-no-peft build demo-output
