@@ -102,6 +102,19 @@ def test_adapter_comes_to_a_base_that_is_spread_already(saved: tuple[Path, Path,
     assert model.peft_config == {}
 
 
+def test_weights_that_lie_on_disk_already_are_named_by_an_index(saved: tuple[Path, Path, Tensor]) -> None:
+    from transformers import LlamaForCausalLM
+
+    base, adapter, expected = saved
+    model = grafts.init(LlamaForCausalLM.from_pretrained(base).requires_grad_(False))
+    spread = SPREAD["by hand"]["device_map"]
+    there = {"safetensors_file": str(base / "model.safetensors"), "dtype": "float32"}
+    index = {name: there | {"weight_name": name} for name, _ in model.named_parameters()}
+    model.load_adapter(adapter, device_map=spread, offload_index=index)
+    assert on_disk(model)
+    torch.testing.assert_close(logits(model), expected, atol=1e-6, rtol=1e-6)
+
+
 def test_training_an_adapter_on_a_base_that_is_partly_on_disk_gives_the_same(tmp_path: Path) -> None:
     from transformers import LlamaForCausalLM
 

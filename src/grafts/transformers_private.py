@@ -5,12 +5,15 @@
 - `is_peft_available` in the modules below: the question before a folder is looked at as an adapter. `transformers` asks
   whether `peft` is installed, where the model's own ``load_adapter`` is all that it calls then.
 - `PreTrainedModel.load_adapter`: what ``from_pretrained`` calls once it has loaded the base that a folder names.
+- `get_model_conversion_mapping` and, before 5, ``_checkpoint_conversion_mapping`` of a model: what the modules of older
+  checkpoints are called today.
 - ``_no_split_modules`` of a model: which of its modules have to stay on one device, which `accelerate` asks for.
 """
 
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -44,3 +47,17 @@ def asking_for_peft() -> Iterator[Any]:
 def unsplit_modules(model: nn.Module) -> list[str]:
     """The names of the module classes that have to stay on one device."""
     return list(getattr(model, "_no_split_modules", None) or ())
+
+
+def name_today(model: nn.Module, path: str) -> str:
+    """The name that a tensor of an older checkpoint has in ``model``; the same where `transformers` knows no other."""
+    for pattern, by in getattr(model, "_checkpoint_conversion_mapping", {}).items():
+        path = re.sub(pattern, by, path)
+    try:
+        mapping = importlib.import_module("transformers.conversion_mapping").get_model_conversion_mapping
+    except (ImportError, AttributeError):
+        return path
+    for step in mapping(model) if hasattr(model, "config") else ():
+        if len(step.target_patterns) == 1 and type(step).__name__ in ("WeightRenaming", "PrefixChange"):
+            path = step.rename_source_key(path)[0]
+    return path

@@ -436,3 +436,32 @@ def test_library_that_calls_forward_itself_reaches_the_adapters(saved: tuple[Pat
     with torch.no_grad():
         assert torch.equal(inner.forward(IDS).last_hidden_state, inner(IDS).last_hidden_state)
     assert inspect.signature(type(model).forward) == inspect.signature(type(plain()).forward)
+
+
+def test_adapter_of_a_model_whose_modules_had_other_names_is_loaded(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+    from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    vision = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision_config = CLIPVisionConfig(**vision, image_size=16, patch_size=8)
+    torch.manual_seed(0)
+    config = LlavaConfig(text_config=plain().config, vision_config=vision_config, image_token_index=49)
+    model: Any = grafts.init(LlavaForConditionalGeneration(config))
+    model.add_adapter(grafts.LoraConfig(target_modules=["q_proj", "v_proj"], r=2))
+    randomise(model, "default")
+    expected = logits(model)
+    model.save_adapter(tmp_path, "default")
+    model.delete_adapter("default")
+    file = tmp_path / "adapter_model.safetensors"
+    today = load_file(file)
+    renamed = {name.replace("model.model.language_model.", "model.language_model.model."): t for name, t in today.items()}
+    assert renamed.keys() != today.keys()
+    save_file(renamed, file)
+    model.load_adapter(tmp_path)
+    assert torch.equal(logits(model), expected)
+    model.delete_adapter("default")
+    save_file({name.replace("q_proj", "query_proj"): tensor for name, tensor in renamed.items()}, file)
+    with pytest.raises(grafts.CheckpointError, match="unexpected"):
+        model.load_adapter(tmp_path)
+    model.load_adapter(tmp_path, adapter_kwargs={"key_mapping": {"query_proj": "q_proj"}})
+    assert torch.equal(logits(model), expected)

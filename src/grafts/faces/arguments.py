@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from grafts.checkpoints import hub, peft
 from grafts.checkpoints.loading import read_checkpoint
@@ -18,6 +18,7 @@ from grafts.config import AdapterConfig
 from grafts.config_strings import config_from
 from grafts.errors import ConfigError, did_you_mean
 from grafts.methods import method_named, method_of
+from grafts.transformers_private import name_today
 
 _HUB = ("revision", "token", "subfolder", "cache_dir", "local_files_only", "force_download")
 _IGNORED = ("_adapter_model_path", "_commit_hash", "proxies")  # what `from_pretrained` passes on besides
@@ -40,6 +41,7 @@ def config_of(given: Any) -> AdapterConfig:
 
 
 def checkpoint_of(
+    model: nn.Module,
     source: str | os.PathLike[str] | None,
     config: AdapterConfig | Mapping[str, Any] | None,
     tensors: Mapping[str, Tensor] | None,
@@ -47,7 +49,7 @@ def checkpoint_of(
     more: Mapping[str, Any],
     load_config: Any,
 ) -> Checkpoint:
-    """The checkpoint that the arguments of `load_adapter` name.
+    """The checkpoint that the arguments of `load_adapter` of ``model`` name.
 
     Raises:
         ConfigError: they name none, or hold an option that is not known.
@@ -73,29 +75,36 @@ def checkpoint_of(
         assert source is not None
         path = hub.fetch(source, **chosen)
         pickled = bool(more.get("allow_pickle")) or getattr(load_config, "use_safetensors", None) is False
-        checkpoint = _renamed(read_checkpoint(path, allow_pickle=pickled), more.get("key_mapping"))
+        checkpoint = read_checkpoint(path, allow_pickle=pickled)
         if tensors is None and config is None:
-            return checkpoint
+            return _renamed(model, checkpoint, more.get("key_mapping"))
         made = checkpoint.config if config is None else config_of(config)
         tensors = checkpoint.tensors if tensors is None else tensors
     method = method_of(made)
     by_module = method.files is None and method.members is None
     named = {peft.PREFIX + name.removeprefix(peft.PREFIX) if by_module else name: t for name, t in tensors.items()}
-    return Checkpoint(path, made, named, sum(t.numel() * t.element_size() for t in named.values()))
+    size = sum(tensor.numel() * tensor.element_size() for tensor in named.values())
+    return _renamed(model, Checkpoint(path, made, named, size), more.get("key_mapping"))
 
 
-def _renamed(checkpoint: Checkpoint, mapping: Mapping[str, str] | None) -> Checkpoint:
+def _renamed(model: nn.Module, checkpoint: Checkpoint, mapping: Mapping[str, str] | None) -> Checkpoint:
     """A checkpoint whose tensors have the names that the model's modules have today.
 
     Args:
+        model: the base model.
         checkpoint: as it was read.
-        mapping: regular expression -> what takes its place in the path of a module.
+        mapping: regular expression -> what takes its place in the path of a module; names that begin with no module of the
+            model get those by which `transformers` loads older checkpoints of it.
     """
-    names = {name: name.removeprefix(peft.PREFIX) for name in checkpoint.tensors} if mapping else {}
-    for pattern, by in (mapping or {}).items():
-        names = {name: re.sub(pattern, by, new) for name, new in names.items()}
-    changed = {name: new for name, new in names.items() if new != name.removeprefix(peft.PREFIX)}
-    if not changed:
+    if checkpoint.layout != "peft":
         return checkpoint
-    tensors = {peft.PREFIX + changed[n] if n in changed else n: tensor for n, tensor in checkpoint.tensors.items()}
+    children = {name for name, _ in model.named_children()}
+    tensors = {}
+    for name, tensor in checkpoint.tensors.items():
+        path = name.removeprefix(peft.PREFIX)
+        for pattern, by in (mapping or {}).items():
+            path = re.sub(pattern, by, path)
+        if name.startswith(peft.PREFIX):
+            path = peft.PREFIX + (path if path.split(".")[0] in children else name_today(model, path))
+        tensors[path] = tensor
     return dataclasses.replace(checkpoint, tensors=tensors)

@@ -146,7 +146,8 @@ class PeftAdapterMixin:
         if there and not swapping:
             raise AdapterNameError(f"Adapter with name {name} already exists. Please use a different name.")
         options = {"revision": revision, "token": token, "local_files_only": local_files_only or None}
-        checkpoint = checkpoint_of(peft_model_id, peft_config, adapter_state_dict, options, adapter_kwargs or {}, load_config)
+        sources = (peft_model_id, peft_config, adapter_state_dict)
+        checkpoint = checkpoint_of(registry.unwrapped(model), *sources, options, adapter_kwargs or {}, load_config)
         placed = device_map != "auto" or any(x is not None for x in (max_memory, offload_folder, offload_index))
         if swapping:
             report = swap(model, checkpoint, name=name)
