@@ -148,3 +148,20 @@ def test_sentence_transformer_has_trains_saves_and_loads_adapters(text: str, tmp
     assert abs(other.encode(sentences) - after).max() < 1e-6
     other.disable_adapters()
     assert abs(other.encode(sentences) - before).max() < 1e-6
+
+
+def test_saved_sentence_transformer_is_its_adapter_and_opens_with_the_integration(tmp_path: Path) -> None:
+    st = pytest.importorskip("sentence_transformers")
+    pytest.importorskip("peft")  # without it sentence-transformers opens no adapter, whoever would load it
+    model = sentence_model(tmp_path / "base")
+    inner = grafts.init(model[0].auto_model)
+    model.add_adapter("lora")
+    randomise(inner, "default")
+    model.save_pretrained(str(tmp_path / "saved"))
+    held = [path.name for path in (tmp_path / "saved").iterdir()]
+    assert "adapter_model.safetensors" in held
+    assert "model.safetensors" not in held
+    with grafts.integrate():
+        again = st.SentenceTransformer(str(tmp_path / "saved"), device="cpu")
+    assert isinstance(again[0].auto_model, grafts.PeftAdapterMixin)
+    assert abs(again.encode([words(1)]) - model.encode([words(1)])).max() < 1e-6

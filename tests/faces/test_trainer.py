@@ -283,3 +283,18 @@ def test_class_of_ones_own_resumes_too(tmp_path: Path) -> None:
     trained(whole, tmp_path / "whole")
     trained(resumed, tmp_path / "resumed", tmp_path / "whole" / f"checkpoint-{STEPS // 2}")
     assert_same(tensors(whole), tensors(resumed))
+
+
+def test_model_inside_a_module_of_ones_own_is_trained_and_resumed_as_that_one_says(tmp_path: Path) -> None:
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = fresh()
+
+        def forward(self, input_ids: Tensor, labels: Tensor) -> Any:
+            return self.inner(input_ids=input_ids, labels=labels)
+
+    whole, resumed = Outer(), Outer()
+    trained(whole, tmp_path / "whole")
+    trained(resumed, tmp_path / "resumed", tmp_path / "whole" / f"checkpoint-{STEPS // 2}")
+    assert_same(tensors(whole.inner), tensors(resumed.inner))

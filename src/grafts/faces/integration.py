@@ -12,7 +12,7 @@ from torch import nn
 from grafts.checkpoints import peft
 from grafts.checkpoints.files import find
 from grafts.checkpoints.swapping import restore
-from grafts.errors import CheckpointError
+from grafts.errors import CheckpointError, StateError
 from grafts.registry import find_registry, unwrapped
 from grafts.transformers_private import TRAINER_LOADS, asking_for_peft, model_class, trainer_class
 
@@ -39,12 +39,20 @@ def _loading(method: Callable[..., Any]) -> Callable[..., Any]:
         source = Path(folder if folder is not None else self.state.best_model_checkpoint)
         inner = unwrapped(self.model if model is None else model)
         own_files = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        if own_files or find_registry(inner) is None or not adapters_in(source):
+        if own_files or not carries_adapters(inner) or not adapters_in(source):
             return method(self, *given, *args, **kwargs)
         return load_back(inner, source)
 
     load.loads_adapters = True  # type: ignore[attr-defined]
     return load
+
+
+def carries_adapters(model: nn.Module) -> bool:
+    """Whether adapters were put on this very module, and not on a part of it that saves and loads them by itself."""
+    try:
+        return find_registry(model) is not None
+    except StateError:
+        return False
 
 
 class Integration:
