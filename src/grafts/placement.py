@@ -28,7 +28,7 @@ def dispatch(
     """Spread a model over devices, main memory and disk; adapters come to where their modules compute, and stay there.
 
     Args:
-        model: the model; where it is spread already, that is undone first.
+        model: the model; where it is spread already, that is undone first, which needs main memory for what is on disk.
         device_map: module path -> device, "cpu" or "disk"; one device; or how to work that out: "auto", "balanced",
             "balanced_low_0", "sequential".
         max_memory: how much each device may hold, where it is to be worked out.
@@ -46,7 +46,6 @@ def dispatch(
     inner = unwrapped(model)
     unsplit = unsplit_modules(inner)
     with set_apart(inner):
-        gather(inner)
         if device_map in _STRATEGIES:
             memory = None if max_memory is None else dict(max_memory)
             if device_map != "sequential":
@@ -57,6 +56,7 @@ def dispatch(
             device_map = {"": device_map}
         if "disk" in device_map.values() and offload_folder is None and offload_index is None:
             raise StateError("some weights do not fit into memory: name a folder for them with offload_folder=")
+        gather(inner)
         if offload_index is None and "disk" in device_map.values():
             # not left to `dispatch_model`, which takes what it finds in the folder for these weights, whatever it is
             there = inner.state_dict(keep_vars=False)

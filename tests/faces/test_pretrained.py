@@ -70,9 +70,11 @@ def test_transformers_opens_an_adapter_while_the_integration_is_on(saved: tuple[
         bare.load_adapter(folder, "en")
         assert torch.equal(logits(bare), expected)
     assert PreTrainedModel.load_adapter is before
-    handle = grafts.integrate()
-    handle.remove()
-    handle.remove()
+    first, second = grafts.integrate(), grafts.integrate()
+    first.remove()
+    first.remove()
+    assert PreTrainedModel.load_adapter is not before
+    second.remove()
     assert PreTrainedModel.load_adapter is before
 
 

@@ -344,6 +344,40 @@ def test_disabled_adapters_stay_so_until_they_are_enabled(tmp_path: Path) -> Non
     assert not torch.equal(logits(model), base)
 
 
+def test_merged_adapters_cannot_be_disabled_and_stay_as_they_are() -> None:
+    model = ready()
+    model.add_adapter("lora")
+    randomise(model, "default")
+    before = logits(model)
+    model.merge_adapter()
+    with pytest.raises(grafts.StateError, match="unmerge"):
+        model.disable_adapters()
+    model.enable_adapters()
+    model.unmerge_adapter()
+    assert torch.equal(logits(model), before)
+
+
+def test_folder_of_several_adapters_says_where_they_are(tmp_path: Path) -> None:
+    model = ready()
+    for name in ("a", "b"):
+        model.add_adapter("lora", name)
+    model.set_adapter(["a", "b"])
+    model.save_pretrained(tmp_path)
+    with pytest.raises(grafts.CheckpointError, match="adapters are in its folders a, b"):
+        ready().load_adapter(tmp_path)
+
+
+def test_module_without_a_way_to_save_itself_saves_its_adapters_alone(tmp_path: Path) -> None:
+    model: Any = grafts.init(bases.MLP())
+    with pytest.raises(grafts.StateError, match="cannot save itself"):
+        model.save_pretrained(tmp_path)
+    model.add_adapter(grafts.LoraConfig(target_modules="all-linear"))
+    model.save_pretrained(tmp_path)
+    other: Any = grafts.init(bases.MLP())
+    other.load_adapter(tmp_path)
+    assert other.active_adapters() == ["default"]
+
+
 def test_trained_head_is_disabled_and_enabled_too() -> None:
     model: Any = grafts.init(BY_NAME["bert"].model())
     before = model(IDS).logits

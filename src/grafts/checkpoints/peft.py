@@ -141,6 +141,8 @@ def read_json(directory: Path) -> dict[str, Any]:
     if file is None:
         there = sorted(p.name for p in directory.iterdir())[:8] if directory.is_dir() else None
         found = "no such directory" if there is None else f"it holds {', '.join(there) or 'nothing'}"
+        inside = sorted(path.parent.name for path in directory.glob(f"*/{CONFIG_FILE}"))
+        found += f"; adapters are in its folders {', '.join(inside)}" if inside else ""
         raise CheckpointError(f"{str(directory)!r} holds no {CONFIG_FILE}: {found}")
     try:
         data = json.loads(file.read_text("utf-8"))

@@ -55,16 +55,21 @@ def carries_adapters(model: nn.Module) -> bool:
         return False
 
 
-class Integration:
-    """What `integrate` has switched on. ``remove()`` switches it off again, as does the end of a ``with`` block."""
+_undo: list[Callable[[], None]] = []  # what gives `transformers` back what it had
+_on: set[Integration] = set()
 
-    def __init__(self, undo: list[Callable[[], None]]) -> None:
-        self._undo = undo
+
+class Integration:
+    """What `integrate` has switched on. ``remove()`` switches it off again, as does the end of a ``with`` block.
+
+    It stays on as long as somebody has not switched off what they switched on.
+    """
 
     def remove(self) -> None:
-        """Give `transformers` back what it had."""
-        while self._undo:
-            self._undo.pop()()
+        """Give `transformers` back what it had, if nobody else wants it on."""
+        _on.discard(self)
+        while _undo and not _on:
+            _undo.pop()()
 
     def __enter__(self) -> Self:
         """Nothing: it is on already."""
@@ -89,16 +94,17 @@ def integrate(initialise: Callable[[Any], Any]) -> Integration:
     def yes() -> bool:
         return True
 
-    replacements: list[tuple[Any, str, Callable[..., Any]]] = [(model_class(), "load_adapter", load_adapter)]
-    replacements += [(module, "is_peft_available", yes) for module in asking_for_peft()]
-    undo: list[Callable[[], None]] = []
-    for owner, name, value in replacements:
-        before = vars(owner).get(name)
-        setattr(owner, name, value)
-        undo.append(
-            functools.partial(delattr, owner, name) if before is None else functools.partial(setattr, owner, name, before)
-        )
-    return Integration(undo)
+    if not _on:
+        replacements: list[tuple[Any, str, Callable[..., Any]]] = [(model_class(), "load_adapter", load_adapter)]
+        replacements += [(module, "is_peft_available", yes) for module in asking_for_peft()]
+        for owner, name, value in replacements:
+            before = vars(owner).get(name)
+            give_back = functools.partial(setattr, owner, name, before)
+            _undo.append(functools.partial(delattr, owner, name) if before is None else give_back)
+            setattr(owner, name, value)
+    handle = Integration()
+    _on.add(handle)
+    return handle
 
 
 def adapters_in(folder: Path) -> dict[str, Path]:

@@ -218,8 +218,9 @@ class PeftAdapterMixin:
         """
         known = self._registry()
         if self._face.resting is None:
-            self._face.resting = known.setup.active
+            before = known.setup.active
             registry.deactivate(cast(nn.Module, self))
+            self._face.resting = before
 
     def enable_adapters(self) -> None:
         """The inverse of `disable_adapters`.
@@ -368,9 +369,14 @@ class PeftAdapterMixin:
             args: of the class's own ``save_pretrained``.
             kwargs: of the class's own; ``push_to_hub=True`` with ``repo_id``, ``token``, ``private``, ``commit_message``,
                 ``create_pr`` and ``revision`` uploads what was written.
+
+        Raises:
+            StateError: there is no adapter, and the class has no ``save_pretrained`` of its own.
         """
         known = find_registry(cast(nn.Module, self))
         if known is None:
+            if not hasattr(super(), "save_pretrained"):
+                raise StateError(f"there is no adapter to save, and a {type(self).__name__} cannot save itself")
             return super().save_pretrained(save_directory, is_main_process, state_dict, *args, **kwargs)  # type: ignore[misc]
         if known.setup.merged:
             with registry.set_apart(cast(nn.Module, self)):
