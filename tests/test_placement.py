@@ -115,6 +115,24 @@ def test_weights_that_lie_on_disk_already_are_named_by_an_index(saved: tuple[Pat
     torch.testing.assert_close(logits(model), expected, atol=1e-6, rtol=1e-6)
 
 
+def test_tied_weights_are_one_again_when_a_base_is_spread_anew(tmp_path: Path) -> None:
+    from transformers import GPT2LMHeadModel
+
+    BY_NAME["gpt2"].model().save_pretrained(tmp_path / "base")
+    spread = {"transformer.wte": "disk", "lm_head": "disk", "transformer.wpe": "cpu", "transformer.h": "disk"}
+    spread |= {"transformer.ln_f": "cpu"}
+    model = GPT2LMHeadModel.from_pretrained(tmp_path / "base", device_map=spread, offload_folder=tmp_path / "weights")
+    grafts.init(model)
+    model.add_adapter("lora")
+    randomise(model, "default")
+    expected = logits(model)
+    model.save_adapter(tmp_path / "adapter", "default")
+    model.load_adapter(tmp_path / "adapter", "again", device_map="cpu")
+    assert not on_disk(model)
+    assert model.lm_head.weight is model.transformer.wte.weight
+    torch.testing.assert_close(logits(model), expected, atol=1e-6, rtol=1e-6)
+
+
 def test_training_an_adapter_on_a_base_that_is_partly_on_disk_gives_the_same(tmp_path: Path) -> None:
     from transformers import LlamaForCausalLM
 

@@ -76,10 +76,8 @@ def gather(model: nn.Module) -> None:
     """Undo the spreading of a model: every weight is a tensor of its module again, in main memory where it was elsewhere."""
     from accelerate.hooks import remove_hook_from_module  # noqa: PLC0415 (an optional backend)
 
-    for module in model.modules():
-        hook = getattr(module, "_hf_hook", None)
-        if hook is None:
-            continue
+    hooked = [(module, hook) for module in model.modules() if (hook := getattr(module, "_hf_hook", None)) is not None]
+    for module, hook in hooked:
         values = [
             one.weights_map for one in (hook, *getattr(hook, "hooks", ())) if getattr(one, "weights_map", None) is not None
         ]
@@ -91,3 +89,5 @@ def gather(model: nn.Module) -> None:
         hook.weights_map = None
         hook.original_devices = {}
         remove_hook_from_module(module)
+    if hooked and callable(tie := getattr(model, "tie_weights", None)):
+        tie()  # what shared one weight has got it one by one
