@@ -291,3 +291,19 @@ def test_a_stack_that_the_head_calls_past_its_base_gets_virtual_tokens() -> None
     grafts.add(model, grafts.PromptTuningConfig(num_virtual_tokens=3), name="en")
     assert model(input_ids=ids()).logits.shape == bare.shape
     assert not torch.allclose(model(input_ids=ids()).logits, bare, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "text", ["prompt_tuning[num_virtual_tokens=3]", "loreft", "seq_bn[reduction_factor=4,use_gating=True]"]
+)
+def test_sequences_packed_in_one_row_are_refused_by_what_has_to_find_their_beginnings(text: str) -> None:
+    model = LLAMA.model()
+    grafts.add(model, text, name="en")
+    randomise(model, "en")
+    tokens, positions = ids().view(1, -1), torch.arange(7).repeat(2)[None]
+    for packed in ({"position_ids": positions}, {"cu_seq_lens_q": torch.tensor([0, 7, 14], dtype=torch.int32)}):
+        with pytest.raises(grafts.StateError, match="these lie packed in one row"):
+            model(tokens, use_cache=False, **packed)
+    model(tokens, position_ids=torch.arange(14)[None], use_cache=False)
+    grafts.delete(model, "en")
+    model(tokens, position_ids=positions, use_cache=False)

@@ -170,7 +170,7 @@ class ModelSite(Site):
         """
         (batch, new), mask = tokens.shape[:2], given.get("attention_mask")
         before = past - room.count if room is not None and past else past
-        _require_plain(mask, "an adapter that counts tokens needs")
+        _require_rows(given, "an adapter that counts tokens needs")
         real = torch.ones(batch, before + new, dtype=torch.long, device=tokens.device)
         if mask is not None:
             real = mask[:, : before + new].ne(0).to(torch.long)
@@ -214,7 +214,7 @@ class ModelSite(Site):
         parts = [part for _, some in groups for part in some]
         if not parts:
             return None
-        _require_plain(given.get("attention_mask"), "virtual tokens need")
+        _require_rows(given, "virtual tokens need")
         if len({part.after_first for part in parts}) > 1:
             raise StateError("adapters whose virtual tokens come before and after the first token cannot act together")
         if len({part.after_embeddings for part in parts}) > 1:
@@ -338,6 +338,21 @@ class ModelSite(Site):
 
 
 ModelPart.site = ModelSite
+
+
+def _require_rows(given: Mapping[str, Any], who: str) -> None:
+    """Refuse sequences that lie packed in one row, whose beginnings nobody would find.
+
+    Raises:
+        StateError: saying so.
+    """
+    mask, positions = given.get("attention_mask"), given.get("position_ids")
+    _require_plain(mask, who)
+    packed = given.get("cu_seq_lens_q") is not None
+    if not packed and mask is None and isinstance(positions, Tensor) and positions.dim() == 2 and positions.shape[0] == 1:
+        packed = not torch.compiler.is_compiling() and bool((positions.diff() < 0).any())
+    if packed:
+        raise StateError(f"{who} one sequence a row, and these lie packed in one row: pad them instead")
 
 
 def _require_plain(mask: Any, who: str) -> None:
