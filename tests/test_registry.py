@@ -172,3 +172,24 @@ def test_base_can_be_saved_and_loaded_while_adapters_are_attached(model: nn.Modu
     again = LlamaForCausalLM.from_pretrained(f"{tmp_path}/base")
     assert torch.equal(LLAMA.output(again), bare)
     assert {name.split(".grafts.")[0] for name in model.state_dict() if ".grafts." in name} <= set(dict(again.named_modules()))
+
+
+def test_backward_with_nothing_trainable_says_so_and_a_forward_alone_does_not() -> None:
+    model = BY_NAME["mlp"].model().train()
+    grafts.add(model, grafts.LoraConfig(target_modules="all-linear"), name="en")
+    x = torch.randn(2, 12)
+    model(x).sum().backward()
+    grafts.train_only(model)
+    output = model(x)
+    assert torch.equal(output, model.eval()(x))
+    with pytest.raises(grafts.StateError, match=r"nothing is trainable: .* active are \['en'\]"):
+        output.sum().backward()
+    with torch.no_grad():
+        assert not model.train()(x).requires_grad
+    model.out.weight.requires_grad_(True)  # thawed by hand
+    model(x).sum().backward()
+    assert model.out.weight.grad is not None
+    model.out.weight.requires_grad_(False)
+    wanted = x.clone().requires_grad_(True)
+    model(wanted).sum().backward()  # of an input, for which nothing has to be trainable
+    assert wanted.grad is not None

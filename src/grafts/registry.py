@@ -62,7 +62,7 @@ class Registry:
         self.trained: tuple[str, ...] = ()
         self.trainees: set[str] = set()
         self._unroutable: dict[str, str | None] = {}
-        self.calls = Calls(self.setup, self.choose_rows)
+        self.calls = Calls(self.setup, self.choose_rows, self.trains)
         self.requires_grad = {name: p.requires_grad for name, p in own_parameters(model).items()}
         self.merge: Merge | None = None
 
@@ -87,6 +87,16 @@ class Registry:
         own = made.each()[member].method.name
         placed = [x for x in zip(made.targets, self.parts[name], strict=True) if x[0].member == member]
         return {path: part for target, (path, part) in placed if target.kind == own and target.tied_to is None}
+
+    def trains(self, model: nn.Module) -> bool:
+        """Whether something trainable acts in the present call: an adapter, or of the base what was thawed by hand."""
+        rows = self.setup.rows
+        acting = self.setup.active if rows is None else tuple(name for name in rows.names if name is not None)
+        if any(name in acting for name in self.trained):
+            return True
+        parts = [part for name in acting for _, part in self.parts.get(name, ())]
+        tensors = [*own_parameters(model).values(), *(p for part in parts for p in part.parameters())]
+        return any(tensor.requires_grad for tensor in tensors)
 
     def unroutable(self, name: str) -> str | None:
         """Why rows cannot choose adapter ``name``, or None."""

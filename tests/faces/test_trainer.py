@@ -242,6 +242,15 @@ def test_training_with_nothing_trainable_says_so(tmp_path: Path) -> None:
     model.load_adapter(tmp_path / "adapter")
     with pytest.raises(grafts.StateError, match="nothing is trainable"):
         trained(model, tmp_path / "run")
+    with pytest.raises(grafts.StateError, match="nothing is trainable"):  # though the inputs want gradients here
+        trained(model, tmp_path / "run", gradient_checkpointing=True)
+    model.gradient_checkpointing_disable()
+    model.add_adapter("ia3", "idle")
+    model.set_adapter("default")
+    grafts.train_only(model, "idle")
+    with pytest.raises(grafts.StateError, match="nothing is trainable"):
+        trained(model, tmp_path / "run", gradient_checkpointing=True)
+    model.gradient_checkpointing_disable()
     model.train_adapter("default")
     trained(model, tmp_path / "run")
     model.delete_adapter("default")

@@ -149,6 +149,10 @@ class PeftAdapterMixin:
         sources = (peft_model_id, peft_config, adapter_state_dict)
         checkpoint = checkpoint_of(registry.unwrapped(model), *sources, options, adapter_kwargs or {}, load_config)
         placed = device_map != "auto" or any(x is not None for x in (max_memory, offload_folder, offload_index))
+        if swapping and placed:
+            raise ConfigError(
+                "an adapter that is hotswapped takes the place of another, where the model is: leave device_map out"
+            )
         if swapping:
             report = swap(model, checkpoint, name=name)
         else:

@@ -27,11 +27,13 @@ class Calls:
     Attributes:
         setup: the model's shared setup.
         choose: checks names and makes them rows.
+        trains: whether something trainable acts in the present call of a model.
     """
 
-    def __init__(self, setup: Setup, choose: Choose) -> None:
+    def __init__(self, setup: Setup, choose: Choose, trains: Callable[[nn.Module], bool]) -> None:
         self.setup = setup
         self.choose = choose
+        self.trains = trains
         self._hook: RemovableHandle | None = None
         self._end: RemovableHandle | None = None
         self._guard: RemovableHandle | None = None
@@ -48,7 +50,7 @@ class Calls:
         """Look at the model's output after all sites have."""
         if self._guard is not None:
             self._guard.remove()
-        self._guard = model.register_forward_hook(self._guarded)
+        self._guard = model.register_forward_hook(self._guarded, with_kwargs=True)
 
     def detach(self, model: nn.Module) -> None:
         """The exact inverse of `attach`."""
@@ -92,15 +94,17 @@ class Calls:
         """Let an output that nothing trainable has made say so when it is trained by.
 
         Args:
-            call: the model, its positional arguments and its output; in one, because the compiler of PyTorch looks at each
-                argument of a hook and warns of tensors that are no leaves.
+            call: the model, its positional and its named arguments, and its output; in one, because the compiler of PyTorch
+                looks at each argument of a hook and warns of tensors that are no leaves.
         """
         if not call[0].training or not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return None
-        output = call[2]
+        model, args, kwargs, output = call
         values = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple) else (output,)
         floats = [value for value in values if isinstance(value, Tensor) and value.is_floating_point()]
-        if not floats or any(value.requires_grad for value in floats):
+        wanted = any(isinstance(value, Tensor) and value.requires_grad for value in (*args, *kwargs.values()))
+        # embeddings may have been made to want gradients (for reentrant checkpointing), so that alone says nothing
+        if not floats or wanted or (any(value.requires_grad for value in floats) and self.trains(model)):
             return None
         anchor = torch.empty(0, requires_grad=True)
         return _replaced(output, lambda value: Untrainable.apply(value, anchor, self.setup))  # type: ignore[no-untyped-call]
