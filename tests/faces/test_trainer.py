@@ -169,6 +169,11 @@ def test_checkpoint_of_another_adapter_is_refused_and_nothing_is_changed(tmp_pat
     with pytest.raises(grafts.CheckpointError, match="does not fit"):
         trained(model, tmp_path / "two", tmp_path / "one" / f"checkpoint-{STEPS}")
     assert_same(tensors(model), before)
+    model = fresh(grafts.LoraConfig(target_modules=["q_proj", "v_proj", "o_proj"]))
+    before = tensors(model)
+    with pytest.raises(grafts.CheckpointError, match=r"missing .*o_proj"):
+        trained(model, tmp_path / "more", tmp_path / "one" / f"checkpoint-{STEPS}")
+    assert_same(tensors(model), before)
     model = fresh()
     model.add_adapter(grafts.IA3Config(), "scale")
     model.train_adapter(["default", "scale"])

@@ -171,6 +171,7 @@ def prepare(
     interface: AdapterModelInterface | None,
     *,
     instead: Callable[[AdapterConfig], AdapterConfig] | None = None,
+    fill: bool = False,
 ) -> tuple[LoadReport, list[tuple[str, Part]]]:
     """An adapter of a checkpoint, checked and made, without touching the model.
 
@@ -179,8 +180,8 @@ def prepare(
         name: what to call it.
         checkpoint: what was read.
         interface: what the model's modules are.
-        instead: for an adapter that is to take the place of the one of this name: gives its config from the file's. A target
-            that the file says nothing of gets what a fresh adapter has there.
+        instead: for an adapter that is to take the place of the one of this name: gives its config from the file's.
+        fill: give a target that the file says nothing of what a fresh adapter has there.
     """
     body = anatomy(model)
     if interface is None:
@@ -211,7 +212,7 @@ def prepare(
         own = [(t.path, t.tensors, t.role) for t in made.targets if t.kind == of.method.name and t.member == number]
         prefix = f"{number}." if made.members else ""
         given |= {prefix + key: tensor for key, tensor in one.by_path(of.method.files, own).items()}
-    if instead is not None:
+    if fill:
         given = _fresh_where_missing(body, made, given) | given
     wanted = {key: shape for target in made.targets for key, shape in _named(made, target, target.tensors).items()}
     source = str(checkpoint.path)

@@ -91,7 +91,7 @@ def hotswap(
     registry = registry_of(inner)
     registry.require(name)
     checkpoint = path if isinstance(path, Checkpoint) else read_checkpoint(Path(path), allow_pickle=allow_pickle)
-    return _swapped(inner, registry, name, checkpoint, interface, fitting)
+    return _swapped(inner, registry, name, checkpoint, interface, fitting, fill=True)
 
 
 def restore(model: nn.Module, name: str, path: Path) -> LoadReport:
@@ -126,14 +126,14 @@ def _swapped(
     checkpoint: Checkpoint,
     interface: AdapterModelInterface | None,
     instead: Callable[[AdapterConfig], AdapterConfig],
+    *,
+    fill: bool = False,
 ) -> LoadReport:
     """Make the new adapter apart, see that it fits, and copy it over."""
     registry.require_unmerged(f"replace {name!r}")
-    old, before = (
-        registry.plans[name],
-        dict(zip((t.key for t in registry.plans[name].targets), registry.parts[name], strict=True)),
-    )
-    report, parts = prepare(model, name, checkpoint, interface or old.interface, instead=instead)
+    old = registry.plans[name]
+    before = dict(zip((target.key for target in old.targets), registry.parts[name], strict=True))
+    report, parts = prepare(model, name, checkpoint, interface or old.interface, instead=instead, fill=fill)
     after = dict(zip((target.key for target in report.plan.targets), parts, strict=True))
     if before.keys() != after.keys():
         stray = sorted({key[0] for key in after.keys() ^ before.keys()})
