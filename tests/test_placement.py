@@ -121,12 +121,14 @@ def test_tied_weights_are_one_again_when_a_base_is_spread_anew(tmp_path: Path) -
     BY_NAME["gpt2"].model().save_pretrained(tmp_path / "base")
     spread = {"transformer.wte": "disk", "lm_head": "disk", "transformer.wpe": "cpu", "transformer.h": "disk"}
     spread |= {"transformer.ln_f": "cpu"}
-    model = GPT2LMHeadModel.from_pretrained(tmp_path / "base", device_map=spread, offload_folder=tmp_path / "weights")
-    grafts.init(model)
+    model = grafts.init(GPT2LMHeadModel.from_pretrained(tmp_path / "base").requires_grad_(False))
     model.add_adapter("lora")
     randomise(model, "default")
     expected = logits(model)
     model.save_adapter(tmp_path / "adapter", "default")
+    model.load_adapter(tmp_path / "adapter", "spread", device_map=spread, offload_folder=tmp_path / "weights")
+    assert on_disk(model)
+    torch.testing.assert_close(logits(model), expected, atol=1e-6, rtol=1e-6)
     model.load_adapter(tmp_path / "adapter", "again", device_map="cpu")
     assert not on_disk(model)
     assert model.lm_head.weight is model.transformer.wte.weight

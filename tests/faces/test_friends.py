@@ -151,7 +151,7 @@ def test_sentence_transformer_has_trains_saves_and_loads_adapters(text: str, tmp
 
 
 def test_saved_sentence_transformer_is_its_adapter_and_opens_with_the_integration(tmp_path: Path) -> None:
-    st = pytest.importorskip("sentence_transformers")
+    st = pytest.importorskip("sentence_transformers", minversion="6.0")
     pytest.importorskip("peft")  # without it sentence-transformers opens no adapter, whoever would load it
     model = sentence_model(tmp_path / "base")
     inner = grafts.init(model[0].auto_model)
