@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from torch import nn
@@ -49,15 +49,16 @@ def unsplit_modules(model: nn.Module) -> list[str]:
     return list(getattr(model, "_no_split_modules", None) or ())
 
 
-def name_today(model: nn.Module, path: str) -> str:
-    """The name that a tensor of an older checkpoint has in ``model``; the same where `transformers` knows no other."""
+def names_today(model: nn.Module, paths: Collection[str]) -> dict[str, str]:
+    """The names that tensors of an older checkpoint have in ``model``; the same where `transformers` knows no other."""
+    names = {path: path for path in paths}
     for pattern, by in getattr(model, "_checkpoint_conversion_mapping", {}).items():
-        path = re.sub(pattern, by, path)
+        names = {path: re.sub(pattern, by, name) for path, name in names.items()}
     try:
         mapping = importlib.import_module("transformers.conversion_mapping").get_model_conversion_mapping
     except (ImportError, AttributeError):
-        return path
-    for step in mapping(model) if hasattr(model, "config") else ():
+        return names
+    for step in mapping(model) if paths and hasattr(model, "config") else ():
         if len(step.target_patterns) == 1 and type(step).__name__ in ("WeightRenaming", "PrefixChange"):
-            path = step.rename_source_key(path)[0]
-    return path
+            names = {path: step.rename_source_key(name)[0] for path, name in names.items()}
+    return names

@@ -18,7 +18,7 @@ from grafts.config import AdapterConfig
 from grafts.config_strings import config_from
 from grafts.errors import ConfigError, did_you_mean
 from grafts.methods import method_named, method_of
-from grafts.transformers_private import name_today
+from grafts.transformers_private import names_today
 
 _HUB = ("revision", "token", "subfolder", "cache_dir", "local_files_only", "force_download")
 _IGNORED = ("_adapter_model_path", "_commit_hash", "proxies")  # what `from_pretrained` passes on besides
@@ -99,12 +99,10 @@ def _renamed(model: nn.Module, checkpoint: Checkpoint, mapping: Mapping[str, str
     if checkpoint.layout != "peft":
         return checkpoint
     children = {name for name, _ in model.named_children()}
-    tensors = {}
-    for name, tensor in checkpoint.tensors.items():
-        path = name.removeprefix(peft.PREFIX)
-        for pattern, by in (mapping or {}).items():
-            path = re.sub(pattern, by, path)
-        if name.startswith(peft.PREFIX):
-            path = peft.PREFIX + (path if path.split(".")[0] in children else name_today(model, path))
-        tensors[path] = tensor
-    return dataclasses.replace(checkpoint, tensors=tensors)
+    paths = {name: name.removeprefix(peft.PREFIX) for name in checkpoint.tensors}
+    for pattern, by in (mapping or {}).items():
+        paths = {name: re.sub(pattern, by, path) for name, path in paths.items()}
+    of_modules = {name: path for name, path in paths.items() if name.startswith(peft.PREFIX)}
+    today = names_today(model, [path for path in of_modules.values() if path.split(".")[0] not in children])
+    paths |= {name: peft.PREFIX + today.get(path, path) for name, path in of_modules.items()}
+    return dataclasses.replace(checkpoint, tensors={paths[name]: tensor for name, tensor in checkpoint.tensors.items()})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -39,9 +39,9 @@ def _loading(method: Callable[..., Any]) -> Callable[..., Any]:
         source = Path(folder if folder is not None else self.state.best_model_checkpoint)
         inner = unwrapped(self.model if model is None else model)
         own_files = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        if own_files or not carries_adapters(inner) or not adapters_in(source):
+        if own_files or not carries_adapters(inner) or not (there := adapters_in(source)):
             return method(self, *given, *args, **kwargs)
-        return load_back(inner, source)
+        return load_back(inner, source, there)
 
     load.loads_adapters = True  # type: ignore[attr-defined]
     return load
@@ -115,15 +115,19 @@ def adapters_in(folder: Path) -> dict[str, Path]:
     return {name: path for name, path in folders.items() if find(path, peft.CONFIG_FILE) is not None}
 
 
-def load_back(model: nn.Module, folder: Path) -> None:
+def load_back(model: nn.Module, folder: Path, there: Mapping[str, Path]) -> None:
     """Give the adapters of a model the tensors that a checkpoint of them holds, in place.
+
+    Args:
+        model: the model that carries them.
+        folder: the checkpoint.
+        there: what `adapters_in` finds in it.
 
     Raises:
         CheckpointError: an adapter that is trained is not there, or the files do not fit.
     """
     registry = find_registry(model)
     assert registry is not None
-    there = adapters_in(folder)
     trained = [name for name in registry.trained if name in registry.plans]
     chosen = list(dict.fromkeys([*trained, *registry.setup.active])) or list(registry.plans)
     sources = {name: there[name] for name in registry.plans if name in there}

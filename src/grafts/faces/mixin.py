@@ -54,16 +54,20 @@ class PeftAdapterMixin:
         super().__init_subclass__(**options)
         wrap_trainer()
 
+    def _carried(self) -> registry.Registry | None:
+        """What the model carries; nothing while it is only being made."""
+        return find_registry(cast(nn.Module, self)) if "_modules" in self.__dict__ else None
+
     @property
     def _hf_peft_config_loaded(self) -> bool:
         """Whether adapters are attached and not merged, which is what `transformers` asks by this name."""
-        known = find_registry(cast(nn.Module, self)) if "_modules" in self.__dict__ else None
+        known = self._carried()
         return known is not None and not known.setup.merged
 
     @property
     def peft_config(self) -> dict[str, AdapterConfig]:
         """The configs of the adapters by name; empty where there are none."""
-        known = find_registry(cast(nn.Module, self)) if "_modules" in self.__dict__ else None
+        known = self._carried()
         return {} if known is None else {name: plan.config for name, plan in known.plans.items()}
 
     @property
