@@ -32,6 +32,10 @@ class About:
     tags: tuple[str, ...] = ()
     text: str = ""
 
+    def source_of_figures(self) -> str | None:
+        """The data that the figures are of, where that is known."""
+        return self.measured_on or next(iter(self.data), None)
+
 
 def card(plan: Plan, base: str | None, about: About | None = None) -> str:
     """The text of a card: facts for machines in front, and for people.
@@ -46,7 +50,7 @@ def card(plan: Plan, base: str | None, about: About | None = None) -> str:
     lines += [about.text, ""] if about.text else []
     lines += table(plan, base, about)
     if about.figures:
-        lines += [f"Measured on {about.measured_on or (about.data or ('data not named',))[0]}:", "", "| metric | value |"]
+        lines += [f"Measured on {about.source_of_figures() or 'data not named'}:", "", "| metric | value |"]
         lines += ["|---|---|", *(f"| {name} | {value:.6g} |" for name, value in about.figures.items()), ""]
     code = ["```python", "import grafts", "", 'model = grafts.from_pretrained("this folder or repository")', "```", ""]
     return "\n".join([*lines, *code])
@@ -85,7 +89,7 @@ def _front(plan: Plan, base: str | None, about: About) -> list[str]:
     values |= {"license": about.license} if about.license else {}
     values["tags"] = ["grafts", plan.method.name, *about.tags]
     if about.figures:
-        on = about.measured_on or (about.data or ("not named",))[0]
+        on = about.source_of_figures() or "not named"
         metrics = [{"type": name, "name": name, "value": value} for name, value in about.figures.items()]
         task = {"type": _TASKS.get(plan.config.task_type or "", "other")}
         result = {"task": task, "dataset": {"type": on, "name": on}, "metrics": metrics}
