@@ -1,4 +1,7 @@
-"""Fixtures for all tests. One thread, so that two workers do not fight over two cores, and no network."""
+"""Fixtures for all tests. One thread, so that two workers do not fight over two cores, and no network.
+
+``GRAFTS_TEST_THREADS`` says how many threads PyTorch has, ``GRAFTS_TEST_ALIGNMENT=odd`` where tensors lie.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +18,15 @@ import pytest
 import torch
 from torch import nn
 
+import alignment
 import grafts
 from bases import BY_NAME, Base
 from grafts.methods import Method, method_named, methods
 from grafts.registry import parts_of
 
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ.get("GRAFTS_TEST_THREADS", "1")))
+if os.environ.get("GRAFTS_TEST_ALIGNMENT") == "odd":
+    alignment.switch_on()
 
 
 def randomise(model: nn.Module, name: str, seed: int = 5, scale: float = 0.3) -> None:
@@ -35,6 +41,15 @@ def randomise(model: nn.Module, name: str, seed: int = 5, scale: float = 0.3) ->
 def shake(model: nn.Module, name: str, seed: int) -> None:
     """Give an adapter values that move a model's tokens."""
     randomise(model, name, seed=seed, scale=0.7)
+
+
+def tensors_of(model: nn.Module, name: str) -> dict[str, torch.Tensor]:
+    """The tensors of an adapter by the path of their part."""
+    return {
+        f"{path}/{number}/{key}": tensor
+        for number, (path, part) in enumerate(parts_of(model, name))
+        for key, tensor in part.named_parameters()
+    }
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import grafts
 from bases import ids
+from caches import cache_of, going_on
 from conftest import shake
 from grafts.registry import parts_of
 
@@ -167,11 +168,11 @@ def test_generation_goes_on_from_a_returned_cache(name: str, config: grafts.Adap
     tokens, mask = batch()
     whole = model.generate(tokens, attention_mask=mask, max_new_tokens=NEW, do_sample=False)
     begun = model.generate(tokens, attention_mask=mask, max_new_tokens=3, do_sample=False, return_dict_in_generate=True)
-    for cache in (copy.deepcopy(begun.past_key_values), begun.past_key_values):
+    for cache in (copy.deepcopy(cache_of(begun)), cache_of(begun)):
         more = model.generate(
             begun.sequences,
             attention_mask=torch.ones_like(begun.sequences),
-            past_key_values=cache,
+            **going_on(cache),
             max_new_tokens=NEW - 3,
             do_sample=False,
         )
@@ -187,10 +188,10 @@ def test_a_loop_of_ones_own_with_a_cache_gives_the_same(name: str, config: graft
     expected = slow(model, tokens, mask, lambda logits: logits.argmax(-1, keepdim=True))
     output, result = model(input_ids=tokens, use_cache=True), tokens
     for step in range(NEW):
-        assert output.past_key_values.get_seq_length() == tokens.shape[1] + step  # without virtual tokens
+        assert cache_of(output).get_seq_length() == tokens.shape[1] + step  # without virtual tokens
         token = output.logits[:, -1].argmax(-1, keepdim=True)
         result = torch.cat([result, token], 1)
-        output = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
+        output = model(input_ids=token, **going_on(cache_of(output)), use_cache=True)
     assert torch.equal(result, expected)
 
 
@@ -231,19 +232,19 @@ def test_one_static_cache_serves_several_prompts_one_after_the_other() -> None:
     for adapter in ("en", "longer", "en", ()):
         grafts.activate(model, adapter)
         cache.reset()
-        static = model.generate(tokens, attention_mask=mask, past_key_values=cache, max_new_tokens=NEW, do_sample=False)
+        static = model.generate(tokens, attention_mask=mask, **going_on(cache), max_new_tokens=NEW, do_sample=False)
         assert torch.equal(static, model.generate(tokens, attention_mask=mask, max_new_tokens=NEW, do_sample=False))
 
 
 def test_cache_lengths_and_cropping_count_tokens_only() -> None:
     model = model_of("llama", CONFIGS["prompt"])
     tokens, _ = batch()
-    cache = model(input_ids=tokens, use_cache=True).past_key_values
+    cache = cache_of(model(input_ids=tokens, use_cache=True))
     assert cache.get_seq_length() == 5
     assert cache.layers[0].keys.shape[2] == 8
     cache.crop(-1)
     assert cache.get_seq_length() == 4
-    again = model(input_ids=tokens[:, 4:], past_key_values=cache).logits[:, -1]
+    again = model(input_ids=tokens[:, 4:], **going_on(cache)).logits[:, -1]
     torch.testing.assert_close(again, model(input_ids=tokens).logits[:, -1])
 
 

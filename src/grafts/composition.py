@@ -14,7 +14,7 @@ from grafts.errors import StateError
 SITE_NAMES = ("grafts", "grafts_attention", "grafts_model")
 
 _OF_SITES = {"setup", "children_of", "parts", "running", "routed", "append", "remove", "attach", "detach", "hooks", "acts"}
-_OF_SITES |= {"child", "project", "kernel", "call", "route", "names", "functions", "eager"}
+_OF_SITES |= {"child", "project", "kernel", "call", "route", "signature", "functions", "eager"}
 
 
 def child_key(name: str) -> str:

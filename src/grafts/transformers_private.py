@@ -1,4 +1,6 @@
-"""The names of `transformers` that are private to it, or not meant to be replaced. Nothing else of this package touches one.
+"""The names of `transformers` that are private to it, or not meant to be replaced, each where no public one would do.
+
+Nothing else of this package touches one, but for the last two below, which have to be read where they are needed.
 
 - `Trainer._load_from_checkpoint`, `Trainer._load_best_model`: what a Trainer calls to resume, and to end with the best model.
   They know models, and adapters inside a `peft.PeftModel`; for adapters on a model itself they find nothing to load.
@@ -8,6 +10,11 @@
 - `get_model_conversion_mapping` and, before 5, ``_checkpoint_conversion_mapping`` of a model: what the modules of older
   checkpoints are called today.
 - ``_no_split_modules`` of a model: which of its modules have to stay on one device, which `accelerate` asks for.
+- ``_attn_implementation`` of a config, in `grafts.sites.attention`: the name of the kernel that an attention module fetches.
+  `transformers` says it in no other way, and modules read it under that name.
+- ``_hf_hook`` of a module, in `grafts.weights` and `grafts.placement`: the hook with which `accelerate` spreads a model.
+
+What the arguments of a call are called in which version is no private matter; `grafts.sites.arguments` knows it.
 """
 
 from __future__ import annotations

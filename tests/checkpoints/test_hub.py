@@ -19,6 +19,7 @@ from torch import Tensor
 import bases
 import grafts
 from bases import BY_NAME
+from closeness import assert_rounded
 from conftest import randomise
 from grafts.checkpoints.saving import checkpoint_files
 from hubserver import TOKEN, Hub, serving
@@ -88,7 +89,7 @@ def test_adapter_of_a_repository_is_loaded_at_each_revision(hub: Hub) -> None:
     ):
         model = ready()
         report = model.load_adapter("someone/lora", revision=revision)
-        assert torch.equal(logits(model), expected)
+        assert_rounded(logits(model), expected)
         assert report.path.name == (repository.refs["main"] if revision in (None, "main") else old)
     with pytest.raises(grafts.CheckpointError, match="has no revision 'v9'"):
         ready().load_adapter("someone/lora", revision="v9")
@@ -111,13 +112,13 @@ def test_what_was_fetched_is_there_without_a_connection(hub: Hub, monkeypatch: p
     asked = len(hub.asked)
     model = ready()
     model.load_adapter("someone/lora", local_files_only=True)
-    assert torch.equal(logits(model), expected)
+    assert_rounded(logits(model), expected)
     assert len(hub.asked) == asked
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     new_sessions()
     model = ready()
     model.load_adapter("someone/lora")
-    assert torch.equal(logits(model), expected)
+    assert_rounded(logits(model), expected)
     assert len(hub.asked) == asked
     with pytest.raises(grafts.CheckpointError, match="the cache does not hold"):
         ready().load_adapter("someone/other")
@@ -137,7 +138,7 @@ def test_private_and_gated_repositories_need_the_token(hub: Hub) -> None:
         for name in ("someone/private", "someone/gated"):
             model = ready()
             model.load_adapter(name, **options)
-            assert torch.equal(logits(model), expected)
+            assert_rounded(logits(model), expected)
 
 
 def test_adapter_in_a_subfolder_and_a_cache_of_ones_own(hub: Hub, tmp_path: Path) -> None:
@@ -145,7 +146,7 @@ def test_adapter_in_a_subfolder_and_a_cache_of_ones_own(hub: Hub, tmp_path: Path
     hub.add("someone/many", {f"french/{name}": data for name, data in files.items()} | {"README.md": b"many"})
     model = ready()
     model.load_adapter("someone/many", adapter_kwargs={"subfolder": "french", "cache_dir": tmp_path / "own"})
-    assert torch.equal(logits(model), expected)
+    assert_rounded(logits(model), expected)
     assert (tmp_path / "own").is_dir()
     with pytest.raises(grafts.CheckpointError, match=r"holds no adapter_config\.json, so no adapter"):
         ready().load_adapter("someone/many")
@@ -176,7 +177,7 @@ def test_slow_answer_is_waited_for_and_one_that_is_too_slow_is_an_error(hub: Hub
     hub.slow["adapter_config.json"] = 0.3
     model = ready()
     model.load_adapter("someone/lora")
-    assert torch.equal(logits(model), expected)
+    assert_rounded(logits(model), expected)
     hub.add("someone/slow", files)
     hub.slow["adapter_model.safetensors"] = 3.0
     monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.2)
@@ -202,7 +203,7 @@ def test_pushed_adapter_has_a_card_and_loads_again(hub: Hub) -> None:
     assert {"adapter_config.json", "adapter_model.safetensors", "README.md"} <= set(repository.commits[sha])
     other = ready()
     other.load_adapter("someone/pushed", token=TOKEN)
-    assert torch.equal(logits(other), logits(model))
+    assert_rounded(logits(other), logits(model))
     card = repository.commits[sha]["README.md"].decode()
     _, front, text = card.split("---\n", 2)
     facts = yaml.safe_load(front)
@@ -230,7 +231,7 @@ def test_verbs_push_to_a_branch_and_a_subfolder(hub: Hub) -> None:
     folder = grafts.fetch("someone/verbs", revision="trial", subfolder="a/b")
     other = BY_NAME["llama"].model()
     grafts.load(other, folder)
-    assert torch.equal(logits(other), logits(model))
+    assert_rounded(logits(other), logits(model))
     assert list(hub.repositories["someone/verbs"].commits[hub.repositories["someone/verbs"].refs["main"]]) == [
         ".gitattributes"
     ]
@@ -263,7 +264,7 @@ def test_base_and_adapter_come_in_one_call(hub: Hub, tmp_path: Path) -> None:
     randomise(model, "default")
     hub.add("someone/prompt", checkpoint_files(model, "default"))
     whole = grafts.from_pretrained("someone/prompt")
-    assert torch.equal(logits(whole), logits(model))
+    assert_rounded(logits(whole), logits(model))
     assert type(whole).__name__ == "LlamaForCausalLM"
 
 
@@ -286,7 +287,7 @@ def test_trainer_pushes_its_checkpoint(hub: Hub, tmp_path: Path) -> None:
         assert said in card
     other = ready()
     other.load_adapter("someone/trained")
-    assert torch.equal(logits(other), logits(model))
+    assert_rounded(logits(other), logits(model))
 
 
 def test_saving_and_loading_a_folder_open_no_connection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

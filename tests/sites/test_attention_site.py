@@ -18,6 +18,7 @@ from torch import nn
 import grafts
 from attending import ARCHITECTURES, CUSTOM, Architecture, read_prompt, slow_prefixes, slow_prompts
 from bases import BY_NAME, SDPABlock, ids, noise
+from caches import cache_of, going_on
 from conftest import randomise
 from grafts.registry import parts_of
 from grafts.sites.attention import AttendingPart, ConfigView
@@ -364,7 +365,7 @@ def test_gates_scale_keys_and_values_and_refuse_a_cache() -> None:
     begun = llama(input_ids=ids(), use_cache=True)
     assert torch.equal(begun.logits, whole)
     with pytest.raises(grafts.StateError, match="use_cache=False"):
-        llama(input_ids=ids()[:, :1], past_key_values=begun.past_key_values)
+        llama(input_ids=ids()[:, :1], **going_on(cache_of(begun)))
 
 
 def test_reordered_upcast_attention_has_no_kernel_to_reach() -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import bases
 import grafts
 from bases import BY_NAME, Base, ids
+from caches import cache_of, going_on
 from conftest import randomise
 from grafts.registry import parts_of
 
@@ -219,11 +220,11 @@ def test_an_old_cache_goes_on_with_the_tokens_that_it_holds() -> None:
     whole = model(input_ids=tokens).logits[:, -1]
     grafts.activate(model, "en")
     expected = model(input_ids=tokens).logits[:, -1]
-    cache = model(input_ids=tokens[:, :-1], use_cache=True).past_key_values
+    cache = cache_of(model(input_ids=tokens[:, :-1], use_cache=True))
     twin = copy.deepcopy(cache)
     grafts.deactivate(model)
     for one in (cache, twin):
-        torch.testing.assert_close(model(input_ids=tokens[:, -1:], past_key_values=one).logits[:, -1], expected)
+        torch.testing.assert_close(model(input_ids=tokens[:, -1:], **going_on(one)).logits[:, -1], expected)
     assert not torch.allclose(whole, expected)
 
 

@@ -165,7 +165,7 @@ def _files(model: nn.Module, name: str, values: Mapping[str, Any], tensors: Mapp
         "config": values,
         "hidden_size": getattr(own_config, "hidden_size", None),
         "model_class": type(model).__name__,
-        "model_name": getattr(own_config, "_name_or_path", "") or "",
+        "model_name": getattr(own_config, "name_or_path", "") or "",
         "model_type": getattr(own_config, "model_type", None),
         "name": name,
         "version": VERSION,

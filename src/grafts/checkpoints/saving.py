@@ -186,7 +186,7 @@ def file_config(model: nn.Module, registry: Registry, name: str, made: Plan, mem
     if "fan_in_fan_out" in values:
         values["fan_in_fan_out"] = any(body.layers[path].kind == "transposed-linear" for path in own if path in body.layers)
     if values["base_model_name_or_path"] is None:
-        values["base_model_name_or_path"] = getattr(getattr(model, "config", None), "_name_or_path", None) or None
+        values["base_model_name_or_path"] = getattr(getattr(model, "config", None), "name_or_path", None) or None
     if values["task_type"] is None and values["auto_mapping"] is None:
         cls = next(cls for cls in type(model).__mro__ if not cls.__module__.startswith("torch.distributed"))
         values["auto_mapping"] = {"base_model_class": cls.__name__, "parent_library": cls.__module__}

@@ -474,7 +474,7 @@ class PeftAdapterMixin:
         written, known = ModelCard.load(file), self._registry()
         for name in self._chosen():
             plan = known.plans[name]
-            base = plan.config.base_model_name_or_path or getattr(getattr(self, "config", None), "_name_or_path", None)
+            base = plan.config.base_model_name_or_path or getattr(getattr(self, "config", None), "name_or_path", None)
             written.data.library_name = "peft"
             written.data.base_model = written.data.base_model or base or None
             written.data.tags = list(dict.fromkeys([*(written.data.tags or ()), "grafts", plan.method.name]))

@@ -7,7 +7,6 @@ Built-in methods are the modules of this package; other packages offer theirs as
 from __future__ import annotations
 
 import importlib
-import inspect
 import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from grafts.blending import Blend
 from grafts.config import AdapterConfig
 from grafts.errors import ConfigError, did_you_mean
+from grafts.sites.arguments import CallSignature
 from grafts.sites.site import Part
 from grafts.stream import Stream, Sublayer
 from grafts.weights import Layer, LayerKind
@@ -49,9 +49,9 @@ class Place:
     number: int = field(default=0, compare=False)
     others: tuple[Place, ...] = field(default=(), compare=False, repr=False)
 
-    def takes(self, argument: str) -> bool:
-        """Whether the module's ``forward`` takes an argument of that name."""
-        return argument in inspect.signature(type(self.host).forward).parameters
+    def takes(self, kind: str) -> bool:
+        """Whether the module's ``forward`` takes an argument of this kind, one of those in `grafts.sites.arguments`."""
+        return CallSignature(type(self.host).forward).takes(kind)
 
 
 Parts = Mapping[str, Part]

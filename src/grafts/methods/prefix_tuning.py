@@ -14,6 +14,7 @@ from grafts.attentions import CROSS_ATTENTION, DECODER_INPUT, ENCODER_ATTENTION,
 from grafts.config import config, option
 from grafts.errors import CheckpointError, ConfigError, StateError
 from grafts.methods import Files, FileTarget, Parts, Place, method
+from grafts.sites.arguments import POSITIONS
 from grafts.sites.attention import AttendingPart, Attention
 from grafts.sites.model import ModelPart, embeds_positions
 from grafts.sites.site import Part
@@ -141,15 +142,10 @@ class PrefixPart(AttendingPart):
             return None
         knows: Any = first.distances[0]
         numbers = self.numbers()
-        here = torch.arange(attention.query.shape[2], device=numbers.device)[:, None] + numbers.shape[0] + attention.past()
-        buckets = knows._relative_position_bucket(
-            torch.arange(numbers.shape[0], device=numbers.device)[None] - here,
-            bidirectional=not knows.is_decoder,
-            num_buckets=knows.relative_attention_num_buckets,
-            max_distance=knows.relative_attention_max_distance,
-        )
-        bias: Tensor = knows.relative_attention_bias(buckets)
-        return bias.permute(2, 0, 1)[None]
+        # the module makes the bias of all positions up to the last query, as if the prefix were its first tokens
+        length, queries = numbers.shape[0], attention.query.shape[2]
+        bias: Tensor = knows.compute_bias(length + attention.past() + queries, length)
+        return bias[:, :, -queries:]
 
 
 class PrefixEncoder(nn.Module):
@@ -196,7 +192,7 @@ def counted(config: PrefixTuningConfig, places: Sequence[Place], everywhere: Seq
     attending = [place for place in places if place.layer.kind == "attending"]
     inputs = [place for place in everywhere if place.layer.kind == "input"]
     heard = {INPUT, DECODER_INPUT if {"self", "cross"} & set(config.attention) else ENCODER_INPUT}
-    taking = [place for place in inputs if place.role in heard and place.takes("position_ids")]
+    taking = [place for place in inputs if place.role in heard and place.takes(POSITIONS)]
     if config.count_positions:
         taking = taking or [place for place in inputs if place.role in heard and embeds_positions(place.host)]
     by_distance = any(getattr(place.host, "has_relative_attention_bias", False) for place in attending)

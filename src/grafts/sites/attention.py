@@ -9,7 +9,6 @@ module whose adapters are idle, runs the real kernel itself.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -20,13 +19,21 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from grafts.errors import StateError
+from grafts.sites.arguments import (
+    CACHE,
+    CACHE_POSITIONS,
+    ENCODER_STATES,
+    POSITIONS,
+    SPELLINGS,
+    CallArguments,
+    CallSignature,
+    says_length,
+)
 from grafts.sites.interception import Interception, Steps, route_of, unflatten, written_forward
 from grafts.sites.prefixes import Prefix, PrefixedCache, extended
 from grafts.sites.site import Part, Site
 
 KERNEL = "grafts"  # the name under which `transformers` finds the kernel of this file
-_CACHES = ("past_key_values", "past_key_value", "layer_past")
-_OTHER_STATES = ("key_value_states", "encoder_hidden_states")  # what cross-attention calls that which it attends to
 
 
 @dataclass(frozen=True)
@@ -81,8 +88,13 @@ class Attention:
         """How many tokens came before the queries; looks into the cache, which has taken in theirs."""
         if self.begin is not None:
             return int(self.begin[0])
-        if not hasattr(self.cache, "get_seq_length"):
+        if self.cache is None:
             return 0
+        if not says_length(self.cache):
+            raise StateError(
+                f"a {type(self.host).__name__} keeps its keys in a {type(self.cache).__name__}, which does not say how "
+                "many there are, and an acting adapter has to know: call it with use_cache=False"
+            )
         return max(int(self.cache.get_seq_length()) - self.query.shape[2], 0)
 
     def rows(self, where: Tensor) -> Attention:
@@ -137,7 +149,7 @@ class AttentionSite(Site):
     """All adapters inside one attention module."""
 
     child = "grafts_attention"
-    _called: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+    _called: CallArguments | None = None
     _captured: list[tuple[Tensor, Tensor]] | None = None
     _late: Tensor | None = None
     _values: Tensor | None = None
@@ -148,7 +160,7 @@ class AttentionSite(Site):
         """Stand between the module and its kernel."""
         forward = written_forward(type(host))
         self.route = route_of(type(host))  # type: ignore[arg-type]
-        self.names = tuple(inspect.signature(forward).parameters)[1:]
+        self.signature = CallSignature(forward)
         if self.route == "interface":
             self.functions = forward.__globals__["ALL_ATTENTION_FUNCTIONS"]
             self.eager = forward.__globals__.get("eager_attention_forward")
@@ -174,11 +186,10 @@ class AttentionSite(Site):
         if self.setup.rows is None and self.setup.routed:
             self.setup.require_forward()
         if self.acts():
-            self._called = args, kwargs
+            self._called = self.signature.bind(args, kwargs)
             self._reached = False
             if self.route != "interface":
-                hidden = args[0] if args else kwargs[self.names[0]]
-                self._mode = self._watch(host, hidden.shape[0])
+                self._mode = self._watch(host, self._called.first().shape[0])
                 self._mode.__enter__()  # type: ignore[no-untyped-call]
 
     def _watch(self, host: nn.Module, batch: int) -> Interception:
@@ -222,24 +233,24 @@ class AttentionSite(Site):
 
     def _neutral(self, prompt: Tensor) -> dict[str, Any]:
         """The arguments of the present call with ``prompt`` for tokens at position 0, without mask and cache."""
-        assert self._called is not None
-        args, kwargs = self._called
-        given = {**dict(zip(self.names, args, strict=False)), **kwargs}
-        others = [name for name in _OTHER_STATES if isinstance(given.get(name), Tensor)]
-        hidden = given[self.names[0]]
-        length = prompt.shape[1]
-        result = {name: _neutral(name, value, length) for name, value in given.items()}
-        result[self.names[0]] = hidden.new_zeros(1, 1, hidden.shape[-1]) if others else prompt
+        called = self._called
+        assert called is not None
+        hidden, length = called.first(), prompt.shape[1]
+        others = [name for name in SPELLINGS[ENCODER_STATES] if isinstance(called.values.get(name), Tensor)]
+        if not others:
+            called.require_no_other_states(hidden)
+        result = {name: _neutral(name, value, length) for name, value in called.values.items()}
+        # cross-attention projects keys and values from other states than its input
+        result[self.signature.names[0]] = hidden.new_zeros(1, 1, hidden.shape[-1]) if others else prompt
         return result | dict.fromkeys(others, prompt)
 
     def _present(self, host: nn.Module, query: Tensor, key: Tensor, scaling: float | None) -> Attention:
-        assert self._called is not None
-        args, kwargs = self._called
-        hidden = args[0] if args else kwargs[self.names[0]]
-        cache = next((c for name in _CACHES if (c := kwargs.get(name)) is not None), None)
+        called = self._called
+        assert called is not None
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        begin = kwargs.get("cache_position")
-        return Attention(self, host, query, key.shape[1], scale, hidden, self.setup.prompt_bias, cache, begin)
+        cache, begin = called.get(CACHE), called.get(CACHE_POSITIONS)
+        bias = self.setup.prompt_bias
+        return Attention(self, host, query, key.shape[1], scale, called.first(), bias, cache, begin)
 
     def kernel(
         self, host: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, arguments: dict[str, Any]
@@ -399,9 +410,10 @@ def _neutral(name: str, value: Any, length: int) -> Any:
             return torch.ones(*lead, length, value.shape[-1], dtype=value.dtype, device=value.device)
         if name == "sin":
             return torch.zeros(*lead, length, value.shape[-1], dtype=value.dtype, device=value.device)
-        if name == "cache_position":
+        if name in SPELLINGS[CACHE_POSITIONS]:
             return torch.arange(length, device=value.device)
-        return torch.zeros(1, length, dtype=value.dtype, device=value.device) if name == "position_ids" else None
+        positions = name in SPELLINGS[POSITIONS]
+        return torch.zeros(1, length, dtype=value.dtype, device=value.device) if positions else None
     return value if value is None or isinstance(value, (bool, int, float, str)) else None
 
 

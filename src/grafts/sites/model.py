@@ -16,7 +16,25 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from grafts.errors import StateError
-from grafts.sites.room import CacheView, Room, cache_in, forget_view, make_room, past_of, taken
+from grafts.sites.arguments import (
+    CACHE,
+    CACHE_POSITIONS,
+    EMBEDDINGS,
+    ENCODER_MASK,
+    ENCODER_STATES,
+    MASK,
+    POSITIONS,
+    TOKEN_TYPES,
+    TOKENS,
+    CallArguments,
+    CallSignature,
+    cache_in,
+    is_cache,
+    offset_parameter,
+    says_length,
+    versions,
+)
+from grafts.sites.room import CacheView, Room, forget_view, make_room, past_of, taken
 from grafts.sites.site import Part, Site
 
 
@@ -75,20 +93,23 @@ class ModelSite(Site):
     _shift: int | Tensor = 0
     _pending: tuple[Room, Tensor, Tensor] | None = None  # what the embeddings are to be given
     _own: Tensor | int = 0  # where the tokens are in the output, or how many positions come before them
+    _cache: Any = None  # what the present call was given to keep keys and values in
+    _counted: int | None = None  # how many positions the cache has to hold after the present call, which begins a sequence
 
     def hooks(self, host: nn.Module) -> tuple[RemovableHandle, ...]:
         """Act before and after the module."""
-        self.names = tuple(inspect.signature(type(host).forward).parameters)[1:]
+        self.signature = CallSignature(type(host).forward)
         handles: tuple[RemovableHandle, ...] = (
             host.register_forward_pre_hook(self._before, with_kwargs=True),
             host.register_forward_hook(self._after, with_kwargs=True),
         )
         if isinstance(embeddings := getattr(host, "embeddings", None), nn.Module):
             handles = (*handles, embeddings.register_forward_hook(self._embedded))
-        if "position_ids" in self.names or not embeds_positions(host):
+        if self.signature.takes(POSITIONS) or not embeds_positions(host):
             return handles
         positions = host.get_submodule("embed_positions")
-        self.position_names = tuple(inspect.signature(type(positions).forward).parameters)[1:]
+        self.embedded_signature = CallSignature(type(positions).forward)
+        self.offset = offset_parameter(type(positions))
         return (*handles, positions.register_forward_pre_hook(self._positions, with_kwargs=True))
 
     def _embedded(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
@@ -111,34 +132,46 @@ class ModelSite(Site):
                     "adapter_names: this model makes its positions itself, so its rows cannot count other prefixes"
                 )
             shift = int(shift[0])
-        given = {**dict(zip(self.position_names, args, strict=False)), **kwargs}
-        if given.get("position_ids") is not None:
-            return (), given | {"position_ids": given["position_ids"] + shift}
-        return (), given | {"past_key_values_length": given.get("past_key_values_length", 0) + shift}
+        given = self.embedded_signature.bind(args, kwargs)
+        positions = given.get(POSITIONS)
+        if positions is not None:
+            given.set(POSITIONS, positions + shift)
+        else:
+            assert self.offset is not None
+            given.values[self.offset] = given.values.get(self.offset, 0) + shift
+        return given.passed_on()
 
     def _before(
         self, host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        given = {**dict(zip(self.names, args, strict=False)), **kwargs}
-        cache = given.get("past_key_values")
+        given = self.signature.bind(args, kwargs)
+        self._room, self._counted = None, None
+        acts = self.acts()
+        # a cache that holds virtual tokens has to be known also where nothing acts any more
+        cache = self._cache = given.get(CACHE)
         view = CacheView.of(cache)
-        self._room = None
-        if view is None and not self.acts():
+        if view is None and not acts:
             return None
         if view is not None:
             view.inside = True
-        embeds = given.get("inputs_embeds")
-        tokens = given.get("input_ids") if embeds is None else embeds
-        if tokens is None:
-            return None
-        batch = tokens.shape[0]
+        embeds = given.get(EMBEDDINGS)
+        tokens = given.get(TOKENS) if embeds is None else embeds
         groups = self._parts_by_row()
         acting = [part for _, parts in groups for part in parts]
         placed = view is not None or any(part.length for part in acting)
         # where positions are given and nothing is put in, the cache need not be asked, which on a GPU takes time
         listens = any(isinstance(part, ListeningPart) for part in acting)
-        asks = placed or listens or given.get("position_ids") is None
-        past = past_of(cache, given.get("cache_position"), view) if asks else 0
+        asks = placed or listens or given.get(POSITIONS) is None
+        past = 0
+        if asks:
+            if placed or listens:
+                _require_padded(given, _PLACED if placed else _COUNTED)
+            given.require_readable(host)
+            past = past_of(cache, given.get(CACHE_POSITIONS), view)
+            given.require_known(host, past, placed=placed)
+        elif tokens is None:
+            return None
+        batch = tokens.shape[0]
         shift = self._shift = self._numbers(groups, "shift", batch, tokens)
         if past == 0 and placed:
             if view is not None:
@@ -149,16 +182,18 @@ class ModelSite(Site):
             if room is not None and not room.count:
                 room = None
         self._room = room
+        if asks and past == 0 and not torch.compiler.is_compiling():
+            self._counted = tokens.shape[1] + (0 if room is None else room.count)
         if listens:
             self._tell(groups, given, room, past, tokens)
         self._move(given, host, room, past, tokens, shift)
-        if "encoder_attention_mask" in self.names:
+        if self.signature.takes(ENCODER_MASK):
             encoder = self._numbers(groups, "encoder_length", batch, tokens)
             after_first = any(part.after_first for part in acting)
             _lengthen_encoder_mask(given, encoder, batch, after_first=after_first, snug=_counts_distances(host))
-        return (), given
+        return given.passed_on()
 
-    def _tell(self, groups: _Groups, given: dict[str, Any], room: Room | None, past: int, tokens: Tensor) -> None:
+    def _tell(self, groups: _Groups, given: CallArguments, room: Room | None, past: int, tokens: Tensor) -> None:
         """Tell the parts that listen which tokens there are.
 
         Args:
@@ -168,9 +203,9 @@ class ModelSite(Site):
             past: how many positions the cache holds.
             tokens: what comes new, ``(batch, tokens, ...)``.
         """
-        (batch, new), mask = tokens.shape[:2], given.get("attention_mask")
+        (batch, new), mask = tokens.shape[:2], given.get(MASK)
         before = past - room.count if room is not None and past else past
-        _require_rows(given, "an adapter that counts tokens needs")
+        _require_rows(given, _COUNTED)
         real = torch.ones(batch, before + new, dtype=torch.long, device=tokens.device)
         if mask is not None:
             real = mask[:, : before + new].ne(0).to(torch.long)
@@ -208,22 +243,22 @@ class ModelSite(Site):
             result[where] = sum(getattr(part, name) for part in parts)
         return result
 
-    def _begin(self, groups: _Groups, given: dict[str, Any], host: nn.Module, batch: int, tokens: Tensor) -> Room | None:
+    def _begin(self, groups: _Groups, given: CallArguments, host: nn.Module, batch: int, tokens: Tensor) -> Room | None:
         """Put virtual tokens among ``inputs_embeds``; returns the room that they take."""
         groups = [(key, [part for part in parts if part.length]) for key, parts in groups]
         parts = [part for _, some in groups for part in some]
         if not parts:
             return None
-        _require_rows(given, "virtual tokens need")
+        _require_rows(given, _PLACED)
         if len({part.after_first for part in parts}) > 1:
             raise StateError("adapters whose virtual tokens come before and after the first token cannot act together")
         if len({part.after_embeddings for part in parts}) > 1:
             raise StateError("adapters whose virtual tokens come before and after the embeddings cannot act together")
-        embeds = given.get("inputs_embeds")
+        embeds = given.get(EMBEDDINGS)
         if embeds is None:
-            embeds = parts[0].embed(host)(given["input_ids"])
+            embeds = parts[0].embed(host)(given.get(TOKENS))
         pooled, embedded = getattr(host, "pooler", None) is not None, parts[0].after_embeddings
-        snug = given.get("attention_mask") is not None and _counts_distances(host)
+        snug = given.get(MASK) is not None and _counts_distances(host)
         if self.setup.rows is None:
             virtual = torch.cat([part.virtual() for part in parts]).to(embeds.device, embeds.dtype)
             room = Room(virtual.shape[0], tokens.shape[1], None, parts[0].after_first, snug, pooled, embedded)
@@ -242,23 +277,25 @@ class ModelSite(Site):
                     lengths[where] = own.shape[0]
             even = None not in self.setup.rows.names and len({sum(part.length for part in some) for _, some in groups}) == 1
             room = Room(count, tokens.shape[1], None if even else lengths, parts[0].after_first, snug, pooled, embedded)
-        first = room.first(given.get("attention_mask"), batch, embeds.device)
+        first = room.first(given.get(MASK), batch, embeds.device)
         if embedded:
             self._pending = room, virtual, first
         else:
-            given["inputs_embeds"] = room.inserted(embeds, virtual, first)
-            given.update({"input_ids": None} if "input_ids" in given else {})
-        if not embedded and (types := given.get("token_type_ids")) is not None:
-            given["token_type_ids"] = room.inserted(types, types.new_zeros(batch, room.count), first)
+            if given.get(TOKENS) is not None:
+                given.set(TOKENS, None)
+            given.set(EMBEDDINGS, room.inserted(embeds, virtual, first))
+            types = given.get(TOKEN_TYPES)
+            if types is not None:
+                given.set(TOKEN_TYPES, room.inserted(types, types.new_zeros(batch, room.count), first))
         if any(part.kept for part in parts):
             self._own = 0
         else:
             self._own = room.count if room.even else room.tokens(first)
-        make_room(given.get("past_key_values"), room.count, getattr(getattr(host, "config", None), "sliding_window", None))
+        make_room(given.get(CACHE), room.count, getattr(getattr(host, "config", None), "sliding_window", None))
         return room
 
     def _move(
-        self, given: dict[str, Any], host: nn.Module, room: Room | None, past: int, tokens: Tensor, shift: int | Tensor
+        self, given: CallArguments, host: nn.Module, room: Room | None, past: int, tokens: Tensor, shift: int | Tensor
     ) -> None:
         """Let mask and positions follow the virtual tokens.
 
@@ -279,13 +316,13 @@ class ModelSite(Site):
             if "get_extended_attention_mask" in inspect.unwrap(type(host).forward).__code__.co_names:
                 _square(given, batch, count + new, device)
             return
-        if room is not None and given.get("cache_position") is not None:
-            given["cache_position"] = torch.arange(past, past + new + (0 if past else count), device=device)
+        if room is not None and given.get(CACHE_POSITIONS) is not None:
+            given.set(CACHE_POSITIONS, torch.arange(past, past + new + (0 if past else count), device=device))
         uneven = room is not None and room.lengths is not None
-        positions = given.get("position_ids")
+        positions = given.get(POSITIONS)
         if positions is None and not uneven and not (room and room.snug) and not isinstance(shift, Tensor) and shift == 0:
             return
-        if "position_ids" not in self.names:
+        if not self.signature.takes(POSITIONS):
             relative = hasattr(getattr(host, "config", None), "relative_attention_num_buckets")
             if uneven and not relative and (past or not cast(Room, room).gap_last):
                 raise StateError(
@@ -297,38 +334,41 @@ class ModelSite(Site):
             begin = past - count if past else 0
             positions = torch.arange(begin, begin + new, device=device)[None]
         if room is None:
-            given["position_ids"] = positions + shift
+            given.set(POSITIONS, positions + shift)
             return
         lengths = count if room.lengths is None else room.lengths
         if past:
-            given["position_ids"] = positions + shift + lengths
+            given.set(POSITIONS, positions + shift + lengths)
             return
         assert first is not None
         positions = positions.expand(batch, -1)
         start = positions.gather(1, first - 1) + 1 if room.after_first else torch.zeros_like(first)
         virtual = start + torch.arange(count, device=device)[None]
         moved = torch.where(torch.arange(new, device=device)[None] >= first, positions + lengths, positions)
-        given["position_ids"] = room.inserted(moved + shift, virtual + shift, first)
+        given.set(POSITIONS, room.inserted(moved + shift, virtual + shift, first))
 
-    def _masked(self, given: dict[str, Any], room: Room, past: int, batch: int, new: int, device: torch.device) -> Tensor:
+    def _masked(self, given: CallArguments, room: Room, past: int, batch: int, new: int, device: torch.device) -> Tensor:
         """Let the mask follow; returns before which of a row's own tokens the virtual ones stand, ``(batch, 1)``."""
-        mask = given.get("attention_mask")
-        _require_plain(mask, "virtual tokens need")
+        mask = given.get(MASK)
+        _require_plain(mask, _PLACED)
         first = room.first(mask, batch, device)
         if mask is None and room.lengths is not None:
             mask = torch.ones(batch, past + new - (room.count if past else 0), dtype=torch.long, device=device)
         if mask is not None:
-            given["attention_mask"] = room.inserted(mask, None, first)
+            given.set(MASK, room.inserted(mask, None, first))
         return first
 
     def _after(self, host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        given = kwargs.get("past_key_values")
-        view = CacheView.of(given)
         room, self._room, self._shift = self._room, None, 0
-        if room is not None:
-            cache = given if given is not None else cache_in(output)
-            if view is None and hasattr(cache, "get_seq_length"):
-                view = CacheView(cache, room)
+        cache, self._cache = self._cache, None
+        counted, self._counted = self._counted, None
+        view = CacheView.of(cache)
+        if cache is None and (room is not None or counted is not None):
+            cache = cache_in(output)  # the model has made one
+        if counted is not None:
+            _require_counted(host, cache, counted)
+        if room is not None and view is None and is_cache(cache):
+            view = CacheView(cache, room)
         if view is not None:
             view.inside = False
         own, self._own = self._own, 0
@@ -339,20 +379,62 @@ class ModelSite(Site):
 
 ModelPart.site = ModelSite
 
+_PLACED, _COUNTED = "virtual tokens need", "an adapter that counts tokens needs"
+_PACKED = "{} one sequence a row, and these lie packed in one row: pad them instead"
 
-def _require_rows(given: Mapping[str, Any], who: str) -> None:
+
+def _require_counted(host: nn.Module, cache: Any, counted: int) -> None:
+    """Refuse to go on from a cache that holds something else than what was counted, once a sequence, when it begins.
+
+    A cache that reached the model by a way that is not known would make every later call look like the beginning of another
+    sequence; this says so before a single wrong token comes of it.
+
+    Args:
+        host: the module that was called.
+        cache: what it has put keys and values in, or None.
+        counted: how many positions have to be in it.
+
+    Raises:
+        StateError: naming the versions.
+    """
+    if not says_length(cache):
+        return
+    held = int(cache.get_seq_length())
+    if held != counted:
+        raise StateError(
+            f"the cache of a {type(host).__name__} holds {held} positions after a call in which its adapters counted "
+            f"{counted}, so the next tokens would be wrong: call it with use_cache=False, and report this with {versions()}"
+        )
+
+
+def _require_padded(given: CallArguments, who: str) -> None:
+    """Refuse what says at first sight that sequences lie packed in one row.
+
+    Raises:
+        StateError: saying so.
+    """
+    _require_plain(given.get(MASK), who)
+    if given.values.get("cu_seq_lens_q") is not None:
+        raise StateError(_PACKED.format(who))
+
+
+def _require_rows(given: CallArguments, who: str) -> None:
     """Refuse sequences that lie packed in one row, whose beginnings nobody would find.
 
     Raises:
         StateError: saying so.
     """
-    mask, positions = given.get("attention_mask"), given.get("position_ids")
-    _require_plain(mask, who)
-    packed = given.get("cu_seq_lens_q") is not None
-    if not packed and mask is None and isinstance(positions, Tensor) and positions.dim() == 2 and positions.shape[0] == 1:
-        packed = not torch.compiler.is_compiling() and bool((positions.diff() < 0).any())
-    if packed:
-        raise StateError(f"{who} one sequence a row, and these lie packed in one row: pad them instead")
+    _require_padded(given, who)
+    positions = given.get(POSITIONS)
+    if given.get(MASK) is not None or torch.compiler.is_compiling():
+        return
+    if (
+        isinstance(positions, Tensor)
+        and positions.dim() == 2
+        and positions.shape[0] == 1
+        and bool((positions.diff() < 0).any())
+    ):
+        raise StateError(_PACKED.format(who))
 
 
 def _require_plain(mask: Any, who: str) -> None:
@@ -370,7 +452,7 @@ def _require_plain(mask: Any, who: str) -> None:
 def embeds_positions(host: nn.Module) -> bool:
     """Whether a module makes positions itself and embeds them in a child that can be told of others (BART's decoder)."""
     child = getattr(host, "embed_positions", None)
-    return isinstance(child, nn.Module) and "past_key_values_length" in inspect.signature(type(child).forward).parameters
+    return isinstance(child, nn.Module) and offset_parameter(type(child)) is not None
 
 
 def _cut(value: Any, own: Tensor | int, length: int) -> Any:
@@ -394,11 +476,11 @@ def _cut(value: Any, own: Tensor | int, length: int) -> Any:
     return value.narrow(dim, own, length - own) if isinstance(own, int) else taken(value, own, dim)
 
 
-def _square(given: dict[str, Any], batch: int, length: int, device: torch.device) -> None:
+def _square(given: CallArguments, batch: int, length: int, device: torch.device) -> None:
     """Give the mask for every query, to models before `transformers` 5, which else make it for as many as there are tokens."""
-    mask = given.get("attention_mask")
+    mask = given.get(MASK)
     mask = torch.ones(batch, length, dtype=torch.long, device=device) if mask is None else mask
-    given["attention_mask"] = mask[:, None].expand(batch, length, length)
+    given.set(MASK, mask[:, None].expand(batch, length, length))
 
 
 def _counts_distances(host: nn.Module) -> bool:
@@ -407,7 +489,7 @@ def _counts_distances(host: nn.Module) -> bool:
     return any(getattr(config, name, None) is not None for name in ("sliding_window", "relative_attention_num_buckets"))
 
 
-def _lengthen_encoder_mask(given: dict[str, Any], lengths: int | Tensor, batch: int, *, after_first: bool, snug: bool) -> None:
+def _lengthen_encoder_mask(given: CallArguments, lengths: int | Tensor, batch: int, *, after_first: bool, snug: bool) -> None:
     """Let a decoder see the virtual tokens of its encoder.
 
     Args:
@@ -417,7 +499,7 @@ def _lengthen_encoder_mask(given: dict[str, Any], lengths: int | Tensor, batch: 
         after_first: whether they stand after the first token.
         snug: whether they stand after padding.
     """
-    states, mask = given.get("encoder_hidden_states"), given.get("encoder_attention_mask")
+    states, mask = given.get(ENCODER_STATES), given.get(ENCODER_MASK)
     if states is None or (isinstance(lengths, int) and lengths == 0):
         return
     count = lengths if isinstance(lengths, int) else int(lengths.max())
@@ -426,4 +508,4 @@ def _lengthen_encoder_mask(given: dict[str, Any], lengths: int | Tensor, batch: 
         mask = torch.ones(batch, own, dtype=torch.long, device=states.device)
     if mask is not None and mask.dim() == 2 and mask.shape[1] == own:
         room = Room(count, own, None if isinstance(lengths, int) else lengths, after_first, snug, False)
-        given["encoder_attention_mask"] = room.inserted(mask, None, room.first(mask, batch, mask.device))
+        given.set(ENCODER_MASK, room.inserted(mask, None, room.first(mask, batch, mask.device)))

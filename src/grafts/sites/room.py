@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -163,17 +162,16 @@ def make_room(cache: Any, count: int, window: int | None) -> None:
 
 
 def past_of(cache: Any, position: Tensor | None, view: CacheView | None) -> int:
-    """How many positions a cache holds, virtual tokens too."""
-    if cache is None or not hasattr(cache, "get_seq_length"):
+    """How many positions a cache holds, virtual tokens too.
+
+    Args:
+        cache: the cache, or None.
+        position: where the call says that its tokens go in the cache, ``(tokens,)``, or None.
+        view: of the cache, where it holds virtual tokens.
+    """
+    if cache is None:
         return 0
     if position is None:
         return int(cache.get_seq_length())
     begin = int(position[0])  # older static caches cannot count padding; callers count tokens
     return begin + view.room.count if begin and view is not None else begin
-
-
-def cache_in(output: Any) -> Any:
-    """The cache that a model gives back in its output, or None."""
-    if isinstance(output, Mapping):
-        return output.get("past_key_values")
-    return next((value for value in output if hasattr(value, "get_seq_length")), None) if isinstance(output, tuple) else None

@@ -1,0 +1,359 @@
+"""What a call carries is recognised under every spelling, or refused: never passed over."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import bases
+import grafts
+from bases import ids
+from caches import CACHE, cache_of, going_on
+from conftest import randomise
+from grafts.sites import arguments
+from grafts.sites.arguments import CallSignature, could_be_cache
+from grafts.sites.model import ModelSite
+
+# every way of acting at a model's input: putting tokens in, counting them, needing all of them, moving their positions
+ACTING: dict[str, Any] = {
+    "prompt": "prompt_tuning[num_virtual_tokens=3]",
+    "p-tuning": "p_tuning[num_virtual_tokens=3]",
+    "reft": "loreft[suffix_positions=0]",
+    "gated bottleneck": "seq_bn[use_gating=True,reduction_factor=4]",
+    "gated lora": "lora[use_gating=True]",
+    "counted prefix": grafts.PrefixTuningConfig(num_virtual_tokens=3),
+}
+COUNTING = {name: text for name, text in ACTING.items() if not name.startswith("gated")}  # they go on from a cache
+every_acting = pytest.mark.parametrize("text", ACTING.values(), ids=ACTING)
+every_counting = pytest.mark.parametrize("text", COUNTING.values(), ids=COUNTING)
+
+
+def llama() -> Any:
+    torch.manual_seed(0)
+    return bases.llama(initializer_range=0.3).model.eval().requires_grad_(False)
+
+
+def bert() -> Any:
+    from transformers import BertModel
+
+    torch.manual_seed(0)
+    return BertModel(bases.bert_config()).eval().requires_grad_(False)
+
+
+def adapted(model: Any, text: str) -> Any:
+    grafts.add(model, text, name="en")
+    randomise(model, "en", scale=0.7)
+    return model
+
+
+def respelled(model: Any, old: str, new: str, unwrap: Callable[[Any], Any] = lambda value: value) -> Any:
+    """The model with an argument of its ``forward`` called otherwise, as another version might call it."""
+    written = type(model).forward
+    parameters = list(inspect.signature(written).parameters.values())
+    names = [p.name for p in parameters]
+    assert old in names
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        values = {**dict(zip(names[1:], args, strict=False)), **kwargs}
+        values[old] = unwrap(values.pop(new, None))
+        return written(self, **values)
+
+    changed = [p.replace(name=new) if p.name == old else p for p in parameters]
+    forward.__signature__ = inspect.Signature(changed)  # type: ignore[attr-defined]
+    model.__class__ = type(type(model).__name__, (type(model),), {"forward": forward})
+    return model
+
+
+class Hidden:
+    """A cache that does not say what it is."""
+
+    def __init__(self, cache: Any) -> None:
+        self.inner = cache
+
+
+def new_cache(model: Any) -> Any:
+    from transformers import DynamicCache
+
+    return DynamicCache(config=model.config)
+
+
+@torch.no_grad()
+@every_counting
+def test_cache_under_a_third_name_is_known_by_its_protocol(text: str) -> None:
+    model = adapted(respelled(llama(), CACHE, "memory"), text)
+    tokens = ids()
+    whole = model(input_ids=tokens, use_cache=False).last_hidden_state
+    cache = new_cache(model)
+    begun = model(input_ids=tokens[:, :4], memory=cache, use_cache=True).last_hidden_state
+    steps = [model(input_ids=tokens[:, i : i + 1], memory=cache, use_cache=True).last_hidden_state for i in range(4, 7)]
+    # other shapes, other kernels: equal within the rounding of float32
+    torch.testing.assert_close(torch.cat([begun, *steps], 1), whole, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+@every_acting
+def test_cache_that_hides_under_a_third_name_is_refused(text: str) -> None:
+    model = respelled(llama(), CACHE, "memory", lambda held: None if held is None else held.inner)
+    adapted(model, text)
+    with pytest.raises(grafts.StateError, match=r"'memory' .*may be a cache.*transformers"):
+        model(input_ids=ids(), memory=Hidden(new_cache(model)), use_cache=True)
+    model(input_ids=ids(), use_cache=False)
+
+
+@torch.no_grad()
+@every_acting
+@pytest.mark.parametrize("name", [CACHE, "memory"])
+def test_tuples_that_were_caches_once_are_refused(text: str, name: str) -> None:
+    model = adapted(respelled(llama(), CACHE, name, lambda held: None) if name != CACHE else llama(), text)
+    legacy = tuple((torch.zeros(2, 2, 3, 4), torch.zeros(2, 2, 3, 4)) for _ in range(2))
+    with pytest.raises(grafts.StateError, match=r"does not say how many tokens it holds|may be a cache"):
+        model(input_ids=ids(), **{name: legacy})
+
+
+def two_spellings() -> list[str]:
+    return [CACHE, *(["past_key_values"] if CACHE != "past_key_values" else [])]
+
+
+@torch.no_grad()
+@every_counting
+@pytest.mark.parametrize("how", [*two_spellings(), "by position"])
+def test_old_and_new_spelling_and_position_go_on_from_a_cache(text: str, how: str) -> None:
+    model = adapted(llama(), text)
+    tokens = ids()
+    expected = model(input_ids=tokens, use_cache=False).last_hidden_state[:, -1:]
+    begun = model(input_ids=tokens[:, :-1], use_cache=True)
+    cache = cache_of(begun)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*is deprecated", FutureWarning)  # the old name, of the version that renamed it
+        if how == "by position":
+            last = model(tokens[:, -1:], None, None, cache)
+        else:
+            last = model(input_ids=tokens[:, -1:], **{how: cache})
+    torch.testing.assert_close(last.last_hidden_state, expected, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+@every_counting
+@pytest.mark.parametrize("how", two_spellings())
+def test_generate_goes_on_from_a_cache_by_both_spellings(text: str, how: str) -> None:
+    torch.manual_seed(0)
+    model: Any = adapted(bases.llama(initializer_range=0.3, eos_token_id=None).eval().requires_grad_(False), text)
+    tokens = ids()
+    whole = model.generate(tokens, max_new_tokens=6, do_sample=False)
+    begun = model.generate(tokens, max_new_tokens=2, do_sample=False, return_dict_in_generate=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*is deprecated", FutureWarning)
+        more = model.generate(begun.sequences, max_new_tokens=4, do_sample=False, **{how: cache_of(begun)})
+    assert torch.equal(more, whole)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", [name for name in ACTING if name != "counted prefix"])
+def test_mask_under_a_third_name_is_refused(name: str) -> None:
+    model = adapted(respelled(llama(), "attention_mask", "visible"), ACTING[name])
+    with pytest.raises(grafts.StateError, match=r"'visible' .*something for each token.*they know input_ids"):
+        model(input_ids=ids(), visible=torch.ones(2, 7, dtype=torch.long), use_cache=False)
+    if name not in ("prompt", "p-tuning"):  # those change the mask themselves where there are rows
+        model(input_ids=ids(), use_cache=False)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shape", [(1, 7), (2, 7), (3, 2, 7)], ids=str)
+def test_positions_under_a_third_name_are_refused_by_what_puts_tokens_in(shape: tuple[int, ...]) -> None:
+    model = adapted(respelled(llama(), "position_ids", "places"), ACTING["prompt"])
+    with pytest.raises(grafts.StateError, match=r"'places' .*something for each token"):
+        model(input_ids=ids(), places=torch.arange(7).expand(shape))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["token_type_ids", "bbox", "task_type_ids", "deep"])
+def test_what_else_there_is_for_each_token_is_refused_by_what_puts_tokens_in(name: str) -> None:
+    values = {"bbox": torch.zeros(2, 7, 4), "deep": [torch.zeros(2, 7, 16)]}
+    model = respelled(bert(), "token_type_ids", name, lambda value: None) if name != "token_type_ids" else bert()
+    adapted(model, ACTING["prompt"])
+    call = {"input_ids": ids(), name: values.get(name, torch.zeros(2, 7, dtype=torch.long))}
+    if name == "token_type_ids":  # the one that is known
+        model(**call)
+        return
+    with pytest.raises(grafts.StateError, match=f"'{name}' .*something for each token"):
+        model(**call)
+    grafts.delete(model, "en")
+    adapted(model, "loreft")  # counts tokens, and has nothing to do with them
+    model(**call)
+
+
+@torch.no_grad()
+@every_acting
+def test_call_without_tokens_of_a_known_name_is_refused(text: str) -> None:
+    model = adapted(respelled(llama(), "input_ids", "words"), text)
+    with pytest.raises(grafts.StateError, match=r"called with words.*look for input_ids or inputs_embeds"):
+        model(words=ids(), use_cache=False)
+
+
+class Keeper(nn.Module):
+    """A decoder that keeps its cache to itself, and so gets to it by a way that nobody can see."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = llama()
+        self.config = self.inner.config
+        self.kept = new_cache(self.inner)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.inner.get_input_embeddings()
+
+    def forward(self, input_ids: Tensor | None = None, inputs_embeds: Tensor | None = None, attention_mask: Any = None) -> Any:
+        return self.inner(
+            input_ids=input_ids,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            use_cache=True,
+            **going_on(self.kept),
+        )
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["prompt", "reft", "gated lora"])
+def test_cache_that_comes_by_a_back_door_is_noticed_at_the_first_step(name: str) -> None:
+    model: Any = Keeper().eval()
+    text = ACTING[name]
+    if name == "prompt":
+        grafts.add(model, text, name="en")
+    else:  # these stand on layers, which are those of the inner model
+        interface = grafts.infer_interface(model, inputs={"input_ids": ids()})
+        grafts.add(model, text, name="en", interface=interface)
+    model.kept = new_cache(model.inner)
+    randomise(model, "en")
+    model(input_ids=ids())
+    with pytest.raises(grafts.StateError, match=r"holds \d+ positions .* counted \d+.*use_cache=False.*transformers \d"):
+        model(input_ids=ids()[:, :1])
+
+
+@torch.no_grad()
+@every_counting
+def test_what_the_cache_holds_is_looked_at_once_a_generation(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import grafts.sites.model as site
+
+    torch.manual_seed(0)
+    model: Any = adapted(bases.llama(eos_token_id=None).eval().requires_grad_(False), text)
+    seen = []
+    check = site._require_counted
+    monkeypatch.setattr(site, "_require_counted", lambda *given: seen.append(given[2]) or check(*given))
+    for _ in range(2):
+        model.generate(ids(), max_new_tokens=6, do_sample=False)
+    counted = 0 if text is ACTING["counted prefix"] else 2
+    assert len(seen) == counted
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["prompt", "reft", "gated bottleneck"])
+@pytest.mark.parametrize("kind", ["Mamba", "Rwkv"])
+def test_states_that_count_no_tokens_are_refused(kind: str, name: str) -> None:
+    import transformers
+
+    sizes = {
+        "vocab_size": 50,
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": None,
+    }
+    config = getattr(transformers, f"{kind}Config")(**sizes)
+    torch.manual_seed(0)
+    model: Any = getattr(transformers, f"{kind}ForCausalLM")(config).eval().requires_grad_(False)
+    adapted(model, ACTING[name])
+    with pytest.raises(grafts.StateError, match=r"does not say how many tokens it holds.*use_cache=False"):
+        model.generate(ids(), max_new_tokens=3, do_sample=False)
+    assert model.generate(ids(), max_new_tokens=3, do_sample=False, use_cache=False).shape == (2, 10)
+
+
+def test_every_spelling_belongs_to_one_kind_and_is_read_and_written_as_one() -> None:
+    spelled = [name for names in arguments.SPELLINGS.values() for name in names]
+    assert len(spelled) == len(set(spelled))
+    for kind, names in arguments.SPELLINGS.items():
+        for name in names:
+            namespace: dict[str, Any] = {}
+            exec(f"def forward(self, x=None, {name}=None, **more): pass", namespace)
+            signature = CallSignature(namespace["forward"])
+            assert signature.takes(kind)
+            for call in (signature.bind((1, 2), {}), signature.bind((), {"x": 1, name: 2})):
+                assert call.get(kind) == 2
+                call.set(kind, 3)
+                assert call.passed_on() == ((), {"x": 1, name: 3})
+
+
+def test_arguments_without_names_are_passed_on_in_their_order() -> None:
+    def forward(self: object, x: int, *rest: int, **more: int) -> None: ...
+
+    call = CallSignature(forward).bind((1, 2, 3), {"more": 4})
+    assert call.first() == 1
+    assert call.passed_on() == ((1, 2, 3), {"more": 4})
+
+
+def test_an_argument_that_the_module_does_not_take_is_not_made_up() -> None:
+    def forward(self: object, input_ids: Tensor) -> None: ...
+
+    with pytest.raises(grafts.StateError, match="takes no mask"):
+        CallSignature(forward).bind((ids(),), {}).set(arguments.MASK, ids())
+
+
+PLAIN = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.just(torch.float32) | st.just(torch.ones(2, 3)),
+    lambda inner: st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(PLAIN, st.integers(1, 3))
+def test_plain_data_is_no_cache_and_pairs_of_tensors_are(value: Any, layers: int) -> None:
+    assert not could_be_cache("anything", value)
+    legacy = tuple((torch.ones(1, 2, 3, 4), torch.ones(1, 2, 3, 4)) for _ in range(layers))
+    assert could_be_cache("anything", legacy)
+    assert could_be_cache("anything", {"within": legacy})
+
+
+def test_input_site_knows_the_signature_of_its_module() -> None:
+    model = adapted(llama(), ACTING["prompt"])
+    site = model._modules[ModelSite.child]
+    assert site.signature.name_of(arguments.CACHE) == CACHE
+    assert site.signature.takes(arguments.POSITIONS)
+
+
+class CrossAttention(nn.Module):
+    """Attention of ones own to other states than its input, which it is given under a name of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(16, 16) for _ in range(4))
+        self.k_norm = nn.LayerNorm(16)  # so that keys come from the module itself, run over the prompt
+
+    def forward(self, hidden_states: Tensor, seen: Tensor | None = None) -> Tensor:
+        other = hidden_states if seen is None else seen
+        q, k, v = (
+            x.unflatten(-1, (2, -1)).transpose(1, 2)
+            for x in (self.q_proj(hidden_states), self.k_norm(self.k_proj(other)), self.v_proj(other))
+        )
+        return self.o_proj(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(-2))
+
+
+@torch.no_grad()
+def test_what_attention_attends_to_under_a_third_name_is_refused() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential()
+    model.add_module("cross", CrossAttention().eval())
+    grafts.add(model, grafts.AdaptionPromptConfig(adapter_len=3, target_modules=["cross"], adapter_layers=1), name="en")
+    randomise(model, "en")
+    x, other = torch.randn(2, 5, 16), torch.randn(2, 7, 16)
+    model.cross(x)
+    with pytest.raises(grafts.StateError, match=r"'seen', \(2, 7, 16\), which may be what it attends to"):
+        model.cross(x, seen=other)
