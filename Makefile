@@ -1,6 +1,8 @@
 # Each target makes the virtual environment that it needs; PYTHON=python3.12 make ... chooses another interpreter.
-.PHONY: demo test check bench architectures docs test-matrix test-adapterhub format clean
+.PHONY: demo test check bench architectures docs format clean \
+	test-newest test-newest-short test-matrix test-alignment test-processors test-adapterhub
 
+PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
@@ -18,6 +20,7 @@ check: $(VENV)/.dev
 	$(BIN)/mypy
 	$(BIN)/python scripts/check_imports.py
 	$(BIN)/python scripts/changelog_version.py
+	$(BIN)/python scripts/tested_versions.py check
 	$(BIN)/mkdocs build --strict --quiet --site-dir build/site
 
 format: $(VENV)/.dev
@@ -36,23 +39,35 @@ architectures: $(VENV)/.dev
 
 # AdapterHub's library needs an older transformers, and so an environment of its own.
 test-adapterhub: $(VENV)/.dev
-	scripts/venv.sh .venv-hub dev transformers==4.57.6 datasets accelerate
+	scripts/venv.sh .venv-hub dev constraints.txt transformers==4.57.6 datasets accelerate
 	.venv-hub/bin/python -m pip install --quiet --disable-pip-version-check adapters==1.3.0
 	$(BIN)/python -m pytest tests/checkpoints/test_adapterhub_files.py
 
-# The suite on the oldest and the newest supported transformers, and without peft, each in its own environment.
+# The suite with the newest versions of everything, as a fresh install gives them; warnings of deprecation are printed.
+test-newest:
+	$(PYTHON) scripts/tested_versions.py run newest
+
+# The same for the truths and generation only: what the gate shows, and does not fail by.
+test-newest-short:
+	$(PYTHON) scripts/tested_versions.py run newest --short
+
+# The suite at both ends of what is declared as supported, each in its own environment; writes the table of tested versions.
 test-matrix:
-	scripts/venv.sh .venv-4.57 dev transformers==4.57.6 datasets accelerate
-	.venv-4.57/bin/python -m pytest -n $(WORKERS)
-	scripts/venv.sh .venv-newest dev transformers
-	.venv-newest/bin/python -m pytest -n $(WORKERS)
-	scripts/venv.sh .venv-no-peft dev
-	.venv-no-peft/bin/python -m pip uninstall --quiet --yes peft
-	.venv-no-peft/bin/python -m pytest -n $(WORKERS)
+	$(PYTHON) scripts/tested_versions.py run all
+
+# The suite with every tensor of the models at an odd address.
+test-alignment: $(VENV)/.dev
+	GRAFTS_TEST_ALIGNMENT=odd $(BIN)/python -m pytest -n $(WORKERS)
+
+# The suite as other processors and machines run it: without their widest registers, with two threads, in another order.
+test-processors: $(VENV)/.dev
+	ATEN_CPU_CAPABILITY=default MKL_ENABLE_INSTRUCTIONS=SSE4_2 ONEDNN_MAX_CPU_ISA=SSE41 $(BIN)/python -m pytest -n $(WORKERS)
+	ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 $(BIN)/python -m pytest -n $(WORKERS)
+	GRAFTS_TEST_THREADS=2 $(BIN)/python -m pytest -n 1 --random-order
 
 $(VENV)/.demo $(VENV)/.dev: $(VENV)/.%: FORCE
 	@scripts/venv.sh $(VENV) $*
 FORCE:
 
 clean:
-	rm -rf .venv .venv-4.57 .venv-newest .venv-no-peft build demo-output
+	rm -rf .venv .venv-* build demo-output

@@ -46,7 +46,7 @@ def activation(name: str | None) -> Activation:
     if known in _KNOWN:
         return _KNOWN[known]
     try:
-        return cast(Activation, importlib.import_module("transformers.activations").ACT2FN[known])
+        return cast("Activation", importlib.import_module("transformers.activations").ACT2FN[known])
     except (ImportError, KeyError) as error:
         raise ConfigError(
             f"no activation is called {name!r}; known: {', '.join(_KNOWN)}, and those of transformers"

@@ -309,7 +309,7 @@ class _Reader:
             if out is not None:
                 before, after = self.find(path, pre, where), self.find(path, norm, where)
                 width = self._width(out, before, after, embeddings)
-                sublayers.append(Sublayer(number, cast(SublayerKind, kind), out, before, after, width))
+                sublayers.append(Sublayer(number, cast("SublayerKind", kind), out, before, after, width))
         width = sublayers[-1].width if sublayers else self._width(path, None, None, embeddings)
         return StreamLayer(number, path, width, tuple(sublayers))
 

@@ -447,7 +447,7 @@ def bare(model: M) -> M:
         site.detach(host)
     registry.calls.detach(twin)
     _known.pop(twin, None)
-    return cast(M, twin)
+    return cast("M", twin)
 
 
 @contextlib.contextmanager

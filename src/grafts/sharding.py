@@ -93,5 +93,5 @@ def _whole(parameter: Tensor, names: Mapping[int, str], state: Mapping[str, Tens
             raise StateError(f"the state dict does not hold {name!r}, which is the adapter's")
         parameter = state[name]
     if is_piece(parameter):
-        return cast(Any, parameter).full_tensor()  # type: ignore[no-any-return]
+        return cast("Any", parameter).full_tensor()  # type: ignore[no-any-return]
     return parameter.detach()

@@ -108,7 +108,7 @@ class VirtualPart(ModelPart):
 
     def embed(self, host: nn.Module) -> nn.Module:
         """What makes embeddings of tokens in ``host``."""
-        return cast(nn.Module, embedding_of(host))
+        return cast("nn.Module", embedding_of(host))
 
     def numbers(self) -> Tensor:
         """What a file holds of it, ``(length, embedding size)``."""

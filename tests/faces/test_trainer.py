@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import bases
 import grafts
 from bases import BY_NAME
-from closeness import assert_rounded
+from closeness import assert_all_rounded, assert_bitwise, assert_rounded
 from conftest import any_config
 from grafts.methods import Method
 
@@ -67,11 +67,6 @@ def tensors(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
-    assert one.keys() == other.keys()
-    assert all(torch.equal(one[key], other[key]) for key in one)
-
-
 def trainable(method: Method) -> grafts.AdapterConfig:
     """The method's config for a training of a few steps."""
     if "total_step" in method.config.field_names():
@@ -88,7 +83,7 @@ def test_training_resumed_from_a_checkpoint_ends_where_the_uninterrupted_one_doe
     assert {"adapter_config.json", "adapter_model.safetensors"} <= held
     assert not any(name.startswith(("model", "pytorch_model")) or name == "config.json" for name in held)
     trained(resumed, tmp_path / "resumed", checkpoint)
-    assert_same(tensors(whole), tensors(resumed))
+    assert_all_rounded(tensors(whole), tensors(resumed))
     assert any(not torch.equal(value, before[key]) for key, value in tensors(whole).items())
     assert type(whole).__name__ == "LlamaForCausalLM"
 
@@ -141,7 +136,7 @@ def test_best_model_is_loaded_at_the_end(tmp_path: Path) -> None:
     assert Path(trainer.state.best_model_checkpoint).name == "checkpoint-2"
     best = grafts.init(BY_NAME["llama"].model())
     best.load_adapter(tmp_path / "checkpoint-2")
-    assert_same(tensors(model), tensors(best))
+    assert_bitwise(tensors(model), tensors(best))
     last = grafts.init(BY_NAME["llama"].model())
     last.load_adapter(tmp_path / f"checkpoint-{STEPS}")
     assert not torch.equal(next(iter(tensors(last).values())), next(iter(tensors(model).values())))
@@ -160,7 +155,7 @@ def test_several_adapters_are_saved_and_resumed_together(tmp_path: Path) -> None
     checkpoint = tmp_path / "whole" / f"checkpoint-{STEPS // 2}"
     assert sorted(path.name for path in checkpoint.iterdir() if path.is_dir()) == ["default", "scale"]
     trained(resumed, tmp_path / "resumed", checkpoint)
-    assert_same(tensors(whole), tensors(resumed))
+    assert_all_rounded(tensors(whole), tensors(resumed))
 
 
 def test_checkpoint_of_another_adapter_is_refused_and_nothing_is_changed(tmp_path: Path) -> None:
@@ -169,12 +164,12 @@ def test_checkpoint_of_another_adapter_is_refused_and_nothing_is_changed(tmp_pat
     before = tensors(model)
     with pytest.raises(grafts.CheckpointError, match="does not fit"):
         trained(model, tmp_path / "two", tmp_path / "one" / f"checkpoint-{STEPS}")
-    assert_same(tensors(model), before)
+    assert_bitwise(tensors(model), before)
     model = fresh(grafts.LoraConfig(target_modules=["q_proj", "v_proj", "o_proj"]))
     before = tensors(model)
     with pytest.raises(grafts.CheckpointError, match=r"missing .*o_proj"):
         trained(model, tmp_path / "more", tmp_path / "one" / f"checkpoint-{STEPS}")
-    assert_same(tensors(model), before)
+    assert_bitwise(tensors(model), before)
     model = fresh()
     model.add_adapter(grafts.IA3Config(), "scale")
     model.train_adapter(["default", "scale"])
@@ -222,7 +217,7 @@ def test_compiled_model_trains_and_resumes(tmp_path: Path) -> None:
     checkpoint = tmp_path / "whole" / f"checkpoint-{STEPS // 2}"
     assert (checkpoint / "adapter_model.safetensors").is_file()
     trained(resumed, tmp_path / "resumed", checkpoint, torch_compile=True, torch_compile_backend="eager")
-    assert_same(tensors(whole), tensors(resumed))
+    assert_all_rounded(tensors(whole), tensors(resumed))
 
 
 def test_seq2seq_trainer_generates_and_resumes(tmp_path: Path) -> None:
@@ -239,7 +234,7 @@ def test_seq2seq_trainer_generates_and_resumes(tmp_path: Path) -> None:
     predicted = trainer.predict(rows(8)).predictions
     assert predicted.shape[0] == 8
     run(resumed, tmp_path / "resumed", tmp_path / "whole" / f"checkpoint-{STEPS // 2}")
-    assert_same(tensors(whole), tensors(resumed))
+    assert_all_rounded(tensors(whole), tensors(resumed))
 
 
 def test_training_with_nothing_trainable_says_so(tmp_path: Path) -> None:
@@ -273,7 +268,7 @@ def test_model_without_adapters_is_saved_and_resumed_as_ever(tmp_path: Path) -> 
     checkpoint = tmp_path / "whole" / f"checkpoint-{STEPS // 2}"
     assert (checkpoint / "model.safetensors").is_file()
     trained(resumed, tmp_path / "resumed", checkpoint)
-    assert_same(dict(whole.named_parameters()), dict(resumed.named_parameters()))
+    assert_all_rounded(dict(whole.named_parameters()), dict(resumed.named_parameters()))
 
 
 def test_state_of_the_trainer_names_the_adapter_checkpoint(tmp_path: Path) -> None:
@@ -297,7 +292,7 @@ def test_class_of_ones_own_resumes_too(tmp_path: Path) -> None:
     whole, resumed = model(), model()
     trained(whole, tmp_path / "whole")
     trained(resumed, tmp_path / "resumed", tmp_path / "whole" / f"checkpoint-{STEPS // 2}")
-    assert_same(tensors(whole), tensors(resumed))
+    assert_all_rounded(tensors(whole), tensors(resumed))
 
 
 def test_model_inside_a_module_of_ones_own_is_trained_and_resumed_as_that_one_says(tmp_path: Path) -> None:
@@ -312,4 +307,4 @@ def test_model_inside_a_module_of_ones_own_is_trained_and_resumed_as_that_one_sa
     whole, resumed = Outer(), Outer()
     trained(whole, tmp_path / "whole")
     trained(resumed, tmp_path / "resumed", tmp_path / "whole" / f"checkpoint-{STEPS // 2}")
-    assert_same(tensors(whole.inner), tensors(resumed.inner))
+    assert_all_rounded(tensors(whole.inner), tensors(resumed.inner))

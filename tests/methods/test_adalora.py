@@ -16,7 +16,7 @@ from torch import nn
 
 import grafts
 from bases import BY_NAME, ids
-from closeness import assert_rounded
+from closeness import assert_all_rounded, assert_rounded
 from grafts.registry import parts_of
 from peers import peft
 
@@ -158,7 +158,7 @@ def test_driving_by_hand_is_the_same_and_doing_both_is_an_error() -> None:
         optimizer.step()
         allocator.update_and_allocate(step + 1)
         optimizer.zero_grad()
-    assert all(torch.equal(tensors(twin)[name], p) for name, p in tensors(model).items())
+    assert_all_rounded(tensors(twin), tensors(model))
     with pytest.raises(grafts.StateError, match="14 steps of the optimizer already"):
         grafts.rank_allocator(model, "en").drive_by_hand()
 
@@ -207,7 +207,7 @@ def test_a_copy_in_the_middle_of_training_goes_on_as_the_first(how: object) -> N
     train(model, steps=6)
     twin = how(model)  # type: ignore[operator]
     assert train(model, steps=8) == train(twin, steps=8)
-    assert all(torch.equal(tensors(twin)[name], p) for name, p in tensors(model).items())
+    assert_all_rounded(tensors(twin), tensors(model))
 
 
 @pytest.mark.parametrize("fused", [False, True])

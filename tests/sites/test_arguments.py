@@ -18,6 +18,7 @@ import grafts
 from bases import ids
 from caches import CACHE, cache_of, going_on
 from conftest import randomise
+from grafts.registry import parts_of
 from grafts.sites import arguments
 from grafts.sites.arguments import CallSignature, could_be_cache
 from grafts.sites.model import ModelSite
@@ -357,3 +358,132 @@ def test_what_attention_attends_to_under_a_third_name_is_refused() -> None:
     model.cross(x)
     with pytest.raises(grafts.StateError, match=r"'seen', \(2, 7, 16\), which may be what it attends to"):
         model.cross(x, seen=other)
+
+
+@torch.no_grad()
+def test_another_input_may_have_as_many_items_as_there_are_tokens() -> None:
+    from transformers import LxmertConfig, LxmertModel
+
+    sizes = {"vocab_size": 50, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 24, "visual_feat_dim": 6}
+    model = LxmertModel(LxmertConfig(**sizes, l_layers=1, x_layers=1, r_layers=1)).eval()
+    grafts.add(model, ACTING["prompt"], name="en")
+    for items in (4, 7):
+        model(input_ids=ids(), visual_feats=torch.randn(2, items, 6), visual_pos=torch.randn(2, items, 4))
+
+
+class Labelled(Keeper):
+    """A decoder without a mask that is given labels."""
+
+    def forward(  # type: ignore[override]
+        self, input_ids: Tensor | None = None, inputs_embeds: Tensor | None = None, labels: Tensor | None = None
+    ) -> Any:
+        return self.inner(input_ids=input_ids, inputs_embeds=inputs_embeds, use_cache=False)
+
+
+@torch.no_grad()
+def test_labels_are_no_mask_and_have_to_follow_virtual_tokens() -> None:
+    model: Any = Labelled().eval()
+    interface = grafts.infer_interface(model, inputs={"input_ids": ids()})
+    grafts.add(model, "loreft", name="en", interface=interface)
+    model(input_ids=ids(), labels=ids())
+    model(input_ids=ids(), labels=torch.ones_like(ids()))
+    grafts.delete(model, "en")
+    grafts.add(model, ACTING["prompt"], name="en")
+    with pytest.raises(grafts.StateError, match=r"'labels' .*something for each token"):
+        model(input_ids=ids(), labels=ids())
+
+
+def test_tokens_that_go_behind_others_need_a_cache_that_is_known() -> None:
+    from grafts.sites.room import past_of
+
+    assert past_of(None, torch.arange(4), None) == 0
+    with pytest.raises(grafts.StateError, match="go to position 5, and it carries no cache"):
+        past_of(None, torch.arange(5, 6), None)
+
+    class Silent:
+        def get_seq_length(self) -> None: ...
+
+    with pytest.raises(grafts.StateError, match="Silent does not say how many tokens"):
+        past_of(Silent(), None, None)
+
+
+@torch.no_grad()
+def test_token_ids_that_are_more_than_embeddings_are_not_replaced() -> None:
+    from transformers import Gemma3nForCausalLM, Gemma3nTextConfig
+
+    sizes = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes |= {"num_key_value_heads": 1, "head_dim": 8, "vocab_size_per_layer_input": 50, "hidden_size_per_layer_input": 8}
+    more = {"laurel_rank": 4, "num_kv_shared_layers": 0, "activation_sparsity_pattern": [0.0, 0.0], "altup_num_inputs": 2}
+    kinds = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8, "pad_token_id": 0}
+    model = Gemma3nForCausalLM(Gemma3nTextConfig(**sizes, **more, **kinds)).eval()
+    grafts.add(model, ACTING["prompt"], name="en")
+    with pytest.raises(grafts.StateError, match="makes per_layer_inputs of its token ids"):
+        model(input_ids=ids())
+
+
+@torch.no_grad()
+def test_positions_in_several_dimensions_follow_virtual_tokens() -> None:
+    from transformers import Qwen2VLTextConfig, Qwen2VLTextModel
+
+    sizes = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    rope = {"rope_type": "default", "mrope_section": [1, 1, 2]}
+    config = Qwen2VLTextConfig(**sizes, num_key_value_heads=1, rope_scaling=rope, pad_token_id=0)
+    torch.manual_seed(0)
+    model: Any = Qwen2VLTextModel(config).eval().requires_grad_(False)
+    tokens, virtual = ids(), torch.randn(3, 16)
+    embeds = torch.cat([virtual.expand(2, -1, -1), model.get_input_embeddings()(tokens)], 1)
+    expected = model(inputs_embeds=embeds, position_ids=torch.arange(10).expand(3, 2, 10), use_cache=False).last_hidden_state
+    grafts.add(model, ACTING["prompt"], name="en")
+    for _, part in parts_of(model, "en"):
+        part.prompt.copy_(virtual)
+    for positions in (torch.arange(7).expand(3, 2, 7), torch.arange(7).expand(3, 1, 7)):
+        result = model(input_ids=tokens, position_ids=positions, use_cache=False).last_hidden_state
+        torch.testing.assert_close(result, expected[:, 3:], rtol=1e-4, atol=1e-5)
+    begun = model(input_ids=tokens[:, :6], position_ids=torch.arange(6).expand(3, 2, 6), use_cache=True)
+    cache = going_on(cache_of(begun))
+    last = model(input_ids=tokens[:, 6:], position_ids=torch.full((3, 2, 1), 6), **cache).last_hidden_state
+    torch.testing.assert_close(last, expected[:, -1:], rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_token_types_of_several_kinds_follow_virtual_tokens() -> None:
+    from transformers import TapasConfig, TapasModel
+
+    sizes = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = TapasModel(TapasConfig(**sizes, max_position_embeddings=32, type_vocab_sizes=[3, 4, 4, 2, 4, 4, 4])).eval()
+    grafts.add(model, ACTING["prompt"], name="en")
+    assert model(input_ids=ids(), token_type_ids=torch.zeros(2, 7, 7, dtype=torch.long)).last_hidden_state.shape == (2, 7, 16)
+
+
+@torch.no_grad()
+def test_module_that_changes_how_many_positions_there_are_is_refused() -> None:
+    from transformers import VisualBertConfig, VisualBertModel
+
+    sizes = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = VisualBertModel(VisualBertConfig(**sizes, visual_embedding_dim=6)).eval()
+    grafts.add(model, ACTING["prompt"], name="en")
+    model(input_ids=ids())
+    with pytest.raises(grafts.StateError, match="gives 12 positions for 10 that went in"):
+        model(input_ids=ids(), visual_embeds=torch.randn(2, 2, 6), visual_attention_mask=torch.ones(2, 2))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("window", [None, 6])
+@pytest.mark.parametrize("after_first", [False, True])
+def test_chunks_of_nothing_but_padding_give_the_same_tokens_or_are_refused(window: int | None, after_first: bool) -> None:
+    from transformers import MistralConfig, MistralForCausalLM
+
+    sizes = {"vocab_size": 60, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
+    torch.manual_seed(0)
+    config = MistralConfig(**sizes, **special, num_key_value_heads=2, initializer_range=0.3, sliding_window=window)
+    model: Any = MistralForCausalLM(config).eval().requires_grad_(False)
+    adapted(model, grafts.PromptTuningConfig(num_virtual_tokens=3, after_first=after_first))
+    tokens = torch.tensor([[0, 0, 5, 6, 7], [9, 8, 5, 4, 3]])
+    settings = {"attention_mask": (tokens != 0).long(), "max_new_tokens": 6, "do_sample": False}
+    if after_first:
+        with pytest.raises(grafts.StateError, match="nothing but padding"):
+            model.generate(tokens, prefill_chunk_size=2, **settings)
+        return
+    expected = model.generate(tokens, use_cache=False, **settings)
+    assert torch.equal(model.generate(tokens, prefill_chunk_size=2, **settings), expected)

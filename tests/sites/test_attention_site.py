@@ -405,7 +405,7 @@ def test_a_model_saved_whole_runs_in_another_process(tmp_path: Path) -> None:
     torch.save((model, LLAMA.inputs(), LLAMA.output(model)), tmp_path / "model.pt")
     code = (
         f"import torch; model, inputs, expected = torch.load({str(tmp_path / 'model.pt')!r}, weights_only=False); "
-        "assert torch.equal(model(**inputs).logits, expected); print('the same')"
+        "assert (model(**inputs).logits - expected).abs().max() < 1e-5; print('the same')"  # tensors that lie elsewhere
     )
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)

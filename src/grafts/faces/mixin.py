@@ -56,7 +56,7 @@ class PeftAdapterMixin:
 
     def _carried(self) -> registry.Registry | None:
         """What the model carries; nothing while it is only being made."""
-        return find_registry(cast(nn.Module, self)) if "_modules" in self.__dict__ else None
+        return find_registry(cast("nn.Module", self)) if "_modules" in self.__dict__ else None
 
     @property
     def _hf_peft_config_loaded(self) -> bool:
@@ -72,7 +72,7 @@ class PeftAdapterMixin:
 
     @property
     def _face(self) -> FaceState:
-        return cast(FaceState, self.__dict__.setdefault("_adapter_face", FaceState()))
+        return cast("FaceState", self.__dict__.setdefault("_adapter_face", FaceState()))
 
     def _registry(self, names: Sequence[str] = ()) -> registry.Registry:
         """What the model carries.
@@ -80,7 +80,7 @@ class PeftAdapterMixin:
         Raises:
             AdapterNameError: there is no adapter, or none of one of these names.
         """
-        known = find_registry(cast(nn.Module, self))
+        known = find_registry(cast("nn.Module", self))
         if known is None:
             raise AdapterNameError("No adapter loaded. Please load an adapter first.")
         for name in names:
@@ -140,7 +140,7 @@ class PeftAdapterMixin:
             CheckpointError: it cannot be had, is broken, or does not fit the model.
             ConfigError: its config cannot be, neither an id nor config and tensors were given, or it cannot be hotswapped.
         """
-        model, name = cast(nn.Module, self), adapter_name if adapter_name is not None else "default"
+        model, name = cast("nn.Module", self), adapter_name if adapter_name is not None else "default"
         there = name in self.peft_config
         swapping = there and self._face.room is not None if hotswap == "auto" else bool(hotswap)
         if swapping and not there:
@@ -163,12 +163,12 @@ class PeftAdapterMixin:
             report, parts = prepare(registry.unwrapped(model), name, checkpoint, None)
             room = self._face.room
             for _, part in parts if room is not None else ():
-                part.require_reservable(cast(int, room))
+                part.require_reservable(cast("int", room))
             if placed:
                 dispatch(model, device_map, max_memory, offload_folder, offload_index)
                 report, parts = prepare(registry.unwrapped(model), name, checkpoint, None)
             for _, part in parts if room is not None else ():
-                part.reserve(cast(int, room))
+                part.reserve(cast("int", room))
             registry.attach_parts(model, name, report.plan, parts, activate=self._face.resting is None, train=is_trainable)
             if self._face.resting is not None:
                 self._face.resting = (name,)
@@ -189,7 +189,7 @@ class PeftAdapterMixin:
         name = adapter_name or "default"
         if name in self.peft_config:
             raise AdapterNameError(f"Adapter with name {name} already exists. Please use a different name.")
-        registry.add(cast(nn.Module, self), config_of(adapter_config), name=name, activate=self._face.resting is None)
+        registry.add(cast("nn.Module", self), config_of(adapter_config), name=name, activate=self._face.resting is None)
         if self._face.resting is not None:
             self._face.resting = (name,)
 
@@ -202,10 +202,10 @@ class PeftAdapterMixin:
         names = (adapter_name,) if isinstance(adapter_name, str) else tuple(adapter_name)
         known = self._registry(names)
         if self._face.resting is None:
-            registry.activate(cast(nn.Module, self), names)
+            registry.activate(cast("nn.Module", self), names)
         else:
             self._face.resting = names
-        registry.train_only(cast(nn.Module, self), [name for name in names if name in known.trainees])
+        registry.train_only(cast("nn.Module", self), [name for name in names if name in known.trainees])
 
     def train_adapter(self, adapter_name: str | list[str]) -> None:
         """Make adapters active, and them the only trainable ones, also where they were loaded frozen.
@@ -215,7 +215,7 @@ class PeftAdapterMixin:
         """
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
         self._registry(names)
-        registry.train_only(cast(nn.Module, self), names)
+        registry.train_only(cast("nn.Module", self), names)
         self.set_adapter(names)
 
     def disable_adapters(self) -> None:
@@ -227,7 +227,7 @@ class PeftAdapterMixin:
         known = self._registry()
         if self._face.resting is None:
             before = known.setup.active
-            registry.deactivate(cast(nn.Module, self))
+            registry.deactivate(cast("nn.Module", self))
             self._face.resting = before
 
     def enable_adapters(self) -> None:
@@ -238,7 +238,7 @@ class PeftAdapterMixin:
         """
         self._registry()
         if self._face.resting is not None:
-            registry.activate(cast(nn.Module, self), self._face.resting)
+            registry.activate(cast("nn.Module", self), self._face.resting)
             self._face.resting = None
 
     def active_adapters(self) -> list[str]:
@@ -259,7 +259,7 @@ class PeftAdapterMixin:
         names = [adapter_names] if isinstance(adapter_names, str) else list(dict.fromkeys(adapter_names))
         self._registry(names).require_unmerged(f"delete {names}")
         for name in names:
-            registry.delete(cast(nn.Module, self), name)
+            registry.delete(cast("nn.Module", self), name)
         if self._face.resting is not None:
             left = self.peft_config
             self._face.resting = tuple(name for name in self._face.resting if name in left) if left else None
@@ -280,7 +280,7 @@ class PeftAdapterMixin:
         known = self._registry(() if adapter_name is None else (adapter_name,))
         name = adapter_name if adapter_name is not None else next(iter(self.active_adapters()), next(iter(known.plans)))
         plan = known.plans[name]
-        with whole(cast(nn.Module, self), [part for _, part in known.parts[name]], state_dict):
+        with whole(cast("nn.Module", self), [part for _, part in known.parts[name]], state_dict):
             each = [adapter_tensors(known, name, one, number) for number, one in enumerate(plan.each())]
             if plan.members:
                 return {f"{at}.{key}": tensor.detach() for at, tensors in enumerate(each) for key, tensor in tensors.items()}
@@ -311,7 +311,7 @@ class PeftAdapterMixin:
                     "It is recommended to call `enable_peft_hotswap` before loading the first adapter: these get new tensors"
                 )
             for name in self.peft_config:
-                reserve(cast(nn.Module, self), name, target_rank)
+                reserve(cast("nn.Module", self), name, target_rank)
         self._face.room = target_rank
 
     def merge_adapter(self, adapter_names: str | list[str] | None = None) -> None:
@@ -323,12 +323,12 @@ class PeftAdapterMixin:
         """
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
         self._registry(names or ())
-        merging.merge(cast(nn.Module, self), names)
+        merging.merge(cast("nn.Module", self), names)
 
     def unmerge_adapter(self) -> None:
         """Give the base weights back, bitwise."""
         self._registry()
-        merging.unmerge(cast(nn.Module, self))
+        merging.unmerge(cast("nn.Module", self))
 
     def save_adapter(
         self,
@@ -349,7 +349,7 @@ class PeftAdapterMixin:
         names = self._chosen() if adapter_name is None else adapter_name
         self._registry([names] if isinstance(names, str) else names)
         several = not isinstance(names, str) and len(names) > 1
-        save(cast(nn.Module, self), names if several or isinstance(names, str) else names[0], save_directory, layout=layout)
+        save(cast("nn.Module", self), names if several or isinstance(names, str) else names[0], save_directory, layout=layout)
 
     def _chosen(self) -> list[str]:
         """The adapters that the model is about: the active and the trainable ones, or all where there are none."""
@@ -381,13 +381,13 @@ class PeftAdapterMixin:
         Raises:
             StateError: there is no adapter, and the class has no ``save_pretrained`` of its own.
         """
-        known = find_registry(cast(nn.Module, self))
+        known = find_registry(cast("nn.Module", self))
         if known is None:
             if not hasattr(super(), "save_pretrained"):
                 raise StateError(f"there is no adapter to save, and a {type(self).__name__} cannot save itself")
             return super().save_pretrained(save_directory, is_main_process, state_dict, *args, **kwargs)  # type: ignore[misc]
         if known.setup.merged:
-            with registry.set_apart(cast(nn.Module, self)):
+            with registry.set_apart(cast("nn.Module", self)):
                 return super().save_pretrained(save_directory, is_main_process, *args, **kwargs)  # type: ignore[misc]
         files = self._files(state_dict, training=True)
         if is_main_process:
@@ -409,7 +409,7 @@ class PeftAdapterMixin:
         self, state: Mapping[str, Tensor] | None = None, about: About | None = None, *, training: bool = False
     ) -> dict[str, bytes]:
         """The files of what the model is about, by their path; with those that training goes on from."""
-        model, names = cast(nn.Module, self), self._chosen()
+        model, names = cast("nn.Module", self), self._chosen()
         files = {name: checkpoint_files(model, name, state=state, about=about) for name in names}
         for name in names if training else ():
             if name in self._registry().trained:
@@ -452,11 +452,11 @@ class PeftAdapterMixin:
         Raises:
             CheckpointError: the hub refuses, or cannot be reached.
         """
-        known = find_registry(cast(nn.Module, self))
+        known = find_registry(cast("nn.Module", self))
         commit = {"commit_message": commit_message, "commit_description": commit_description}
         where: dict[str, Any] = {"private": private, "token": token, "revision": revision, "create_pr": create_pr}
         if known is None or known.setup.merged:
-            return cast(str, super().push_to_hub(repo_id, tags=tags, **commit, **where, **kwargs))  # type: ignore[misc]
+            return cast("str", super().push_to_hub(repo_id, tags=tags, **commit, **where, **kwargs))  # type: ignore[misc]
         about = about or About()
         about = About(**{**about.__dict__, "tags": (*about.tags, *(tags or ()))})
         commit["commit_message"] = commit_message or "Upload adapter"

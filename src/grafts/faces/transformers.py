@@ -56,7 +56,7 @@ def _with_methods(cls: type) -> type:
     if cls not in _classes:
 
         def reduce(self: Any, protocol: Any) -> Any:
-            made = super(cast(Any, _classes[cls]), self).__reduce_ex__(protocol)
+            made = super(cast("Any", _classes[cls]), self).__reduce_ex__(protocol)
             assert made[0] is copyreg.__newobj__  # type: ignore[attr-defined]
             return (_blank, (cls,), *made[2:])
 

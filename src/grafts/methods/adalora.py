@@ -384,7 +384,7 @@ def rank_allocator(model: nn.Module, name: str = "default") -> RankAllocator:
 
 def attached(config: AdaLoraConfig, parts: Parts) -> None:
     """Give the parts of an adapter their allocator."""
-    own = {path: cast(AdaLoraPart, part) for path, part in parts.items()}
+    own = {path: cast("AdaLoraPart", part) for path, part in parts.items()}
     allocator = RankAllocator(config, own)
     for part in own.values():
         part.allocator = allocator
@@ -415,7 +415,7 @@ def _listen_to_trainers() -> None:
 
 def file_values(values: Mapping[str, Any], parts: Parts) -> dict[str, Any]:
     """What training has decided: the ranks that were kept, and how long it was."""
-    allocator = cast(AdaLoraPart, next(iter(parts.values()))).allocator
+    allocator = cast("AdaLoraPart", next(iter(parts.values()))).allocator
     if allocator is None:
         return {}
     decided: dict[str, Any] = {"total_step": allocator.total_step}
@@ -429,7 +429,7 @@ def combined(sources: Sequence[tuple[AdaLoraConfig, Parts, float]], blend: Blend
     collected: dict[str, list[tuple[AdaLoraPart, float]]] = {}
     for _, parts, weight in sources:
         for path, part in parts.items():
-            collected.setdefault(path, []).append((cast(AdaLoraPart, part), weight))
+            collected.setdefault(path, []).append((cast("AdaLoraPart", part), weight))
     ranks = {path: sum(len(part.lora_E) for part, _ in here) for path, here in collected.items()}
     most = max(ranks.values())
     config = dataclasses.replace(
@@ -452,7 +452,7 @@ def combined(sources: Sequence[tuple[AdaLoraConfig, Parts, float]], blend: Blend
 
 
 def _allocator(parts: Parts) -> RankAllocator:
-    allocator = cast(AdaLoraPart, next(iter(parts.values()))).allocator
+    allocator = cast("AdaLoraPart", next(iter(parts.values()))).allocator
     assert allocator is not None
     return allocator
 

@@ -141,7 +141,7 @@ def combined(sources: Sequence[tuple[IA3Config, Parts, float]], blend: Blend) ->
     """
     tensors: dict[str, Tensor] = {}
     for path in dict.fromkeys(path for _, parts, _ in sources for path in parts):
-        here = [(cast(IA3Part, parts[path]), weight) for _, parts, weight in sources if path in parts]
+        here = [(cast("IA3Part", parts[path]), weight) for _, parts, weight in sources if path in parts]
         if len({part.when for part, _ in here}) > 1:
             raise ConfigError(f"{path!r} has its input scaled by one of the adapters and its output by another")
         vectors = torch.stack([part.ia3_l for part, _ in here])

@@ -461,7 +461,7 @@ def combined(sources: Sequence[tuple[LoraConfig, Parts, float]], blend: Blend) -
     for path in dict.fromkeys(path for _, parts, _ in sources for path in parts):
         here = [(parts[path], weight) for _, parts, weight in sources if path in parts]
         for prefix in here[0][0].pieces():
-            pieces = [(cast(LoraPart, part.pieces()[prefix]), weight) for part, weight in here]
+            pieces = [(cast("LoraPart", part.pieces()[prefix]), weight) for part, weight in here]
             made, ranks[path] = _combined_part(path, pieces, blend)
             tensors.update({f"{path}.{prefix}{name}".lstrip("."): tensor for name, tensor in made.items()})
     rank = max(ranks.values())
@@ -507,7 +507,7 @@ def _combined_part(path: str, pieces: Sequence[tuple[LoraPart, float]], blend: B
         tensors["lora_B.bias"] = sum(biases)  # type: ignore[assignment]
     if isinstance(first, DoraPart):
         base = first.base_norm.sqrt()
-        moved = [weight * (cast(DoraPart, part).magnitude - base) for part, weight in pieces]
+        moved = [weight * (cast("DoraPart", part).magnitude - base) for part, weight in pieces]
         tensors["lora_magnitude_vector"] = (
             torch.stack([base, *moved]).sum(0).view(first.file_tensors()["lora_magnitude_vector"].shape)
         )

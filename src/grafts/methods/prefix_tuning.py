@@ -168,7 +168,7 @@ class PrefixEncoder(nn.Module):
     def forward(self, columns: tuple[int, int]) -> Tensor:
         """Keys and values of one layer, ``(length, columns)``."""
         hidden = self.transform[1](self.transform[0](self.embedding.weight))
-        last = cast(nn.Linear, self.transform[2])
+        last = cast("nn.Linear", self.transform[2])
         return F.linear(hidden, last.weight[slice(*columns)], last.bias[slice(*columns)])
 
 

@@ -35,6 +35,8 @@ CACHE_POSITIONS = "positions in the cache"  # (tokens,): where the new tokens go
 ENCODER_STATES = "encoder states"  # (batch, tokens of the encoder, size)
 ENCODER_MASK = "encoder mask"  # (batch, tokens of the encoder)
 
+PER_LAYER = "per_layer_inputs"  # what Gemma 3n and Gemma 4 make of token ids besides embeddings
+
 SPELLINGS: dict[str, tuple[str, ...]] = {
     TOKENS: ("input_ids",),
     EMBEDDINGS: ("inputs_embeds",),
@@ -62,6 +64,8 @@ _KINDS = {name: kind for kind, names in SPELLINGS.items() for name in names}
 
 # Arguments that say nothing of single tokens, though their size may be the number of tokens by chance.
 _OF_NO_TOKEN = frozenset({"head_mask", "cross_attn_head_mask", "decoder_head_mask", "logits_to_keep", "num_items_in_batch"})
+# What the arguments of other inputs than the text begin with: as many images as there are tokens are no accident to refuse.
+_OTHER_INPUTS = ("visual_", "image_", "pixel_", "video_", "audio_", "entity_", "encoder_", "cross_")
 _PLAIN: tuple[type, ...] = (bool, int, float, complex, str, bytes, Enum, range, slice, set, frozenset, type(None))
 _PLAIN += (torch.dtype, torch.device, torch.Size, torch.Generator)
 
@@ -110,7 +114,10 @@ class CallArguments:
 
     def __init__(self, signature: CallSignature, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         self.signature = signature
-        self.values: dict[str, Any] = {**dict(zip(signature.names, args, strict=False)), **kwargs}
+        self.values: dict[str, Any] = {}
+        for name, value in zip(signature.names[: len(args)], args[: len(signature.names)], strict=True):
+            self.values[name] = value
+        self.values.update(kwargs)
         self.unnamed = args[len(signature.names) :]
 
     def get(self, kind: str) -> Any:
@@ -125,8 +132,10 @@ class CallArguments:
             StateError: the module takes none.
         """
         name = self._name(kind)
-        if name is None:
-            name = next((name for name in SPELLINGS[kind] if name in self.values), self.signature.name_of(kind))
+        for spelling in SPELLINGS[kind]:
+            if name is None and spelling in self.values:  # given as None
+                name = spelling
+        name = name or self.signature.name_of(kind)
         if name is None:
             raise StateError(f"the acting adapters have to change the {kind} of this call, and the module takes no {kind}")
         self.values[name] = value
@@ -186,7 +195,8 @@ class CallArguments:
         if name is not None and not says_length(self.values[name]):
             raise StateError(
                 f"a {type(host).__name__} was called with {name!r} (a {type(self.values[name]).__name__}), which does not say "
-                f"how many tokens it holds, and its adapters have to know: call it with use_cache=False ({versions()})"
+                f"how many tokens it holds, and its adapters have to know: call it without (most models: use_cache=False; "
+                f"{versions()})"
             )
 
     def require_known(self, host: nn.Module, past: int, *, placed: bool) -> None:
@@ -209,11 +219,16 @@ class CallArguments:
         for name, value in self._unknown():
             if could_be_cache(name, value):
                 raise self._refused(host, name, "may be a cache that holds tokens")
-            if single or (masks and not placed):
+            if single:
                 continue
-            if any(is_for_each_token(tensor, tokens, past) for tensor in tensors_in(value)):
-                what = "has something for each token" if masks else "has something for each token, and may be a mask"
-                raise self._refused(host, name, what)
+            tensors = [tensor for tensor in tensors_in(value) if is_for_each_token(tensor, tokens, past)]
+            if not placed:
+                if not masks and "label" not in name and any(could_be_mask(tensor) for tensor in tensors):
+                    raise self._refused(host, name, "has something for each token, and may be a mask")
+            elif "position" in name:
+                raise self._refused(host, name, "may say positions of tokens, which virtual tokens move")
+            elif tensors and not name.startswith(_OTHER_INPUTS):
+                raise self._refused(host, name, "has something for each token")
 
     def require_no_other_states(self, hidden: Tensor) -> None:
         """Refuse a call of attention that may attend to other states than its input, by a name that is not known.
@@ -271,8 +286,17 @@ def could_be_cache(name: str, value: Any) -> bool:
         return any(could_be_cache(name, item) for item in value.values())
     if isinstance(value, (tuple, list)):
         pairs = [item for item in value if isinstance(item, (tuple, list)) and any(isinstance(x, Tensor) for x in item)]
-        return bool(pairs) or any(could_be_cache(name, item) for item in value)
+        return len(pairs) > 0 or any(could_be_cache(name, item) for item in value)
     return not callable(value) or "cache" in type(value).__name__.lower()
+
+
+def could_be_mask(value: Tensor) -> bool:
+    """Whether a tensor says no more than yes or no of each token.
+
+    >>> could_be_mask(torch.tensor([[1, 0]])), could_be_mask(torch.tensor([[True]])), could_be_mask(torch.tensor([[1, 7]]))
+    (True, True, False)
+    """
+    return value.dim() == 2 and (value.dtype == torch.bool or bool(((value == 0) | (value == 1)).all()))
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
@@ -303,11 +327,11 @@ def is_for_each_token(value: Tensor, tokens: Tensor, past: int) -> bool:
     """
     batch, new = tokens.shape[:2]
     lengths = (new, new + past)
-    if value.dim() == 4:  # a mask of queries and keys
-        return value.shape[0] in (1, batch) and value.shape[2] in lengths
+    if value.dim() == 4 and value.shape[0] in (1, batch) and value.shape[2] in lengths:  # a mask of queries and keys
+        return True
     if value.dim() == 3 and value.shape[1] == batch and value.shape[2] in lengths:  # positions in several dimensions
         return True
-    return value.dim() in (2, 3) and value.shape[0] in (1, batch) and value.shape[1] in lengths
+    return value.dim() in (2, 3, 4) and value.shape[0] in (1, batch) and value.shape[1] in lengths
 
 
 def cache_in(output: Any) -> Any:

@@ -242,7 +242,9 @@ class AttentionSite(Site):
         result = {name: _neutral(name, value, length) for name, value in called.values.items()}
         # cross-attention projects keys and values from other states than its input
         result[self.signature.names[0]] = hidden.new_zeros(1, 1, hidden.shape[-1]) if others else prompt
-        return result | dict.fromkeys(others, prompt)
+        for name in others:
+            result[name] = prompt
+        return result
 
     def _present(self, host: nn.Module, query: Tensor, key: Tensor, scaling: float | None) -> Attention:
         called = self._called
@@ -386,10 +388,10 @@ class AttentionSite(Site):
         rows = self.setup.rows
         if rows is None:
             for part in self.running():
-                yield cast(AttendingPart, part), None
+                yield cast("AttendingPart", part), None
         else:
             for key, part in self.routed(rows):
-                yield cast(AttendingPart, part), rows.of(key, query.shape[0], query.device)
+                yield cast("AttendingPart", part), rows.of(key, query.shape[0], query.device)
 
 
 AttendingPart.site = AttentionSite

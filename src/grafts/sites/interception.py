@@ -177,7 +177,7 @@ def unflatten(x: Tensor, dim: int, sizes: Sequence[int]) -> Tensor:
 
 def written_forward(cls: type[nn.Module]) -> Callable[..., Any]:
     """A class's ``forward`` as it was written, without decorators."""
-    return cast(Callable[..., Any], inspect.unwrap(cls.forward))
+    return cast("Callable[..., Any]", inspect.unwrap(cls.forward))
 
 
 @functools.cache

@@ -23,6 +23,7 @@ from grafts.sites.arguments import (
     ENCODER_MASK,
     ENCODER_STATES,
     MASK,
+    PER_LAYER,
     POSITIONS,
     TOKEN_TYPES,
     TOKENS,
@@ -64,7 +65,7 @@ class ModelPart(Part):
 
     def embed(self, host: nn.Module) -> nn.Module:
         """What makes embeddings of tokens in ``host``."""
-        return cast(nn.Module, host.get_input_embeddings())  # type: ignore[operator]
+        return cast("nn.Module", host.get_input_embeddings())  # type: ignore[operator]
 
 
 class ListeningPart(ModelPart):
@@ -93,7 +94,6 @@ class ModelSite(Site):
     _shift: int | Tensor = 0
     _pending: tuple[Room, Tensor, Tensor] | None = None  # what the embeddings are to be given
     _own: Tensor | int = 0  # where the tokens are in the output, or how many positions come before them
-    _cache: Any = None  # what the present call was given to keep keys and values in
     _counted: int | None = None  # how many positions the cache has to hold after the present call, which begins a sequence
 
     def hooks(self, host: nn.Module) -> tuple[RemovableHandle, ...]:
@@ -148,7 +148,7 @@ class ModelSite(Site):
         self._room, self._counted = None, None
         acts = self.acts()
         # a cache that holds virtual tokens has to be known also where nothing acts any more
-        cache = self._cache = given.get(CACHE)
+        cache = given.get(CACHE)
         view = CacheView.of(cache)
         if view is None and not acts:
             return None
@@ -182,7 +182,8 @@ class ModelSite(Site):
             if room is not None and not room.count:
                 room = None
         self._room = room
-        if asks and past == 0 and not torch.compiler.is_compiling():
+        # where the call says itself how many tokens came before, there is nothing to doubt
+        if asks and past == 0 and given.get(CACHE_POSITIONS) is None and not torch.compiler.is_compiling():
             self._counted = tokens.shape[1] + (0 if room is None else room.count)
         if listens:
             self._tell(groups, given, room, past, tokens)
@@ -226,10 +227,10 @@ class ModelSite(Site):
         """The parts that act now; by the key of their adapter where rows choose."""
         rows = self.setup.rows
         if rows is None:
-            return [(None, cast(list[ModelPart], self.running()))]
+            return [(None, cast("list[ModelPart]", self.running()))]
         result: dict[str, list[ModelPart]] = {key: [] for key in rows.keys}
         for key, part in self.routed(rows):
-            result[key].append(cast(ModelPart, part))
+            result[key].append(cast("ModelPart", part))
         return list(result.items())
 
     def _numbers(self, groups: _Groups, name: str, batch: int, like: Tensor) -> int | Tensor:
@@ -243,6 +244,18 @@ class ModelSite(Site):
             result[where] = sum(getattr(part, name) for part in parts)
         return result
 
+    def _require_replaceable(self, host: nn.Module) -> None:
+        """Refuse to give embeddings in place of token ids to a model that makes more of the ids (Gemma 3n, Gemma 4).
+
+        Raises:
+            StateError: naming what it makes.
+        """
+        if PER_LAYER in self.signature.parameters:
+            raise StateError(
+                f"a {type(host).__name__} makes {PER_LAYER} of its token ids, which virtual tokens do not have and which "
+                "embeddings in place of the ids would lose: choose a method without virtual tokens"
+            )
+
     def _begin(self, groups: _Groups, given: CallArguments, host: nn.Module, batch: int, tokens: Tensor) -> Room | None:
         """Put virtual tokens among ``inputs_embeds``; returns the room that they take."""
         groups = [(key, [part for part in parts if part.length]) for key, parts in groups]
@@ -254,9 +267,16 @@ class ModelSite(Site):
             raise StateError("adapters whose virtual tokens come before and after the first token cannot act together")
         if len({part.after_embeddings for part in parts}) > 1:
             raise StateError("adapters whose virtual tokens come before and after the embeddings cannot act together")
-        embeds = given.get(EMBEDDINGS)
+        embeds, mask = given.get(EMBEDDINGS), given.get(MASK)
         if embeds is None:
+            self._require_replaceable(host)
             embeds = parts[0].embed(host)(given.get(TOKENS))
+        masked = parts[0].after_first and mask is not None and not torch.compiler.is_compiling()
+        if masked and not bool(mask[:, : tokens.shape[1]].ne(0).any(1).all()):
+            raise StateError(
+                "virtual tokens that come after the first token need it in the call with which a sequence begins, and a row "
+                "has nothing but padding there: pad on the right, or take longer chunks"
+            )
         pooled, embedded = getattr(host, "pooler", None) is not None, parts[0].after_embeddings
         snug = given.get(MASK) is not None and _counts_distances(host)
         if self.setup.rows is None:
@@ -286,7 +306,7 @@ class ModelSite(Site):
             given.set(EMBEDDINGS, room.inserted(embeds, virtual, first))
             types = given.get(TOKEN_TYPES)
             if types is not None:
-                given.set(TOKEN_TYPES, room.inserted(types, types.new_zeros(batch, room.count), first))
+                given.set(TOKEN_TYPES, room.inserted(types, types.new_zeros(batch, room.count, *types.shape[2:]), first))
         if any(part.kept for part in parts):
             self._own = 0
         else:
@@ -324,7 +344,7 @@ class ModelSite(Site):
             return
         if not self.signature.takes(POSITIONS):
             relative = hasattr(getattr(host, "config", None), "relative_attention_num_buckets")
-            if uneven and not relative and (past or not cast(Room, room).gap_last):
+            if uneven and not relative and (past or not cast("Room", room).gap_last):
                 raise StateError(
                     f"adapter_names: a {type(host).__name__} takes no position_ids, so its rows cannot have different "
                     "numbers of virtual tokens"
@@ -341,11 +361,21 @@ class ModelSite(Site):
             given.set(POSITIONS, positions + shift + lengths)
             return
         assert first is not None
-        positions = positions.expand(batch, -1)
+        if positions.dim() == 3:  # several for each token, of time, height and width: (kinds, batch or 1, tokens)
+            several = [self._positioned(kind.expand(batch, -1), room, first, shift) for kind in positions]
+            given.set(POSITIONS, torch.stack(several))
+        else:
+            given.set(POSITIONS, self._positioned(positions.expand(batch, -1), room, first, shift))
+
+    @staticmethod
+    def _positioned(positions: Tensor, room: Room, first: Tensor, shift: int | Tensor) -> Tensor:
+        """The positions of the tokens, ``(batch, tokens)``, with those of the virtual tokens among them."""
+        device = positions.device
+        lengths = room.count if room.lengths is None else room.lengths
         start = positions.gather(1, first - 1) + 1 if room.after_first else torch.zeros_like(first)
-        virtual = start + torch.arange(count, device=device)[None]
-        moved = torch.where(torch.arange(new, device=device)[None] >= first, positions + lengths, positions)
-        given.set(POSITIONS, room.inserted(moved + shift, virtual + shift, first))
+        virtual = start + torch.arange(room.count, device=device)[None]
+        moved = torch.where(torch.arange(positions.shape[1], device=device)[None] >= first, positions + lengths, positions)
+        return room.inserted(moved + shift, virtual + shift, first)
 
     def _masked(self, given: CallArguments, room: Room, past: int, batch: int, new: int, device: torch.device) -> Tensor:
         """Let the mask follow; returns before which of a row's own tokens the virtual ones stand, ``(batch, 1)``."""
@@ -360,7 +390,7 @@ class ModelSite(Site):
 
     def _after(self, host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         room, self._room, self._shift = self._room, None, 0
-        cache, self._cache = self._cache, None
+        cache = self.signature.bind(args, kwargs).get(CACHE)
         counted, self._counted = self._counted, None
         view = CacheView.of(cache)
         if cache is None and (room is not None or counted is not None):
@@ -374,6 +404,7 @@ class ModelSite(Site):
         own, self._own = self._own, 0
         if room is None or (isinstance(own, int) and own == 0):
             return output
+        _require_positions(host, output, room.count + room.own)
         return _cut(output, own, room.count + room.own)
 
 
@@ -381,6 +412,21 @@ ModelPart.site = ModelSite
 
 _PLACED, _COUNTED = "virtual tokens need", "an adapter that counts tokens needs"
 _PACKED = "{} one sequence a row, and these lie packed in one row: pad them instead"
+
+
+def _require_positions(host: nn.Module, output: Any, length: int) -> None:
+    """Refuse an output of which nobody knows where the tokens are in it: of a module that changes how many there are.
+
+    Raises:
+        StateError: its hidden states have another number of positions than went in.
+    """
+    values = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple) else (output,)
+    states = next((value for value in values if isinstance(value, Tensor) and value.dim() == 3), None)
+    if states is not None and states.shape[1] != length:
+        raise StateError(
+            f"a {type(host).__name__} gives {states.shape[1]} positions for {length} that went in, so those of the virtual "
+            "tokens cannot be told from the others: choose a method without virtual tokens"
+        )
 
 
 def _require_counted(host: nn.Module, cache: Any, counted: int) -> None:

@@ -39,7 +39,7 @@ class ModulePart(Part):
 
     def forward_(self, x: Tensor, y: Tensor, *base: nn.Module) -> Tensor:
         """``forward`` of a part that acts after the module, free to write into ``y``, which nobody else holds."""
-        return cast(Tensor, self(x, y, *base))
+        return cast("Tensor", self(x, y, *base))
 
 
 class ModuleSite(Site):
@@ -52,7 +52,7 @@ class ModuleSite(Site):
     def append(self, name: str, part: Part, host: nn.Module) -> None:
         """Add a part to those of adapter ``name``; parts act in the order of adding."""
         super().append(name, part, host)
-        if cast(ModulePart, part).when == "weights" and not self._swaps:
+        if cast("ModulePart", part).when == "weights" and not self._swaps:
             self._swaps = True
             self._handles = (*self._handles, host.register_forward_hook(self._restore, always_call=True))
 
@@ -64,7 +64,7 @@ class ModuleSite(Site):
         )
 
     def _running(self) -> list[ModulePart]:
-        return cast(list[ModulePart], self.running())
+        return cast("list[ModulePart]", self.running())
 
     def _before(
         self, host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -92,7 +92,7 @@ class ModuleSite(Site):
         if self.setup.rows is not None:
             return self._after_rows(self.setup.rows, host, args, kwargs, output)
         parts = self._running()
-        owned = bool(parts) and _is_fresh(host, output)
+        owned = len(parts) > 0 and _is_fresh(host, output)
         for part in parts:
             if part.when == "after":
                 x = _first_input(args, kwargs)
@@ -112,7 +112,7 @@ class ModuleSite(Site):
         self._swapped = {}
 
     def _routed(self, rows: Rows) -> list[tuple[str, ModulePart]]:
-        return cast(list[tuple[str, ModulePart]], self.routed(rows))
+        return cast("list[tuple[str, ModulePart]]", self.routed(rows))
 
     def _before_rows(
         self, rows: Rows, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -155,7 +155,7 @@ def fold(base: Mapping[str, Tensor], parts: Sequence[Part]) -> dict[str, Tensor]
         parts: in the order in which they act.
     """
     changed: dict[str, Tensor] = {}
-    for part in sorted(parts, key=lambda part: cast(ModulePart, part).when == "before"):
+    for part in sorted(parts, key=lambda part: cast("ModulePart", part).when == "before"):
         changed.update(part.merged({**base, **changed}, base))
     return changed
 
@@ -166,7 +166,7 @@ def _swap(host: nn.Module, name: str, tensor: Tensor) -> nn.Parameter:
     owner = host.get_submodule(path)
     before = owner._parameters[leaf]
     assert before is not None
-    owner._parameters[leaf] = cast(nn.Parameter, tensor)
+    owner._parameters[leaf] = cast("nn.Parameter", tensor)
     return before
 
 

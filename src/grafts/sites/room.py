@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from grafts.errors import StateError
+from grafts.sites.arguments import versions
+
 
 @dataclass(frozen=True)
 class Room:
@@ -43,7 +46,10 @@ class Room:
         """Before which of a row's own tokens the virtual ones stand, ``(batch, 1)``."""
         if mask is None or not (self.after_first or self.snug):
             return torch.full((batch, 1), int(self.after_first), device=device)
-        return mask[:, : self.own].ne(0).to(torch.long).argmax(1, keepdim=True) + int(self.after_first)
+        real = mask[:, : self.own].ne(0)
+        # a row may begin with a chunk of nothing but padding: there the virtual tokens come last, right before its tokens
+        first = torch.where(real.any(1, keepdim=True), real.to(torch.long).argmax(1, keepdim=True), self.own)
+        return first + int(self.after_first)
 
     def _lead(self, batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """How many virtual tokens each row has, and how many empty positions come first, ``(batch, 1)`` each."""
@@ -168,10 +174,24 @@ def past_of(cache: Any, position: Tensor | None, view: CacheView | None) -> int:
         cache: the cache, or None.
         position: where the call says that its tokens go in the cache, ``(tokens,)``, or None.
         view: of the cache, where it holds virtual tokens.
+
+    Raises:
+        StateError: it does not say, or there are tokens before and no cache that is known.
     """
+    if position is not None:
+        begin = int(position[0])  # older static caches cannot count padding; callers count tokens
+        if begin and cache is None:
+            raise StateError(
+                f"the tokens of this call go to position {begin}, and it carries no cache that is recognised: a model that "
+                f"keeps its states to itself is to be called with use_cache=False where adapters count tokens ({versions()})"
+            )
+        return begin + view.room.count if begin and view is not None else begin
     if cache is None:
         return 0
-    if position is None:
-        return int(cache.get_seq_length())
-    begin = int(position[0])  # older static caches cannot count padding; callers count tokens
-    return begin + view.room.count if begin and view is not None else begin
+    length = cache.get_seq_length()
+    if length is None:
+        raise StateError(
+            f"a {type(cache).__name__} does not say how many tokens it holds, and the acting adapters have to know: "
+            f"call the model with use_cache=False ({versions()})"
+        )
+    return int(length)

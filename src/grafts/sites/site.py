@@ -160,7 +160,7 @@ class Site(nn.Module, abc.ABC):
 
     def _parts(self, keys: Iterable[str]) -> list[Part]:
         modules, children = self._modules, self.children_of
-        return [cast(Part, modules[name]) for key in keys if key in children for name in children[key]]
+        return [cast("Part", modules[name]) for key in keys if key in children for name in children[key]]
 
     def routed(self, rows: Rows) -> list[tuple[str, Part]]:
         """The parts that the rows of this call have asked for, with the key of their adapter.
