@@ -37,7 +37,7 @@ class Environment:
     Attributes:
         what: the versions in words, for the table.
         pins: the file of constraints, or "none".
-        changes: constraints in place of those of the file.
+        changes: constraints in place of those of the file; OLDEST stands for the lower bound, a bare name takes a pin away.
         without: packages that are taken away again.
         warns: warnings of deprecation are printed and are no errors.
     """
@@ -51,7 +51,7 @@ class Environment:
 
 ENVIRONMENTS = {
     "oldest": Environment("every lower bound", "constraints-oldest.txt", warns=True),
-    "oldest-torch": Environment("the oldest torch below the newest of all else", changes=("torch==OLDEST",)),
+    "oldest-torch": Environment("the oldest torch below the pins of all else", changes=("torch==OLDEST",)),
     "oldest-transformers": Environment(
         "the oldest transformers on a newer torch", changes=("transformers==OLDEST", "datasets")
     ),
@@ -93,9 +93,17 @@ def versions(python: Path) -> dict[str, str]:
     return dict(json.loads(done.stdout))
 
 
-def run(name: str, workers: str, short: bool) -> bool:
-    """Run the suite in an environment, and record the outcome of a whole run; returns whether it passed."""
-    python = make(name)
+def run(name: str, workers: str, short: bool) -> int:
+    """Run the suite in an environment, and record the outcome of a whole run.
+
+    Returns:
+        0 if it passed, 1 if tests failed, 2 if the environment could not be made or the run did not come to its end.
+    """
+    try:
+        python = make(name)
+    except subprocess.CalledProcessError:
+        print(f"{name}: the environment could not be made", file=sys.stderr)
+        return 2
     found = versions(python)
     print(f"{name}: {', '.join(f'{package} {version}' for package, version in found.items())}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
@@ -107,19 +115,20 @@ def run(name: str, workers: str, short: bool) -> bool:
         done = subprocess.run([*command, *(SHORT if short else ())], cwd=ROOT, check=False)
         if not report.exists():
             print(f"{name}: no test ran", file=sys.stderr)
-            return False
+            return 2
         suite = ElementTree.parse(report).getroot().find("testsuite")
     assert suite is not None
     tests, failures, errors, skipped = (int(suite.get(key, "0")) for key in ("tests", "failures", "errors", "skipped"))
     failed = failures + errors
     print(f"{name}: {tests - failed - skipped} passed, {failed} failed, {skipped} skipped", flush=True)
-    if not short:
+    finished = done.returncode in (0, 1)  # else it was interrupted, or tests could not be collected
+    if finished and not short:
         outcome = {"passed": tests - failed - skipped, "failed": failed, "skipped": skipped, "date": date.today().isoformat()}
         machine = {"machine": f"{platform.system()} {platform.machine()}"}
         record = json.loads(RECORD.read_text("utf-8")) if RECORD.exists() else {}
         record[name] = {"versions": found} | outcome | machine
         RECORD.write_text(json.dumps({key: record[key] for key in ENVIRONMENTS if key in record}, indent=1) + "\n", "utf-8")
-    return done.returncode == 0
+    return done.returncode if finished else 2
 
 
 def table() -> str:
@@ -145,7 +154,7 @@ def pages() -> dict[Path, str]:
 
 
 def main() -> None:
-    """Do what the command line says; exit with 1 where a suite failed or a table is out of date."""
+    """Do what the command line says; exit with 1 where a suite failed or a table is out of date, 2 where none could run."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     verbs = parser.add_subparsers(dest="verb", required=True)
     running = verbs.add_parser("run", help="make environments and run the suite in them")
@@ -156,17 +165,19 @@ def main() -> None:
     verbs.add_parser("check", help="fail where the table is not what was recorded")
     given = parser.parse_args()
     if given.verb == "check":
+        failed = [name for name, row in json.loads(RECORD.read_text("utf-8")).items() if row["failed"]]
+        if failed:
+            sys.exit(f"the table shows failures, and pyproject.toml declares these as supported: {', '.join(failed)}")
         stale = [page.name for page, text in pages().items() if page.read_text("utf-8") != text]
         sys.exit(f"make the tables anew (scripts/tested_versions.py table): {', '.join(stale)}" if stale else 0)
-    passed = True
+    outcomes = [0]
     if given.verb == "run":
         names = list(ENVIRONMENTS) if "all" in given.names else given.names
         outcomes = [run(name, given.workers, given.short) for name in names]
-        passed = all(outcomes)
     if RECORD.exists():
         for page, text in pages().items():
             page.write_text(text, "utf-8")
-    sys.exit(not passed)
+    sys.exit(max(outcomes))
 
 
 if __name__ == "__main__":

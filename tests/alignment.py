@@ -18,12 +18,21 @@ LINE = 64  # bytes: what allocators align to, and the widest registers
 _odd = itertools.cycle(range(1, LINE // 2, 2))  # how many elements past such an address the next tensor lies
 
 
+def lies_even(tensor: Tensor) -> bool:
+    """Whether a tensor of plain memory lies where an allocator puts it."""
+    return movable(tensor) and tensor.data_ptr() % LINE == 0
+
+
+def movable(tensor: Tensor) -> bool:
+    """Whether a tensor has plain memory of its own."""
+    if type(tensor) not in (Tensor, nn.Parameter) or isinstance(tensor, FakeTensor) or tensor.is_meta:
+        return False
+    return tensor.device.type == "cpu" and tensor.layout == torch.strided and tensor.is_contiguous() and tensor.numel() > 0
+
+
 def at_odd_address(tensor: Tensor) -> Tensor:
     """A copy of a tensor at another odd address each time; what has no plain memory of its own stays as it is."""
-    plain = type(tensor) in (Tensor, nn.Parameter) and not isinstance(tensor, FakeTensor)
-    if not plain or tensor.device.type != "cpu" or tensor.layout != torch.strided or not tensor.is_contiguous():
-        return tensor
-    if tensor.numel() == 0:
+    if not movable(tensor):
         return tensor
     size = tensor.element_size()
     memory = bytearray(tensor.numel() * size + 2 * LINE)
@@ -35,7 +44,7 @@ def at_odd_address(tensor: Tensor) -> Tensor:
 
 
 def switch_on() -> None:
-    """Let every parameter and buffer that is made from now on, or changes its dtype, lie at an odd address."""
+    """Let every parameter and buffer that is made or cast from now on lie at an odd address; copies of buffers do not."""
     new, register_buffer, apply = nn.Parameter.__new__, nn.Module.register_buffer, nn.Module._apply
 
     def odd_parameter(cls: Any, data: Any = None, requires_grad: bool = True) -> Any:
@@ -45,12 +54,11 @@ def switch_on() -> None:
         register_buffer(self, name, at_odd_address(tensor) if isinstance(tensor, Tensor) else tensor, *args, **options)
 
     def odd_apply(self: nn.Module, *args: Any, **options: Any) -> nn.Module:
-        before = {id(parameter): parameter.data_ptr() for parameter in self.parameters() if not parameter.is_meta}
-        result = apply(self, *args, **options)
-        for parameter in self.parameters():
-            if not parameter.is_meta and before.get(id(parameter)) != parameter.data_ptr():
-                parameter.data = at_odd_address(parameter.data)
-        return result
+        apply(self, *args, **options)  # goes through the children itself
+        for tensor in (*self._parameters.values(), *self._buffers.values()):
+            if tensor is not None and lies_even(tensor):
+                tensor.data = at_odd_address(tensor.data)
+        return self
 
     nn.Parameter.__new__ = odd_parameter  # type: ignore[method-assign, assignment]
     nn.Module.register_buffer = odd_buffer  # type: ignore[method-assign, assignment]

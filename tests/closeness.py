@@ -23,6 +23,7 @@ def roundings(expected: Tensor) -> float:
     """By how much a tensor may be off that was computed in another order."""
     if not expected.is_floating_point() or expected.numel() == 0:
         return 0.0
+    assert torch.finfo(expected.dtype).eps < 1e-6, "a thousand roundings of a half type are more than the numbers themselves"
     return ROUNDINGS * torch.finfo(expected.dtype).eps * float(expected.detach().abs().max())
 
 

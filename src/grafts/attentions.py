@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from grafts.matching import owner_and_name
-from grafts.sites.arguments import EMBEDDINGS, CallSignature
+from grafts.sites.arguments import CallSignature, Kind
 from grafts.sites.attention import real_config
 from grafts.sites.interception import route_of
 from grafts.weights import Layer
@@ -165,7 +165,7 @@ def _input_modules(model: nn.Module) -> list[tuple[str, Any]]:
 
 
 def _takes_embeds(module: Any) -> bool:
-    return isinstance(module, nn.Module) and CallSignature(type(module).forward).takes(EMBEDDINGS)
+    return isinstance(module, nn.Module) and CallSignature(type(module).forward).takes(Kind.EMBEDDINGS)
 
 
 def _ask(model: nn.Module, getter: str) -> Any:

@@ -174,7 +174,7 @@ def test_merged_equals_unmerged_and_unmerging_is_bitwise(
 
 @torch.no_grad()  # where nothing needs gradients PyTorch's attention takes other kernels
 @each_case
-def test_saved_and_loaded_adapter_is_bitwise_equal(
+def test_saved_and_loaded_adapter_has_the_same_tensors_bitwise(
     known: Method, case: Case, options: dict[str, object], tmp_path: Path
 ) -> None:
     model = adapted(known, case, options)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from grafts.blending import Blend
 from grafts.config import AdapterConfig
 from grafts.errors import ConfigError, did_you_mean
-from grafts.sites.arguments import CallSignature
+from grafts.sites.arguments import CallSignature, Kind
 from grafts.sites.site import Part
 from grafts.stream import Stream, Sublayer
 from grafts.weights import Layer, LayerKind
@@ -49,8 +49,8 @@ class Place:
     number: int = field(default=0, compare=False)
     others: tuple[Place, ...] = field(default=(), compare=False, repr=False)
 
-    def takes(self, kind: str) -> bool:
-        """Whether the module's ``forward`` takes an argument of this kind, one of those in `grafts.sites.arguments`."""
+    def takes(self, kind: Kind) -> bool:
+        """Whether the module's ``forward`` takes an argument of this kind."""
         return CallSignature(type(self.host).forward).takes(kind)
 
 

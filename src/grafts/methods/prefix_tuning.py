@@ -14,7 +14,7 @@ from grafts.attentions import CROSS_ATTENTION, DECODER_INPUT, ENCODER_ATTENTION,
 from grafts.config import config, option
 from grafts.errors import CheckpointError, ConfigError, StateError
 from grafts.methods import Files, FileTarget, Parts, Place, method
-from grafts.sites.arguments import POSITIONS
+from grafts.sites.arguments import Kind
 from grafts.sites.attention import AttendingPart, Attention
 from grafts.sites.model import ModelPart, embeds_positions
 from grafts.sites.site import Part
@@ -192,7 +192,7 @@ def counted(config: PrefixTuningConfig, places: Sequence[Place], everywhere: Seq
     attending = [place for place in places if place.layer.kind == "attending"]
     inputs = [place for place in everywhere if place.layer.kind == "input"]
     heard = {INPUT, DECODER_INPUT if {"self", "cross"} & set(config.attention) else ENCODER_INPUT}
-    taking = [place for place in inputs if place.role in heard and place.takes(POSITIONS)]
+    taking = [place for place in inputs if place.role in heard and place.takes(Kind.POSITIONS)]
     if config.count_positions:
         taking = taking or [place for place in inputs if place.role in heard and embeds_positions(place.host)]
     by_distance = any(getattr(place.host, "has_relative_attention_bias", False) for place in attending)

@@ -1,13 +1,13 @@
 """What a call carries: tokens, cache, mask, positions, recognised by what they are and not by one spelling.
 
-The arguments of a model have other names in other versions of `transformers`. So nothing else in this package reads an
-argument of a call by its name: it asks for a *kind* of argument, and this module finds it,
+The arguments of a model have other names in other versions of `transformers`. So sites do not read an argument of a call by
+its name: they ask for a `Kind`, and this module finds it,
 
 1. by name, if the keyword of the call or the parameter of the module's ``forward`` is one of the `SPELLINGS` of that kind;
 2. a cache by its protocol too, under any name: it says how many positions it holds (``get_seq_length``).
 
-What is left over may be something that an adapter has to know. `CallArguments.require_known` looks for that by what a value
-could be, and refuses it: an adapter that overlooks a cache, a mask or positions gives wrong numbers without a word.
+What is left over may be something that an acting adapter has to know. The ``refuse_...`` methods of `CallArguments` look for
+that by what a value could be: an adapter that overlooks a cache, a mask or positions gives wrong numbers without a word.
 """
 
 from __future__ import annotations
@@ -24,26 +24,29 @@ from torch import Tensor, nn
 
 from grafts.errors import StateError
 
-# The kinds of arguments.
-TOKENS = "token ids"  # (batch, tokens)
-EMBEDDINGS = "embeddings"  # (batch, tokens, size)
-MASK = "mask"  # (batch, tokens in the cache and new): which tokens are real
-POSITIONS = "positions"  # (batch or 1, tokens)
-TOKEN_TYPES = "token types"  # (batch, tokens)
-CACHE = "cache"  # keys and values of the tokens before
-CACHE_POSITIONS = "positions in the cache"  # (tokens,): where the new tokens go
-ENCODER_STATES = "encoder states"  # (batch, tokens of the encoder, size)
-ENCODER_MASK = "encoder mask"  # (batch, tokens of the encoder)
 
-PER_LAYER = "per_layer_inputs"  # what Gemma 3n and Gemma 4 make of token ids besides embeddings
+class Kind(Enum):
+    """The kinds of arguments that adapters have to know; the value is the kind in words."""
 
-SPELLINGS: dict[str, tuple[str, ...]] = {
-    TOKENS: ("input_ids",),
-    EMBEDDINGS: ("inputs_embeds",),
-    MASK: ("attention_mask",),
-    POSITIONS: ("position_ids",),
-    TOKEN_TYPES: ("token_type_ids",),
-    CACHE: (
+    TOKENS = "token ids"  # (batch, tokens)
+    EMBEDDINGS = "embeddings"  # (batch, tokens, size)
+    MASK = "mask"  # (batch, tokens in the cache and new): which of them are real
+    POSITIONS = "positions"  # (batch or 1, tokens), or (kinds of positions, batch or 1, tokens)
+    TOKEN_TYPES = "token types"  # (batch, tokens), or (batch, tokens, kinds of types)
+    CACHE = "cache"  # keys and values of the tokens before
+    CACHE_POSITIONS = "positions in the cache"  # (tokens,): where the new tokens go
+    PACKED = "lengths of packed sequences"  # (sequences + 1,)
+    ENCODER_STATES = "encoder states"  # (batch, tokens of the encoder, size)
+    ENCODER_MASK = "encoder mask"  # (batch, tokens of the encoder)
+
+
+SPELLINGS: dict[Kind, tuple[str, ...]] = {
+    Kind.TOKENS: ("input_ids",),
+    Kind.EMBEDDINGS: ("inputs_embeds",),
+    Kind.MASK: ("attention_mask",),
+    Kind.POSITIONS: ("position_ids",),
+    Kind.TOKEN_TYPES: ("token_type_ids",),
+    Kind.CACHE: (
         "cache",  # transformers 5.24 and later; before, continuous batching only
         "past_key_values",  # to 5.23; later versions warn, and drop it in 5.40
         "past_key_value",  # attention modules to 4.55, and code written after them
@@ -53,19 +56,24 @@ SPELLINGS: dict[str, tuple[str, ...]] = {
         "mems",  # XLNet
         "past_buckets_states",  # Reformer
     ),
-    CACHE_POSITIONS: ("cache_position",),  # passed by generate to 5.1, taken by models of remote code still
-    ENCODER_STATES: (
+    Kind.CACHE_POSITIONS: ("cache_position",),  # passed by generate to 5.1; remote code takes it still
+    Kind.PACKED: ("cu_seq_lens_q",),
+    Kind.ENCODER_STATES: (
         "encoder_hidden_states",  # what stacks and layers call it
         "key_value_states",  # what attention modules call it
     ),
-    ENCODER_MASK: ("encoder_attention_mask",),
+    Kind.ENCODER_MASK: ("encoder_attention_mask",),
 }
-_KINDS = {name: kind for kind, names in SPELLINGS.items() for name in names}
+KIND_OF = {name: kind for kind, names in SPELLINGS.items() for name in names}
 
-# Arguments that say nothing of single tokens, though their size may be the number of tokens by chance.
-_OF_NO_TOKEN = frozenset({"head_mask", "cross_attn_head_mask", "decoder_head_mask", "logits_to_keep", "num_items_in_batch"})
-# What the arguments of other inputs than the text begin with: as many images as there are tokens are no accident to refuse.
+# What Gemma 3n and Gemma 4 make of token ids besides embeddings.
+PER_LAYER_INPUTS = "per_layer_inputs"
+
+# By the size of a dimension, these could be taken for something that belongs to tokens, and never do.
+_OF_NO_TOKEN = frozenset({"head_mask", "cross_attn_head_mask", "decoder_head_mask"})
+# What the arguments of other inputs than the text begin with: there may be as many images as tokens.
 _OTHER_INPUTS = ("visual_", "image_", "pixel_", "video_", "audio_", "entity_", "encoder_", "cross_")
+# Values of these types hold no tokens of calls before.
 _PLAIN: tuple[type, ...] = (bool, int, float, complex, str, bytes, Enum, range, slice, set, frozenset, type(None))
 _PLAIN += (torch.dtype, torch.device, torch.Size, torch.Generator)
 
@@ -75,6 +83,7 @@ class CallSignature:
 
     Attributes:
         names: of the parameters that can be given by position, in order.
+        only_by_position: how many of them, the first ones, cannot be given by name.
         parameters: the names of all that are written out.
     """
 
@@ -85,18 +94,24 @@ class CallSignature:
             forward: a class's ``forward``, whose first parameter is the module.
         """
         written = list(inspect.signature(forward).parameters.values())[1:]
-        by_position = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-        self.names = tuple(p.name for p in written if p.kind in by_position)
-        self.parameters = tuple(p.name for p in written if p.kind in by_position or p.kind is p.KEYWORD_ONLY)
-        self._spelled = {_KINDS[name]: name for name in reversed(self.parameters) if name in _KINDS}
+        only = [p.name for p in written if p.kind is p.POSITIONAL_ONLY]
+        either = [p.name for p in written if p.kind is p.POSITIONAL_OR_KEYWORD]
+        by_name = [p.name for p in written if p.kind is p.KEYWORD_ONLY]
+        self.names = (*only, *either)
+        self.only_by_position = len(only)
+        self.parameters = (*self.names, *by_name)
+        self._parameter_of: dict[Kind, str] = {}
+        for name in self.parameters:
+            if name in KIND_OF:
+                self._parameter_of.setdefault(KIND_OF[name], name)
 
-    def takes(self, kind: str) -> bool:
+    def takes(self, kind: Kind) -> bool:
         """Whether a parameter is written out for this kind of argument."""
-        return kind in self._spelled
+        return kind in self._parameter_of
 
-    def name_of(self, kind: str) -> str | None:
+    def parameter(self, kind: Kind) -> str | None:
         """The parameter for this kind of argument, or None."""
-        return self._spelled.get(kind)
+        return self._parameter_of.get(kind)
 
     def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> CallArguments:
         """The arguments of one call, given by position and by name."""
@@ -115,29 +130,39 @@ class CallArguments:
     def __init__(self, signature: CallSignature, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         self.signature = signature
         self.values: dict[str, Any] = {}
-        for name, value in zip(signature.names[: len(args)], args[: len(signature.names)], strict=True):
-            self.values[name] = value
+        # The compiler of torch 2.6 follows no zip of different lengths.
+        named = min(len(args), len(signature.names))
+        for index in range(named):
+            self.values[signature.names[index]] = args[index]
         self.values.update(kwargs)
-        self.unnamed = args[len(signature.names) :]
+        self.unnamed = args[named:]
 
-    def get(self, kind: str) -> Any:
-        """The argument of this kind, or None."""
+    def get(self, kind: Kind) -> Any:
+        """The argument of this kind, or None.
+
+        Raises:
+            StateError: the call carries several caches, and none can be told to be the one that is meant.
+        """
         name = self._name(kind)
         return None if name is None else self.values[name]
 
-    def set(self, kind: str, value: Any) -> None:
+    def set(self, kind: Kind, value: Any) -> None:
         """Give the call an argument of this kind, under the name that it had or that the signature says.
 
         Raises:
             StateError: the module takes none.
         """
         name = self._name(kind)
-        for spelling in SPELLINGS[kind]:
-            if name is None and spelling in self.values:  # given as None
-                name = spelling
-        name = name or self.signature.name_of(kind)
+        if name is None:  # it may have been given as None
+            for spelling in SPELLINGS[kind]:
+                if spelling in self.values:
+                    name = spelling
         if name is None:
-            raise StateError(f"the acting adapters have to change the {kind} of this call, and the module takes no {kind}")
+            name = self.signature.parameter(kind)
+        if name is None:
+            raise StateError(
+                f"the acting adapters have to change the {kind.value} of this call, and the module takes no {kind.value}"
+            )
         self.values[name] = value
 
     def first(self) -> Any:
@@ -147,91 +172,127 @@ class CallArguments:
                 return self.values[name]
         return self.unnamed[0] if self.unnamed else next(iter(self.values.values()))
 
-    def passed_on(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments as the module gets them."""
-        if not self.unnamed:
-            return (), self.values
-        # what has no name can only follow all that have one, in their order
-        named = [self.values[name] for name in self.signature.names]
-        rest = {name: value for name, value in self.values.items() if name not in self.signature.names}
-        return (*named, *self.unnamed), rest
-
-    def _name(self, kind: str) -> str | None:
-        for name in SPELLINGS[kind]:
-            if self.values.get(name) is not None:
+    def first_name(self) -> str:
+        """The name of the first argument, where it has one."""
+        for name in self.signature.names:
+            if name in self.values:
                 return name
-        if kind == CACHE:
-            caches = [name for name, value in self.values.items() if name not in _KINDS and is_cache(value)]
-            if len(caches) > 1:
-                raise StateError(
-                    f"the call carries several caches ({', '.join(caches)}), and none by a name that says which it is"
-                )
-            return caches[0] if caches else None
-        return None
+        return next(iter(self.values))
+
+    def passed_on(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments as the module gets them: by name, but for what cannot be."""
+        # What has no name can only follow all that have one, in their order.
+        count = len(self.signature.names) if self.unnamed else self.signature.only_by_position
+        if count == 0:
+            return (), self.values
+        first = self.signature.names[:count]
+        by_position = [self.values[name] for name in first if name in self.values]
+        by_name = {name: value for name, value in self.values.items() if name not in first}
+        return (*by_position, *self.unnamed), by_name
+
+    def _name(self, kind: Kind) -> str | None:
+        """The name under which the call carries an argument of this kind."""
+        names = [name for name in SPELLINGS[kind] if self.values.get(name) is not None]
+        if kind is not Kind.CACHE:
+            return names[0] if names else None
+        if len(names) == 0:
+            names = [name for name, value in self.values.items() if name not in KIND_OF and is_cache(value)]
+        if len(names) == 0:
+            return None
+        if any(self.values[name] is not self.values[names[0]] for name in names):
+            raise StateError(f"the call carries several caches, {', '.join(names)}, and nothing says which one is meant")
+        return names[0]
 
     def _unknown(self) -> Iterator[tuple[str, Any]]:
         """The arguments of no known kind, but for those that cannot matter."""
         for name, value in self.values.items():
-            if name not in _KINDS and name not in _OF_NO_TOKEN and not isinstance(value, _PLAIN) and not is_cache(value):
+            if name not in KIND_OF and name not in _OF_NO_TOKEN and not isinstance(value, _PLAIN) and not is_cache(value):
                 yield name, value
         for number, value in enumerate(self.unnamed):
             yield f"argument {len(self.signature.names) + number}", value
 
-    def require_readable(self, host: nn.Module) -> None:
-        """Refuse a call of which the acting adapters cannot tell how many tokens there are, and how many there were before.
+    def refuse_unknown_tokens(self, host: nn.Module) -> None:
+        """Refuse a call whose tokens come under a name that is not known.
 
         Args:
-            host: the module that is called.
+            host: the module that is called, for the message, here and below.
 
         Raises:
-            StateError: naming the argument, or what was looked for.
+            StateError: saying what was looked for.
         """
-        if self.get(TOKENS) is None and self.get(EMBEDDINGS) is None:
+        if self.get(Kind.TOKENS) is None and self.get(Kind.EMBEDDINGS) is None:
+            wanted = " or ".join((*SPELLINGS[Kind.TOKENS], *SPELLINGS[Kind.EMBEDDINGS]))
             raise StateError(
-                f"a {type(host).__name__} was called with {', '.join(self.values) or 'nothing'}, and its adapters "
-                f"look for {' or '.join((*SPELLINGS[TOKENS], *SPELLINGS[EMBEDDINGS]))} ({versions()})"
+                f"a {type(host).__name__} was called with {', '.join(self.values) or 'nothing'}, and its adapters look for "
+                f"{wanted} ({versions()})"
             )
-        name = self._name(CACHE)
+
+    def refuse_unknown_cache(self, host: nn.Module) -> None:
+        """Refuse a cache that does not say how many tokens it holds, and what may be a cache under a name that is not known.
+
+        Raises:
+            StateError: naming the argument.
+        """
+        name = self._name(Kind.CACHE)
         if name is not None and not says_length(self.values[name]):
             raise StateError(
                 f"a {type(host).__name__} was called with {name!r} (a {type(self.values[name]).__name__}), which does not say "
                 f"how many tokens it holds, and its adapters have to know: call it without (most models: use_cache=False; "
                 f"{versions()})"
             )
+        for name, value in self._unknown():
+            if could_be_cache(value):
+                raise self._refused(host, name, "may be a cache that holds tokens")
 
-    def require_known(self, host: nn.Module, past: int, *, placed: bool) -> None:
-        """Refuse a call that carries something which the acting adapters have to know and which is not recognised.
+    def refuse_unknown_mask(self, host: nn.Module, past: int) -> None:
+        """Refuse what may be a mask, of a module that takes none by a name that is known.
 
         Args:
             host: the module that is called.
             past: how many positions the cache holds.
-            placed: virtual tokens are among the tokens, so whatever there is for each token has to be known; else only what
-                could be a cache or, where no mask is taken by a name that is known, a mask.
 
         Raises:
             StateError: naming the argument.
         """
-        embeddings = self.get(EMBEDDINGS)
-        tokens = self.get(TOKENS) if embeddings is None else embeddings
-        masks = self.signature.takes(MASK)
-        # By its shape, anything could belong to one token alone; what belongs to tokens is there when a sequence begins, too.
-        single = past > 0 and tokens.shape[1] == 1
-        for name, value in self._unknown():
-            if could_be_cache(name, value):
-                raise self._refused(host, name, "may be a cache that holds tokens")
-            if single:
-                continue
-            tensors = [tensor for tensor in tensors_in(value) if is_for_each_token(tensor, tokens, past)]
-            if not placed:
-                if not masks and "label" not in name and any(could_be_mask(tensor) for tensor in tensors):
-                    raise self._refused(host, name, "has something for each token, and may be a mask")
-            elif "position" in name:
+        if self.signature.takes(Kind.MASK):
+            return
+        for name, tensor in self._unknown_for_each_token(past):
+            if "label" not in name and could_be_mask(tensor):
+                raise self._refused(host, name, "has something for each token, and may be a mask")
+
+    def refuse_unknown_of_tokens(self, host: nn.Module, past: int) -> None:
+        """Refuse what else there is for each token: where virtual tokens are put in, it would have to follow them.
+
+        Args:
+            host: the module that is called.
+            past: how many positions the cache holds.
+
+        Raises:
+            StateError: naming the argument.
+        """
+        for name, _ in self._unknown():
+            if "position" in name:
                 raise self._refused(host, name, "may say positions of tokens, which virtual tokens move")
-            elif tensors and not name.startswith(_OTHER_INPUTS):
+        for name, _ in self._unknown_for_each_token(past):
+            if not name.startswith(_OTHER_INPUTS):
                 raise self._refused(host, name, "has something for each token")
 
-    def require_no_other_states(self, hidden: Tensor) -> None:
+    def _unknown_for_each_token(self, past: int) -> Iterator[tuple[str, Tensor]]:
+        """The tensors of no known kind that have the shape of something for each token."""
+        embeddings = self.get(Kind.EMBEDDINGS)
+        tokens = self.get(Kind.TOKENS) if embeddings is None else embeddings
+        # In a step of one token any (batch, 1) has that shape; what really is for each token was refused at the beginning.
+        if past > 0 and tokens.shape[1] == 1:
+            return
+        for name, value in self._unknown():
+            for tensor in tensors_in(value):
+                if is_for_each_token(tensor, tokens, past):
+                    yield name, tensor
+
+    def refuse_unknown_states(self, hidden: Tensor) -> None:
         """Refuse a call of attention that may attend to other states than its input, by a name that is not known.
+
+        Only states of another length can be told from what else belongs to the input (embeddings of its positions).
 
         Args:
             hidden: its input, ``(batch, tokens, size)``.
@@ -240,21 +301,21 @@ class CallArguments:
             StateError: naming the argument.
         """
         for name, value in self.values.items():
-            if name in _KINDS or not isinstance(value, Tensor) or value.dim() != 3 or value is hidden:
+            if name in KIND_OF or not isinstance(value, Tensor) or value.dim() != 3:
                 continue
             batch, tokens, size = value.shape
             if batch == hidden.shape[0] and tokens != hidden.shape[1] and size == hidden.shape[2]:
                 raise StateError(
                     f"attention was called with {name!r}, {tuple(value.shape)}, which may be what it attends to and which its "
-                    f"adapters do not know; they know {' and '.join(SPELLINGS[ENCODER_STATES])} ({versions()})"
+                    f"adapters do not know; they know {' and '.join(SPELLINGS[Kind.ENCODER_STATES])} ({versions()})"
                 )
 
     def _refused(self, host: nn.Module, name: str, what: str) -> StateError:
-        kind = type(self.values[name]).__name__ if name in self.values else "value"
-        known = ", ".join(name for names in SPELLINGS.values() for name in names if name in self.signature.parameters)
+        cls = type(self.values[name]).__name__ if name in self.values else "value"
+        known = ", ".join(name for name in self.signature.parameters if name in KIND_OF)
         return StateError(
-            f"a {type(host).__name__} was called with {name!r} (a {kind}), which {what} and which the adapters "
-            f"that act there do not know; of its arguments they know {known or 'none'} ({versions()})"
+            f"a {type(host).__name__} was called with {name!r} (a {cls}), which {what} and which the adapters that act "
+            f"there do not know; of its arguments they know {known or 'none'} ({versions()})"
         )
 
 
@@ -266,37 +327,47 @@ def is_cache(value: Any) -> bool:
 def says_length(cache: Any) -> bool:
     """Whether a cache can say how many positions it holds: one of nothing but recurrent states (Mamba) cannot."""
     layers = getattr(cache, "layers", None) or ()
-    return is_cache(cache) and (not layers or any(is_cache(layer) for layer in layers))
+    return is_cache(cache) and (len(layers) == 0 or any(is_cache(layer) for layer in layers))
 
 
-def could_be_cache(name: str, value: Any) -> bool:
+def could_be_cache(value: Any) -> bool:
     """Whether a value of no known kind may hold the tokens of calls before.
 
-    That is an object that is neither plain data nor made of tensors, and the tuples that were caches before there was a
-    class for them: of a pair of tensors for each layer.
+    That is an object that is neither plain data nor made of tensors, and what caches were before there was a class for
+    them: tuples with the keys and values of each layer, ``(batch, heads, tokens, size)``.
 
-    >>> could_be_cache("memory", object()), could_be_cache("scale", 2.0), could_be_cache("rotary", (torch.ones(1, 7, 4),) * 2)
+    >>> could_be_cache(object()), could_be_cache(2.0), could_be_cache((torch.ones(1, 7, 4), torch.ones(1, 7, 4)))
     (True, False, False)
-    >>> could_be_cache("memory", ((torch.ones(1, 2, 7, 4),) * 2,) * 3)
+    >>> could_be_cache(((torch.ones(1, 2, 7, 4), torch.ones(1, 2, 7, 4)),))
     True
     """
     if isinstance(value, (Tensor, *_PLAIN)) or hasattr(value, "__array__"):
         return False
     if isinstance(value, Mapping):
-        return any(could_be_cache(name, item) for item in value.values())
+        return any(could_be_cache(item) for item in value.values())
     if isinstance(value, (tuple, list)):
-        pairs = [item for item in value if isinstance(item, (tuple, list)) and any(isinstance(x, Tensor) for x in item)]
-        return len(pairs) > 0 or any(could_be_cache(name, item) for item in value)
+        return any(_are_keys_and_values(item) or could_be_cache(item) for item in value)
     return not callable(value) or "cache" in type(value).__name__.lower()
 
 
+def _are_keys_and_values(value: Any) -> bool:
+    """Whether a value is a tuple of four-dimensional tensors."""
+    if not isinstance(value, (tuple, list)) or len(value) < 2:
+        return False
+    return all(isinstance(item, Tensor) and item.dim() == 4 for item in value)
+
+
 def could_be_mask(value: Tensor) -> bool:
-    """Whether a tensor says no more than yes or no of each token.
+    """Whether a tensor may say which tokens are real: yes or no of each, or something of each query and key.
 
     >>> could_be_mask(torch.tensor([[1, 0]])), could_be_mask(torch.tensor([[True]])), could_be_mask(torch.tensor([[1, 7]]))
     (True, True, False)
     """
-    return value.dim() == 2 and (value.dtype == torch.bool or bool(((value == 0) | (value == 1)).all()))
+    if value.dim() == 4 or value.dtype == torch.bool:
+        return True
+    if value.dim() != 2 or torch.compiler.is_compiling():  # values cannot be looked at there
+        return False
+    return bool(((value == 0) | (value == 1)).all())
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
@@ -327,20 +398,26 @@ def is_for_each_token(value: Tensor, tokens: Tensor, past: int) -> bool:
     """
     batch, new = tokens.shape[:2]
     lengths = (new, new + past)
-    if value.dim() == 4 and value.shape[0] in (1, batch) and value.shape[2] in lengths:  # a mask of queries and keys
-        return True
-    if value.dim() == 3 and value.shape[1] == batch and value.shape[2] in lengths:  # positions in several dimensions
-        return True
-    return value.dim() in (2, 3, 4) and value.shape[0] in (1, batch) and value.shape[1] in lengths
+    shape = tuple(value.shape)
+    if not 2 <= len(shape) <= 4:
+        return False
+    by_token = shape[0] in (1, batch) and shape[1] in lengths  # (batch, tokens, ...)
+    by_query = len(shape) == 4 and shape[0] in (1, batch) and shape[2] in lengths  # (batch, heads, queries, keys)
+    of_kinds = len(shape) == 3 and shape[1] == batch and shape[2] in lengths  # (kinds, batch, tokens)
+    return by_token or by_query or of_kinds
 
 
 def cache_in(output: Any) -> Any:
     """The cache that a model gives back in its output, or None."""
+    values: list[Any] = []
     if isinstance(output, Mapping):
         values = list(output.values())
-    else:
-        values = list(output) if isinstance(output, (tuple, list)) else []
-    return next((value for value in values if is_cache(value)), None)
+    elif isinstance(output, (tuple, list)):
+        values = list(output)
+    for value in values:
+        if is_cache(value):
+            return value
+    return None
 
 
 def offset_parameter(positions: type[nn.Module]) -> str | None:
@@ -349,15 +426,18 @@ def offset_parameter(positions: type[nn.Module]) -> str | None:
     It is the one that is the number 0 where it is not given: ``cache_length`` from `transformers` 5.24 on, before
     ``past_key_values_length``.
     """
-    parameters = list(inspect.signature(positions.forward).parameters.values())[1:]
-    return next((p.name for p in parameters if type(p.default) is int and p.default == 0), None)
+    for parameter in list(inspect.signature(positions.forward).parameters.values())[1:]:
+        if type(parameter.default) is int and parameter.default == 0:
+            return parameter.name
+    return None
 
 
 def versions() -> str:
     """The versions that a report of a fault has to name."""
-    names = [name for name in ("grafts", "torch", "transformers") if name == "grafts" or name in sys.modules]
     found = []
-    for name in names:
+    for name in ("grafts", "torch", "transformers"):
+        if name != "grafts" and name not in sys.modules:
+            continue
         try:
             found.append(f"{name} {version(name)}")
         except PackageNotFoundError:  # used from its folder, without being installed

@@ -19,16 +19,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from grafts.errors import StateError
-from grafts.sites.arguments import (
-    CACHE,
-    CACHE_POSITIONS,
-    ENCODER_STATES,
-    POSITIONS,
-    SPELLINGS,
-    CallArguments,
-    CallSignature,
-    says_length,
-)
+from grafts.sites.arguments import SPELLINGS, CallArguments, CallSignature, Kind
 from grafts.sites.interception import Interception, Steps, route_of, unflatten, written_forward
 from grafts.sites.prefixes import Prefix, PrefixedCache, extended
 from grafts.sites.site import Part, Site
@@ -88,13 +79,10 @@ class Attention:
         """How many tokens came before the queries; looks into the cache, which has taken in theirs."""
         if self.begin is not None:
             return int(self.begin[0])
+        if self.site._called is not None:
+            self.site._called.refuse_unknown_cache(self.host)
         if self.cache is None:
             return 0
-        if not says_length(self.cache):
-            raise StateError(
-                f"a {type(self.host).__name__} keeps its keys in a {type(self.cache).__name__}, which does not say how "
-                "many there are, and an acting adapter has to know: call it with use_cache=False"
-            )
         return max(int(self.cache.get_seq_length()) - self.query.shape[2], 0)
 
     def rows(self, where: Tensor) -> Attention:
@@ -236,12 +224,12 @@ class AttentionSite(Site):
         called = self._called
         assert called is not None
         hidden, length = called.first(), prompt.shape[1]
-        others = [name for name in SPELLINGS[ENCODER_STATES] if isinstance(called.values.get(name), Tensor)]
+        others = [name for name in SPELLINGS[Kind.ENCODER_STATES] if isinstance(called.values.get(name), Tensor)]
         if not others:
-            called.require_no_other_states(hidden)
+            called.refuse_unknown_states(hidden)
         result = {name: _neutral(name, value, length) for name, value in called.values.items()}
         # cross-attention projects keys and values from other states than its input
-        result[self.signature.names[0]] = hidden.new_zeros(1, 1, hidden.shape[-1]) if others else prompt
+        result[called.first_name()] = hidden.new_zeros(1, 1, hidden.shape[-1]) if others else prompt
         for name in others:
             result[name] = prompt
         return result
@@ -250,7 +238,7 @@ class AttentionSite(Site):
         called = self._called
         assert called is not None
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        cache, begin = called.get(CACHE), called.get(CACHE_POSITIONS)
+        cache, begin = called.get(Kind.CACHE), called.get(Kind.CACHE_POSITIONS)
         bias = self.setup.prompt_bias
         return Attention(self, host, query, key.shape[1], scale, called.first(), bias, cache, begin)
 
@@ -412,9 +400,9 @@ def _neutral(name: str, value: Any, length: int) -> Any:
             return torch.ones(*lead, length, value.shape[-1], dtype=value.dtype, device=value.device)
         if name == "sin":
             return torch.zeros(*lead, length, value.shape[-1], dtype=value.dtype, device=value.device)
-        if name in SPELLINGS[CACHE_POSITIONS]:
+        if name in SPELLINGS[Kind.CACHE_POSITIONS]:
             return torch.arange(length, device=value.device)
-        positions = name in SPELLINGS[POSITIONS]
+        positions = name in SPELLINGS[Kind.POSITIONS]
         return torch.zeros(1, length, dtype=value.dtype, device=value.device) if positions else None
     return value if value is None or isinstance(value, (bool, int, float, str)) else None
 

@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from grafts.composition import Rows, Setup
 from grafts.errors import StateError
+from grafts.sites.arguments import SPELLINGS, Kind
 from grafts.sites.model import ModelSite
 from grafts.sites.site import sites_in
 
@@ -128,7 +129,9 @@ class Calls:
             StateError: there is not one name a row, or rows cannot choose now.
         """
         rows = self.choose(names)
-        preferred = [kwargs.get(name) for name in (getattr(model, "main_input_name", None), "inputs_embeds") if name]
+        preferred = [
+            kwargs.get(name) for name in (getattr(model, "main_input_name", None), *SPELLINGS[Kind.EMBEDDINGS]) if name
+        ]
         given = [value for value in (*args, *preferred, *kwargs.values()) if isinstance(value, Tensor) and value.dim()]
         if given and given[0].shape[0] != len(rows.names):
             raise StateError(f"adapter_names has {len(rows.names)} names for a batch of {given[0].shape[0]} rows")

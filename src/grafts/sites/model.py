@@ -17,18 +17,10 @@ from torch.utils.hooks import RemovableHandle
 
 from grafts.errors import StateError
 from grafts.sites.arguments import (
-    CACHE,
-    CACHE_POSITIONS,
-    EMBEDDINGS,
-    ENCODER_MASK,
-    ENCODER_STATES,
-    MASK,
-    PER_LAYER,
-    POSITIONS,
-    TOKEN_TYPES,
-    TOKENS,
+    PER_LAYER_INPUTS,
     CallArguments,
     CallSignature,
+    Kind,
     cache_in,
     is_cache,
     offset_parameter,
@@ -105,7 +97,7 @@ class ModelSite(Site):
         )
         if isinstance(embeddings := getattr(host, "embeddings", None), nn.Module):
             handles = (*handles, embeddings.register_forward_hook(self._embedded))
-        if self.signature.takes(POSITIONS) or not embeds_positions(host):
+        if self.signature.takes(Kind.POSITIONS) or not embeds_positions(host):
             return handles
         positions = host.get_submodule("embed_positions")
         self.embedded_signature = CallSignature(type(positions).forward)
@@ -133,9 +125,9 @@ class ModelSite(Site):
                 )
             shift = int(shift[0])
         given = self.embedded_signature.bind(args, kwargs)
-        positions = given.get(POSITIONS)
+        positions = given.get(Kind.POSITIONS)
         if positions is not None:
-            given.set(POSITIONS, positions + shift)
+            given.set(Kind.POSITIONS, positions + shift)
         else:
             assert self.offset is not None
             given.values[self.offset] = given.values.get(self.offset, 0) + shift
@@ -146,31 +138,21 @@ class ModelSite(Site):
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         given = self.signature.bind(args, kwargs)
         self._room, self._counted = None, None
-        acts = self.acts()
-        # a cache that holds virtual tokens has to be known also where nothing acts any more
-        cache = given.get(CACHE)
+        # A cache that holds virtual tokens has to be known also where nothing acts any more.
+        cache = given.get(Kind.CACHE)
         view = CacheView.of(cache)
-        if view is None and not acts:
+        if view is None and not self.acts():
             return None
-        if view is not None:
-            view.inside = True
-        embeds = given.get(EMBEDDINGS)
-        tokens = given.get(TOKENS) if embeds is None else embeds
+        given.refuse_unknown_tokens(host)
+        embeds = given.get(Kind.EMBEDDINGS)
+        tokens = given.get(Kind.TOKENS) if embeds is None else embeds
         groups = self._parts_by_row()
         acting = [part for _, parts in groups for part in parts]
         placed = view is not None or any(part.length for part in acting)
-        # where positions are given and nothing is put in, the cache need not be asked, which on a GPU takes time
         listens = any(isinstance(part, ListeningPart) for part in acting)
-        asks = placed or listens or given.get(POSITIONS) is None
-        past = 0
-        if asks:
-            if placed or listens:
-                _require_padded(given, _PLACED if placed else _COUNTED)
-            given.require_readable(host)
-            past = past_of(cache, given.get(CACHE_POSITIONS), view)
-            given.require_known(host, past, placed=placed)
-        elif tokens is None:
-            return None
+        # Where positions are given and nothing is put in, the cache need not be asked, which on a GPU takes time.
+        asks = placed or listens or given.get(Kind.POSITIONS) is None
+        past = self._past(host, given, view, placed=placed, listens=listens) if asks else 0
         batch = tokens.shape[0]
         shift = self._shift = self._numbers(groups, "shift", batch, tokens)
         if past == 0 and placed:
@@ -182,17 +164,46 @@ class ModelSite(Site):
             if room is not None and not room.count:
                 room = None
         self._room = room
-        # where the call says itself how many tokens came before, there is nothing to doubt
-        if asks and past == 0 and given.get(CACHE_POSITIONS) is None and not torch.compiler.is_compiling():
+        # Where the call says itself how many tokens came before, there is nothing to doubt.
+        if asks and past == 0 and given.get(Kind.CACHE_POSITIONS) is None and not torch.compiler.is_compiling():
             self._counted = tokens.shape[1] + (0 if room is None else room.count)
         if listens:
             self._tell(groups, given, room, past, tokens)
         self._move(given, host, room, past, tokens, shift)
-        if self.signature.takes(ENCODER_MASK):
+        if self.signature.takes(Kind.ENCODER_MASK):
             encoder = self._numbers(groups, "encoder_length", batch, tokens)
             after_first = any(part.after_first for part in acting)
             _lengthen_encoder_mask(given, encoder, batch, after_first=after_first, snug=_counts_distances(host))
+        if view is not None:
+            view.inside = True
         return given.passed_on()
+
+    def _past(self, host: nn.Module, given: CallArguments, view: CacheView | None, *, placed: bool, listens: bool) -> int:
+        """How many positions came before, virtual tokens too, of a call that carries nothing that is not known.
+
+        Args:
+            host: the module.
+            given: the call's arguments.
+            view: of the cache, where it holds virtual tokens.
+            placed: there are virtual tokens, in this call or in the cache.
+            listens: a part acts that counts tokens.
+
+        Raises:
+            StateError: something that an acting part has to know is not recognised.
+        """
+        if placed or listens:
+            _require_padded(given, _PLACED if placed else _COUNTED)
+        given.refuse_unknown_cache(host)
+        if view is not None:
+            view.inside = True
+        past = past_of(given.get(Kind.CACHE), given.get(Kind.CACHE_POSITIONS), view)
+        if view is not None:
+            view.inside = False
+        if placed:
+            given.refuse_unknown_of_tokens(host, past)
+        elif listens:
+            given.refuse_unknown_mask(host, past)
+        return past
 
     def _tell(self, groups: _Groups, given: CallArguments, room: Room | None, past: int, tokens: Tensor) -> None:
         """Tell the parts that listen which tokens there are.
@@ -204,7 +215,7 @@ class ModelSite(Site):
             past: how many positions the cache holds.
             tokens: what comes new, ``(batch, tokens, ...)``.
         """
-        (batch, new), mask = tokens.shape[:2], given.get(MASK)
+        (batch, new), mask = tokens.shape[:2], given.get(Kind.MASK)
         before = past - room.count if room is not None and past else past
         _require_rows(given, _COUNTED)
         real = torch.ones(batch, before + new, dtype=torch.long, device=tokens.device)
@@ -250,10 +261,10 @@ class ModelSite(Site):
         Raises:
             StateError: naming what it makes.
         """
-        if PER_LAYER in self.signature.parameters:
+        if PER_LAYER_INPUTS in self.signature.parameters:
             raise StateError(
-                f"a {type(host).__name__} makes {PER_LAYER} of its token ids, which virtual tokens do not have and which "
-                "embeddings in place of the ids would lose: choose a method without virtual tokens"
+                f"a {type(host).__name__} makes {PER_LAYER_INPUTS} of its token ids, which virtual tokens do not have and "
+                "which embeddings in place of the ids would lose: choose a method without virtual tokens"
             )
 
     def _begin(self, groups: _Groups, given: CallArguments, host: nn.Module, batch: int, tokens: Tensor) -> Room | None:
@@ -267,10 +278,10 @@ class ModelSite(Site):
             raise StateError("adapters whose virtual tokens come before and after the first token cannot act together")
         if len({part.after_embeddings for part in parts}) > 1:
             raise StateError("adapters whose virtual tokens come before and after the embeddings cannot act together")
-        embeds, mask = given.get(EMBEDDINGS), given.get(MASK)
+        embeds, mask = given.get(Kind.EMBEDDINGS), given.get(Kind.MASK)
         if embeds is None:
             self._require_replaceable(host)
-            embeds = parts[0].embed(host)(given.get(TOKENS))
+            embeds = parts[0].embed(host)(given.get(Kind.TOKENS))
         masked = parts[0].after_first and mask is not None and not torch.compiler.is_compiling()
         if masked and not bool(mask[:, : tokens.shape[1]].ne(0).any(1).all()):
             raise StateError(
@@ -278,7 +289,7 @@ class ModelSite(Site):
                 "has nothing but padding there: pad on the right, or take longer chunks"
             )
         pooled, embedded = getattr(host, "pooler", None) is not None, parts[0].after_embeddings
-        snug = given.get(MASK) is not None and _counts_distances(host)
+        snug = given.get(Kind.MASK) is not None and _counts_distances(host)
         if self.setup.rows is None:
             virtual = torch.cat([part.virtual() for part in parts]).to(embeds.device, embeds.dtype)
             room = Room(virtual.shape[0], tokens.shape[1], None, parts[0].after_first, snug, pooled, embedded)
@@ -297,21 +308,21 @@ class ModelSite(Site):
                     lengths[where] = own.shape[0]
             even = None not in self.setup.rows.names and len({sum(part.length for part in some) for _, some in groups}) == 1
             room = Room(count, tokens.shape[1], None if even else lengths, parts[0].after_first, snug, pooled, embedded)
-        first = room.first(given.get(MASK), batch, embeds.device)
+        first = room.first(given.get(Kind.MASK), batch, embeds.device)
         if embedded:
             self._pending = room, virtual, first
         else:
-            if given.get(TOKENS) is not None:
-                given.set(TOKENS, None)
-            given.set(EMBEDDINGS, room.inserted(embeds, virtual, first))
-            types = given.get(TOKEN_TYPES)
+            if given.get(Kind.TOKENS) is not None:
+                given.set(Kind.TOKENS, None)
+            given.set(Kind.EMBEDDINGS, room.inserted(embeds, virtual, first))
+            types = given.get(Kind.TOKEN_TYPES)
             if types is not None:
-                given.set(TOKEN_TYPES, room.inserted(types, types.new_zeros(batch, room.count, *types.shape[2:]), first))
+                given.set(Kind.TOKEN_TYPES, room.inserted(types, types.new_zeros(batch, room.count, *types.shape[2:]), first))
         if any(part.kept for part in parts):
             self._own = 0
         else:
             self._own = room.count if room.even else room.tokens(first)
-        make_room(given.get(CACHE), room.count, getattr(getattr(host, "config", None), "sliding_window", None))
+        make_room(given.get(Kind.CACHE), room.count, getattr(getattr(host, "config", None), "sliding_window", None))
         return room
 
     def _move(
@@ -336,13 +347,13 @@ class ModelSite(Site):
             if "get_extended_attention_mask" in inspect.unwrap(type(host).forward).__code__.co_names:
                 _square(given, batch, count + new, device)
             return
-        if room is not None and given.get(CACHE_POSITIONS) is not None:
-            given.set(CACHE_POSITIONS, torch.arange(past, past + new + (0 if past else count), device=device))
+        if room is not None and given.get(Kind.CACHE_POSITIONS) is not None:
+            given.set(Kind.CACHE_POSITIONS, torch.arange(past, past + new + (0 if past else count), device=device))
         uneven = room is not None and room.lengths is not None
-        positions = given.get(POSITIONS)
+        positions = given.get(Kind.POSITIONS)
         if positions is None and not uneven and not (room and room.snug) and not isinstance(shift, Tensor) and shift == 0:
             return
-        if not self.signature.takes(POSITIONS):
+        if positions is None and not self.signature.takes(Kind.POSITIONS):
             relative = hasattr(getattr(host, "config", None), "relative_attention_num_buckets")
             if uneven and not relative and (past or not cast("Room", room).gap_last):
                 raise StateError(
@@ -354,18 +365,18 @@ class ModelSite(Site):
             begin = past - count if past else 0
             positions = torch.arange(begin, begin + new, device=device)[None]
         if room is None:
-            given.set(POSITIONS, positions + shift)
+            given.set(Kind.POSITIONS, positions + shift)
             return
         lengths = count if room.lengths is None else room.lengths
         if past:
-            given.set(POSITIONS, positions + shift + lengths)
+            given.set(Kind.POSITIONS, positions + shift + lengths)
             return
         assert first is not None
         if positions.dim() == 3:  # several for each token, of time, height and width: (kinds, batch or 1, tokens)
             several = [self._positioned(kind.expand(batch, -1), room, first, shift) for kind in positions]
-            given.set(POSITIONS, torch.stack(several))
+            given.set(Kind.POSITIONS, torch.stack(several))
         else:
-            given.set(POSITIONS, self._positioned(positions.expand(batch, -1), room, first, shift))
+            given.set(Kind.POSITIONS, self._positioned(positions.expand(batch, -1), room, first, shift))
 
     @staticmethod
     def _positioned(positions: Tensor, room: Room, first: Tensor, shift: int | Tensor) -> Tensor:
@@ -379,18 +390,18 @@ class ModelSite(Site):
 
     def _masked(self, given: CallArguments, room: Room, past: int, batch: int, new: int, device: torch.device) -> Tensor:
         """Let the mask follow; returns before which of a row's own tokens the virtual ones stand, ``(batch, 1)``."""
-        mask = given.get(MASK)
+        mask = given.get(Kind.MASK)
         _require_plain(mask, _PLACED)
         first = room.first(mask, batch, device)
         if mask is None and room.lengths is not None:
             mask = torch.ones(batch, past + new - (room.count if past else 0), dtype=torch.long, device=device)
         if mask is not None:
-            given.set(MASK, room.inserted(mask, None, first))
+            given.set(Kind.MASK, room.inserted(mask, None, first))
         return first
 
     def _after(self, host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         room, self._room, self._shift = self._room, None, 0
-        cache = self.signature.bind(args, kwargs).get(CACHE)
+        cache = self.signature.bind(args, kwargs).get(Kind.CACHE)
         counted, self._counted = self._counted, None
         view = CacheView.of(cache)
         if cache is None and (room is not None or counted is not None):
@@ -432,8 +443,8 @@ def _require_positions(host: nn.Module, output: Any, length: int) -> None:
 def _require_counted(host: nn.Module, cache: Any, counted: int) -> None:
     """Refuse to go on from a cache that holds something else than what was counted, once a sequence, when it begins.
 
-    A cache that reached the model by a way that is not known would make every later call look like the beginning of another
-    sequence; this says so before a single wrong token comes of it.
+    A cache that reached the model by a way that is not known makes every later call look like the beginning of another
+    sequence. Where the model gives it back, as all of `transformers` do, this says so at the first such call.
 
     Args:
         host: the module that was called.
@@ -459,8 +470,8 @@ def _require_padded(given: CallArguments, who: str) -> None:
     Raises:
         StateError: saying so.
     """
-    _require_plain(given.get(MASK), who)
-    if given.values.get("cu_seq_lens_q") is not None:
+    _require_plain(given.get(Kind.MASK), who)
+    if given.get(Kind.PACKED) is not None:
         raise StateError(_PACKED.format(who))
 
 
@@ -471,15 +482,12 @@ def _require_rows(given: CallArguments, who: str) -> None:
         StateError: saying so.
     """
     _require_padded(given, who)
-    positions = given.get(POSITIONS)
-    if given.get(MASK) is not None or torch.compiler.is_compiling():
+    positions = given.get(Kind.POSITIONS)
+    if given.get(Kind.MASK) is not None or not isinstance(positions, Tensor) or torch.compiler.is_compiling():
         return
-    if (
-        isinstance(positions, Tensor)
-        and positions.dim() == 2
-        and positions.shape[0] == 1
-        and bool((positions.diff() < 0).any())
-    ):
+    if positions.dim() == 3:  # several kinds of positions, of which those in time only rise in a sequence
+        positions = positions[0]
+    if positions.dim() == 2 and positions.shape[0] == 1 and bool((positions.diff() < 0).any()):
         raise StateError(_PACKED.format(who))
 
 
@@ -524,9 +532,9 @@ def _cut(value: Any, own: Tensor | int, length: int) -> Any:
 
 def _square(given: CallArguments, batch: int, length: int, device: torch.device) -> None:
     """Give the mask for every query, to models before `transformers` 5, which else make it for as many as there are tokens."""
-    mask = given.get(MASK)
+    mask = given.get(Kind.MASK)
     mask = torch.ones(batch, length, dtype=torch.long, device=device) if mask is None else mask
-    given.set(MASK, mask[:, None].expand(batch, length, length))
+    given.set(Kind.MASK, mask[:, None].expand(batch, length, length))
 
 
 def _counts_distances(host: nn.Module) -> bool:
@@ -545,7 +553,7 @@ def _lengthen_encoder_mask(given: CallArguments, lengths: int | Tensor, batch: i
         after_first: whether they stand after the first token.
         snug: whether they stand after padding.
     """
-    states, mask = given.get(ENCODER_STATES), given.get(ENCODER_MASK)
+    states, mask = given.get(Kind.ENCODER_STATES), given.get(Kind.ENCODER_MASK)
     if states is None or (isinstance(lengths, int) and lengths == 0):
         return
     count = lengths if isinstance(lengths, int) else int(lengths.max())
@@ -554,4 +562,4 @@ def _lengthen_encoder_mask(given: CallArguments, lengths: int | Tensor, batch: i
         mask = torch.ones(batch, own, dtype=torch.long, device=states.device)
     if mask is not None and mask.dim() == 2 and mask.shape[1] == own:
         room = Room(count, own, None if isinstance(lengths, int) else lengths, after_first, snug, False)
-        given.set(ENCODER_MASK, room.inserted(mask, None, room.first(mask, batch, mask.device)))
+        given.set(Kind.ENCODER_MASK, room.inserted(mask, None, room.first(mask, batch, mask.device)))

@@ -182,8 +182,8 @@ def past_of(cache: Any, position: Tensor | None, view: CacheView | None) -> int:
         begin = int(position[0])  # older static caches cannot count padding; callers count tokens
         if begin and cache is None:
             raise StateError(
-                f"the tokens of this call go to position {begin}, and it carries no cache that is recognised: a model that "
-                f"keeps its states to itself is to be called with use_cache=False where adapters count tokens ({versions()})"
+                f"the tokens of this call go to position {begin}, and it carries no cache that is recognised: give the cache "
+                f"of the tokens before, or, if the model keeps it to itself, call it with use_cache=False ({versions()})"
             )
         return begin + view.room.count if begin and view is not None else begin
     if cache is None:
