@@ -431,9 +431,16 @@ def _require_positions(host: nn.Module, output: Any, length: int) -> None:
     Raises:
         StateError: its hidden states have another number of positions than went in.
     """
-    values = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple) else (output,)
-    states = next((value for value in values if isinstance(value, Tensor) and value.dim() == 3), None)
-    if states is not None and states.shape[1] != length:
+    values = [output]
+    if isinstance(output, Mapping):
+        values = list(output.values())
+    elif isinstance(output, tuple):
+        values = list(output)
+    for states in values:
+        if not isinstance(states, Tensor) or states.dim() != 3:
+            continue
+        if states.shape[1] == length:
+            return
         raise StateError(
             f"a {type(host).__name__} gives {states.shape[1]} positions for {length} that went in, so those of the virtual "
             "tokens cannot be told from the others: choose a method without virtual tokens"

@@ -104,7 +104,9 @@ class CacheView:
 
     def __init__(self, cache: Any, room: Room) -> None:
         self.room, self.inside = room, True
-        cache.__dict__.update(get_seq_length=_Length(cache, self), crop=_Crop(cache, self))
+        # one by one, and as attributes: compilers before torch 2.9 cannot follow a change of ``__dict__``
+        cache.get_seq_length = _Length(cache, self)
+        cache.crop = _Crop(cache, self)
 
     @staticmethod
     def of(cache: Any) -> CacheView | None:
