@@ -52,9 +52,6 @@ class Environment:
 ENVIRONMENTS = {
     "oldest": Environment("every lower bound", "constraints-oldest.txt", warns=True),
     "oldest-torch": Environment("the oldest torch below the pins of all else", changes=("torch==OLDEST",)),
-    "oldest-transformers": Environment(
-        "the oldest transformers on a newer torch", changes=("transformers==OLDEST", "datasets")
-    ),
     "pinned": Environment("what the gate runs with"),
     "newest": Environment("whatever a fresh install gives", "none", warns=True),
     "no-peft": Environment("without peft", without=("peft",)),

@@ -56,7 +56,7 @@ def test_two_processes_train_as_one_and_go_on_from_the_file(
     alone, expected = single
     got = started([*TORCHRUN, str(HERE / "train.py"), how], tmp_path)
     for name, losses in expected.items():
-        assert got[name] == pytest.approx(losses, abs=2e-6), name
+        assert got[name] == pytest.approx(losses, abs=1e-5), name  # sums of two halves, over some steps of training
         assert len(set(losses)) == len(losses)
     for folder in sorted(path for path in tmp_path.iterdir() if path.is_dir()):
         for part in ("middle", "end", "resumed"):
@@ -80,7 +80,7 @@ def test_trainer_on_two_processes_saves_resumes_and_trains_as_on_one(launcher: l
     expected = started([str(HERE / "trainer.py")], tmp_path / "one")
     got = started([*launcher, str(HERE / "trainer.py")], tmp_path / "two")
     for name, losses in expected.items():
-        assert got[name] == pytest.approx(losses, abs=2e-6), name
+        assert got[name] == pytest.approx(losses, abs=1e-5), name  # sums of two halves, over some steps of training
     for name in ("lora", "prefix_tuning"):
         first, second = (
             load_file(tmp_path / "two" / folder / "checkpoint-4" / "adapter_model.safetensors")
@@ -95,7 +95,7 @@ def test_deepspeed_saves_whole_adapters_resumes_and_trains_as_one_process(stage:
     expected = started([str(HERE / "trainer.py")], tmp_path / "one")
     got = started([*TORCHRUN, str(HERE / "trainer.py")], tmp_path / "two", ZERO_STAGE=stage, DS_ACCELERATOR="cpu")
     for name, losses in expected.items():
-        assert got[name] == pytest.approx(losses, abs=2e-6), name
+        assert got[name] == pytest.approx(losses, abs=1e-5), name  # sums of two halves, over some steps of training
         if "resumed" not in name:
             files = (tmp_path / run / name / "checkpoint-4" / "adapter_model.safetensors" for run in ("one", "two"))
             here, there = map(load_file, files)

@@ -519,9 +519,12 @@ def test_chunks_of_nothing_but_padding_give_the_same_tokens_or_are_refused(windo
     torch.manual_seed(0)
     config = MistralConfig(**sizes, **special, num_key_value_heads=2, initializer_range=0.3, sliding_window=window)
     model: Any = MistralForCausalLM(config).eval().requires_grad_(False)
-    adapted(model, grafts.PromptTuningConfig(num_virtual_tokens=3, after_first=after_first))
     tokens = torch.tensor([[0, 0, 5, 6, 7], [9, 8, 5, 4, 3]])
     settings = {"attention_mask": (tokens != 0).long(), "max_new_tokens": 6, "do_sample": False}
+    bare = model.generate(tokens, use_cache=False, **settings)
+    if not torch.equal(model.generate(tokens, prefill_chunk_size=2, **settings), bare):
+        pytest.skip("this version of transformers itself goes wrong over chunks of padding")
+    adapted(model, grafts.PromptTuningConfig(num_virtual_tokens=3, after_first=after_first))
     if after_first:
         with pytest.raises(grafts.StateError, match="nothing but padding"):
             model.generate(tokens, prefill_chunk_size=2, **settings)

@@ -148,11 +148,12 @@ class ModelSite(Site):
         tokens = given.get(Kind.TOKENS) if embeds is None else embeds
         groups = self._parts_by_row()
         acting = [part for _, parts in groups for part in parts]
-        placed = view is not None or any(part.length for part in acting)
+        puts = any(part.length for part in acting)
+        placed = puts or view is not None
         listens = any(isinstance(part, ListeningPart) for part in acting)
         # Where positions are given and nothing is put in, the cache need not be asked, which on a GPU takes time.
         asks = placed or listens or given.get(Kind.POSITIONS) is None
-        past = self._past(host, given, view, placed=placed, listens=listens) if asks else 0
+        past = self._past(host, given, view, puts=puts, listens=listens) if asks else 0
         batch = tokens.shape[0]
         shift = self._shift = self._numbers(groups, "shift", batch, tokens)
         if past == 0 and placed:
@@ -178,30 +179,31 @@ class ModelSite(Site):
             view.inside = True
         return given.passed_on()
 
-    def _past(self, host: nn.Module, given: CallArguments, view: CacheView | None, *, placed: bool, listens: bool) -> int:
+    def _past(self, host: nn.Module, given: CallArguments, view: CacheView | None, *, puts: bool, listens: bool) -> int:
         """How many positions came before, virtual tokens too, of a call that carries nothing that is not known.
 
         Args:
             host: the module.
             given: the call's arguments.
             view: of the cache, where it holds virtual tokens.
-            placed: there are virtual tokens, in this call or in the cache.
+            puts: a part acts that puts virtual tokens in, if this call begins a sequence.
             listens: a part acts that counts tokens.
 
         Raises:
             StateError: something that an acting part has to know is not recognised.
         """
-        if placed or listens:
-            _require_padded(given, _PLACED if placed else _COUNTED)
+        if puts or listens:
+            _require_padded(given, _PLACED if puts else _COUNTED)
         given.refuse_unknown_cache(host)
         if view is not None:
             view.inside = True
         past = past_of(given.get(Kind.CACHE), given.get(Kind.CACHE_POSITIONS), view)
         if view is not None:
             view.inside = False
-        if placed:
+        # A cache that was emptied since holds virtual tokens no more, whatever its view says.
+        if puts or (view is not None and past > 0):
             given.refuse_unknown_of_tokens(host, past)
-        elif listens:
+        if listens:
             given.refuse_unknown_mask(host, past)
         return past
 
