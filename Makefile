@@ -9,7 +9,7 @@ WORKERS ?= 2
 export NO_MKDOCS_2_WARNING := 1
 
 demo: $(VENV)/.demo
-	$(BIN)/python -m grafts.demo
+	$(BIN)/python examples/demo/demo.py
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n $(WORKERS)

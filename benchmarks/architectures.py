@@ -29,9 +29,9 @@ from torch import Tensor, nn
 
 import grafts
 from benchmarks.tiny import GROUPS, architectures, silence, tiny
+from grafts.lifecycle.registry import parts_of
 from grafts.methods import method_of
-from grafts.registry import parts_of
-from grafts.tracing import tensors_in
+from grafts.structure.trace import tensors_in
 
 METHODS = {
     "bottleneck": "double_seq_bn[reduction_factor=4]",

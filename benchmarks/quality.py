@@ -11,6 +11,7 @@ import argparse
 import dataclasses
 import datetime
 import json
+import sys
 from pathlib import Path
 
 import peft
@@ -20,13 +21,16 @@ from transformers import set_seed
 
 import grafts
 from grafts.cli.console import quiet
-from grafts.demo.__main__ import DATA, encoder
-from grafts.training.bases import load_base, load_tokenizer
-from grafts.training.data import read_rows
-from grafts.training.progress import ProgressBar
-from grafts.training.run import evaluate, fit
-from grafts.training.settings import RunSettings
-from grafts.training.tasks import task_named
+from grafts.cli.training.bases import load_base, load_tokenizer
+from grafts.cli.training.data import read_rows
+from grafts.cli.training.progress import ProgressBar
+from grafts.cli.training.run import evaluate, fit
+from grafts.cli.training.settings import RunSettings
+from grafts.cli.training.tasks import task_named
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "demo"))  # the demo is no part of the package
+
+from demo import DATA, encoder
 
 ADAPTER = {"r": 8, "target_modules": "all-linear", "task_type": "SEQ_CLS"}
 

@@ -43,7 +43,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import grafts
-from grafts.registry import parts_of
+from grafts.lifecycle.registry import parts_of
 
 RANK = 16
 METHODS = ["lora", "ia3", "dora", "adaption_prompt", "prefix_tuning"]

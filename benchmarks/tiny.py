@@ -16,7 +16,7 @@ from torch import nn
 from transformers import CONFIG_MAPPING
 from transformers.models.auto import modeling_auto
 
-from grafts.tracing import example_inputs
+from grafts.structure.trace import example_inputs
 
 GROUPS = {
     "causal-LM": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",

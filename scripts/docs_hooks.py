@@ -6,7 +6,7 @@ from typing import Any
 
 from peft import PeftType
 
-from grafts.checkpoints.adapterhub_methods import BY_CONFIG
+from grafts.checkpoints.adapterhub_layouts import BY_CONFIG
 from grafts.methods import Method, method_named
 
 

@@ -21,8 +21,8 @@ from torch import nn
 import alignment
 import grafts
 from bases import BY_NAME, Base
+from grafts.lifecycle.registry import parts_of
 from grafts.methods import Method, method_named, methods
-from grafts.registry import parts_of
 
 torch.set_num_threads(int(os.environ.get("GRAFTS_TEST_THREADS", "1")))
 if os.environ.get("GRAFTS_TEST_ALIGNMENT") == "odd":

@@ -13,7 +13,7 @@ import grafts
 from bases import BY_NAME
 from closeness import assert_rounded
 from conftest import randomise
-from grafts.registry import parts_of
+from grafts.lifecycle.registry import parts_of
 from peers import peft
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")  # `peft` asks for that name

@@ -22,7 +22,7 @@ from bases import BY_NAME, ids, llama
 from caches import cache_of, going_on
 from closeness import assert_rounded
 from conftest import randomise
-from grafts.registry import parts_of
+from grafts.lifecycle.registry import parts_of
 
 ROOT = Path(__file__).parents[1]
 HUB = ROOT / "tests" / "data" / "adapterhub"

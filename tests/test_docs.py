@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from grafts.cli.training.settings import RunSettings
 from grafts.methods import Method
-from grafts.training.settings import RunSettings
 
 ROOT = Path(__file__).parents[1]
 PAGES = [page for page in sorted((ROOT / "docs").rglob("*.md")) if "```python" in page.read_text("utf-8")]

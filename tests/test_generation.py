@@ -13,7 +13,7 @@ import grafts
 from bases import ids
 from caches import cache_of, going_on
 from conftest import shake
-from grafts.registry import parts_of
+from grafts.lifecycle.registry import parts_of
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning"),

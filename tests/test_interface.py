@@ -16,8 +16,8 @@ from bases import BY_NAME, ids, llama
 from caches import cache_of, going_on
 from closeness import assert_rounded
 from conftest import randomise
-from grafts.registry import parts_of
-from grafts.roles import anatomy
+from grafts.lifecycle.registry import parts_of
+from grafts.structure.roles import anatomy
 
 LLAMA, BERT = BY_NAME["llama"], BY_NAME["bert"]
 BY_HAND = grafts.AdapterModelInterface(

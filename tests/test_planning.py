@@ -9,7 +9,7 @@ from torch import Tensor, nn
 import bases
 import grafts
 from bases import BY_NAME
-from grafts.roles import anatomy
+from grafts.structure.roles import anatomy
 
 LLAMA = BY_NAME["llama"]
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 import grafts
 from grafts.config import config as as_config
-from grafts.methods import _registered, method, method_named, method_names, methods
+from grafts.methods import method, method_named, method_names, methods
+from grafts.methods._registry import _registered
 from grafts.sites.module import ModulePart
 
 SOURCE = Path(grafts.__file__).parent

@@ -176,7 +176,7 @@ def test_distances_inside_attention_have_no_rows_and_say_so() -> None:
 
 
 def test_method_that_declares_that_its_rows_cannot_choose_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    from grafts.methods import _registered
+    from grafts.methods._registry import _registered
 
     monkeypatch.setitem(_registered, "ia3", dataclasses.replace(_registered["ia3"], routable=False))
     model = two(LLAMA, grafts.IA3Config())

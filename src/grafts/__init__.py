@@ -11,15 +11,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from grafts.adapter_method import AdapterMethod
-    from grafts.checkpoints.cards import About
+    from grafts.checkpoints.hotswap import hotswap, reserve
     from grafts.checkpoints.hub import fetch, push
-    from grafts.checkpoints.loading import LoadReport, load
-    from grafts.checkpoints.saving import save
-    from grafts.checkpoints.swapping import hotswap, reserve
-    from grafts.combining import combine
+    from grafts.checkpoints.load import LoadReport, load
+    from grafts.checkpoints.model_card import About
+    from grafts.checkpoints.save import save
     from grafts.config import AdapterConfig
-    from grafts.config_strings import config_from
     from grafts.errors import (
         AdapterNameError,
         CheckpointError,
@@ -31,13 +28,19 @@ if TYPE_CHECKING:
         UnmatchedTargetError,
         UnsupportedTargetError,
     )
-    from grafts.faces.mixin import PeftAdapterMixin
-    from grafts.faces.peft import AdaptionPromptModel, IA3Model
-    from grafts.faces.pretrained import from_pretrained, integrate
-    from grafts.faces.transformers import deinit, init
-    from grafts.inferring import infer_interface
-    from grafts.interface import AdapterModelInterface
-    from grafts.merging import MergeReport, merge, unmerge, verify_merge
+    from grafts.integrations.adapterhub_methods import AdapterMethod
+    from grafts.integrations.from_pretrained import from_pretrained, integrate
+    from grafts.integrations.peft_models import AdaptionPromptModel, IA3Model
+    from grafts.integrations.transformers_init import deinit, init
+    from grafts.integrations.transformers_mixin import PeftAdapterMixin
+    from grafts.lifecycle.activate import activate, active, deactivate, train_only
+    from grafts.lifecycle.attach import add, bare, delete, detach
+    from grafts.lifecycle.combine import combine
+    from grafts.lifecycle.merge import MergeReport, merge, unmerge, verify_merge
+    from grafts.lifecycle.plan import Plan
+    from grafts.lifecycle.resolve import plan
+    from grafts.lifecycle.status import AdapterStatus, adapters
+    from grafts.methods._presets import config_from
     from grafts.methods.adalora import AdaLoraConfig, RankAllocator, rank_allocator
     from grafts.methods.adaption_prompt import AdaptionPromptConfig
     from grafts.methods.bottleneck import BnConfig
@@ -49,31 +52,17 @@ if TYPE_CHECKING:
     from grafts.methods.prompt_tuning import PromptTuningConfig
     from grafts.methods.reft import ReftConfig
     from grafts.methods.union import UnionConfig
-    from grafts.planning import Plan, plan
-    from grafts.registry import (
-        activate,
-        active,
-        add,
-        bare,
-        deactivate,
-        delete,
-        detach,
-        train_only,
-    )
-    from grafts.status import AdapterStatus, adapters
+    from grafts.structure.infer import infer_interface
+    from grafts.structure.interface import AdapterModelInterface
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "grafts.checkpoints.cards": ("About",),
+    "grafts.checkpoints.hotswap": ("hotswap", "reserve"),
     "grafts.checkpoints.hub": ("fetch", "push"),
-    "grafts.faces.pretrained": ("from_pretrained", "integrate"),
-    "grafts.faces.mixin": ("PeftAdapterMixin",),
-    "grafts.faces.transformers": ("deinit", "init"),
-    "grafts.checkpoints.loading": ("LoadReport", "load"),
-    "grafts.checkpoints.saving": ("save",),
-    "grafts.checkpoints.swapping": ("hotswap", "reserve"),
-    "grafts.combining": ("combine",),
+    "grafts.checkpoints.load": ("LoadReport", "load"),
+    "grafts.checkpoints.model_card": ("About",),
+    "grafts.checkpoints.save": ("save",),
     "grafts.config": ("AdapterConfig",),
     "grafts.errors": (
         "AdapterNameError",
@@ -86,35 +75,32 @@ _HOMES = {
         "UnmatchedTargetError",
         "UnsupportedTargetError",
     ),
-    "grafts.faces.peft": ("AdaptionPromptModel", "IA3Model"),
-    "grafts.merging": ("MergeReport", "merge", "unmerge", "verify_merge"),
-    "grafts.config_strings": ("config_from",),
-    "grafts.inferring": ("infer_interface",),
-    "grafts.interface": ("AdapterModelInterface",),
-    "grafts.adapter_method": ("AdapterMethod",),
-    "grafts.methods.bottleneck": ("BnConfig",),
-    "grafts.methods.invertible": ("InvertibleConfig",),
-    "grafts.methods.reft": ("ReftConfig",),
-    "grafts.methods.union": ("UnionConfig",),
+    "grafts.integrations.adapterhub_methods": ("AdapterMethod",),
+    "grafts.integrations.from_pretrained": ("from_pretrained", "integrate"),
+    "grafts.integrations.peft_models": ("AdaptionPromptModel", "IA3Model"),
+    "grafts.integrations.transformers_init": ("deinit", "init"),
+    "grafts.integrations.transformers_mixin": ("PeftAdapterMixin",),
+    "grafts.lifecycle.activate": ("activate", "active", "deactivate", "train_only"),
+    "grafts.lifecycle.attach": ("add", "bare", "delete", "detach"),
+    "grafts.lifecycle.combine": ("combine",),
+    "grafts.lifecycle.merge": ("MergeReport", "merge", "unmerge", "verify_merge"),
+    "grafts.lifecycle.plan": ("Plan",),
+    "grafts.lifecycle.resolve": ("plan",),
+    "grafts.lifecycle.status": ("AdapterStatus", "adapters"),
+    "grafts.methods._presets": ("config_from",),
     "grafts.methods.adalora": ("AdaLoraConfig", "RankAllocator", "rank_allocator"),
     "grafts.methods.adaption_prompt": ("AdaptionPromptConfig",),
+    "grafts.methods.bottleneck": ("BnConfig",),
     "grafts.methods.ia3": ("IA3Config",),
+    "grafts.methods.invertible": ("InvertibleConfig",),
     "grafts.methods.lora": ("LoraConfig",),
     "grafts.methods.p_tuning": ("PromptEncoderConfig",),
     "grafts.methods.prefix_tuning": ("PrefixTuningConfig",),
     "grafts.methods.prompt_tuning": ("PromptTuningConfig",),
-    "grafts.planning": ("Plan", "plan"),
-    "grafts.registry": (
-        "activate",
-        "active",
-        "add",
-        "bare",
-        "deactivate",
-        "delete",
-        "detach",
-        "train_only",
-    ),
-    "grafts.status": ("AdapterStatus", "adapters"),
+    "grafts.methods.reft": ("ReftConfig",),
+    "grafts.methods.union": ("UnionConfig",),
+    "grafts.structure.infer": ("infer_interface",),
+    "grafts.structure.interface": ("AdapterModelInterface",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 import grafts
 from bases import BY_NAME
 from conftest import randomise
-from grafts.checkpoints import files, peft
+from grafts.checkpoints import atomic_write as files
+from grafts.checkpoints import peft_format as peft
 
 STEPS = ["mkdtemp", "fsync", "open", "rename", "replace", "rmdir", "chmod"]
 

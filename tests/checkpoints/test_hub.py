@@ -21,7 +21,7 @@ import grafts
 from bases import BY_NAME
 from closeness import assert_rounded
 from conftest import randomise
-from grafts.checkpoints.saving import checkpoint_files
+from grafts.checkpoints.save import checkpoint_files
 from hubserver import TOKEN, Hub, serving
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")

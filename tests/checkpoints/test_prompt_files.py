@@ -14,7 +14,7 @@ import grafts
 from bases import BY_NAME, Base
 from closeness import assert_rounded
 from conftest import randomise
-from grafts.registry import parts_of
+from grafts.lifecycle.registry import parts_of
 from peers import peft
 
 pytestmark = [

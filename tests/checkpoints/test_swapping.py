@@ -15,7 +15,7 @@ import grafts
 from bases import BY_NAME
 from closeness import assert_rounded
 from conftest import randomise
-from grafts.registry import parts_of
+from grafts.lifecycle.registry import parts_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
 IDS = bases.ids()

@@ -16,8 +16,8 @@ import bases
 import grafts
 from conftest import any_config
 from grafts.cli.main import main
+from grafts.lifecycle.registry import parts_of
 from grafts.methods import Method
-from grafts.registry import parts_of
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -357,7 +357,7 @@ def test_disk_that_is_full_at_the_end_leaves_nothing(
         raise OSError(28, "No space left on device")
 
     given = ["--model", models / "bert", "--task", "sequence-classification", "--train-file", data, "--max-steps", 1]
-    monkeypatch.setattr("grafts.checkpoints.files.os.fsync", full)
+    monkeypatch.setattr("grafts.checkpoints.atomic_write.os.fsync", full)
     call("train", *given, "--output-dir", tmp_path / "run", status=1)
     assert "No space left on device" in printed(capsys)
     assert not (tmp_path / "run").exists() or not list((tmp_path / "run").iterdir())
@@ -365,7 +365,7 @@ def test_disk_that_is_full_at_the_end_leaves_nothing(
 
 def test_every_flag_is_documented(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     from grafts.cli.options import adapter_parameters, settings_parameters
-    from grafts.training.settings import RunSettings
+    from grafts.cli.training.settings import RunSettings
 
     for parameter in [*settings_parameters(RunSettings), *adapter_parameters()]:
         assert parameter.annotation.__metadata__[0].help
@@ -374,7 +374,7 @@ def test_every_flag_is_documented(capsys: pytest.CaptureFixture[str], monkeypatc
 
 
 def test_settings_from_flags_win_over_the_file() -> None:
-    from grafts.training.settings import RunSettings
+    from grafts.cli.training.settings import RunSettings
 
     fields = {"model": "m", "task": "t", "train_file": "f", "output_dir": "o"}
     file = Path(os.environ.get("TMPDIR", "/tmp")) / f"grafts-{os.getpid()}.yaml"

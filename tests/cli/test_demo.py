@@ -6,10 +6,10 @@ import io
 from pathlib import Path
 
 import pytest
+from demo import demo, encoder  # examples/demo, which pyproject.toml puts on the path of tests
 from rich.console import Console
 
 from grafts.cli.console import quiet
-from grafts.demo.__main__ import demo, encoder
 
 
 @pytest.mark.filterwarnings("ignore")

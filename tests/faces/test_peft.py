@@ -10,7 +10,7 @@ import grafts
 from bases import BY_NAME
 from closeness import assert_rounded
 from conftest import randomise
-from grafts.registry import parts_of
+from grafts.lifecycle.registry import parts_of
 from peers import peft
 
 LLAMA, GPT2 = BY_NAME["llama"], BY_NAME["gpt2"]

@@ -15,9 +15,9 @@ import grafts
 from bases import noise
 from closeness import assert_bitwise, assert_rounded
 from conftest import randomise, tensors_of
+from grafts.lifecycle.registry import parts_of
 from grafts.methods import Method, methods
-from grafts.registry import parts_of
-from grafts.weights import describe
+from grafts.modules.layers import describe
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))

@@ -18,8 +18,8 @@ import grafts
 from bases import BY_NAME, Base
 from closeness import assert_bitwise, assert_rounded
 from conftest import any_config, randomise, tensors_of
+from grafts.lifecycle.registry import parts_of
 from grafts.methods import Method
-from grafts.registry import parts_of
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 TRANSFORMERS = [BY_NAME[name] for name in ("llama", "gpt2", "bert", "sdpa")]
@@ -306,14 +306,14 @@ def test_a_failing_add_leaves_the_model_untouched(
     before = identity(model)
     with pytest.raises(grafts.UnmatchedTargetError, match="no_such_module"):
         grafts.add(model, any_config(method, target_modules=["no_such_module"]), name="en")
-    monkeypatch.setattr("grafts.registry.build_part", _out_of_memory_at(len(grafts.plan(model, config).targets)))
+    monkeypatch.setattr("grafts.lifecycle.build.build_part", _out_of_memory_at(len(grafts.plan(model, config).targets)))
     with pytest.raises(MemoryError):
         grafts.add(model, config, name="en")
     assert_same(before, identity(model))
 
 
 def _out_of_memory_at(number: int) -> Callable[..., object]:
-    from grafts.registry import build_part
+    from grafts.lifecycle.build import build_part
 
     built = []
 

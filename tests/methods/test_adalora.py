@@ -17,7 +17,7 @@ from torch import nn
 import grafts
 from bases import BY_NAME, ids
 from closeness import assert_all_rounded, assert_rounded
-from grafts.registry import parts_of
+from grafts.lifecycle.registry import parts_of
 from peers import peft
 
 LLAMA = BY_NAME["llama"]

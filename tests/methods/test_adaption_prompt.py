@@ -9,7 +9,7 @@ from torch import nn
 import grafts
 from bases import BY_NAME, Base, ids, llama, noise
 from conftest import randomise
-from grafts.registry import parts_of
+from grafts.lifecycle.registry import parts_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
 LLAMA, T5, BERT = BY_NAME["llama"], BY_NAME["t5"], BY_NAME["bert"]

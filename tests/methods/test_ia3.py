@@ -12,8 +12,8 @@ import bases
 import grafts
 from bases import BASES, BY_NAME, noise
 from conftest import randomise
-from grafts.registry import parts_of
-from grafts.scaling import scaled
+from grafts.lifecycle.registry import parts_of
+from grafts.methods.shared.rescale import scaled
 
 LLAMA = BY_NAME["llama"]
 

@@ -13,7 +13,7 @@ from bases import BY_NAME, ids, llama
 from caches import cache_of, going_on
 from closeness import assert_rounded
 from conftest import randomise
-from grafts.registry import parts_of
+from grafts.lifecycle.registry import parts_of
 
 LLAMA, BERT, SDPA = BY_NAME["llama"], BY_NAME["bert"], BY_NAME["sdpa"]
 
@@ -265,7 +265,7 @@ def test_texts_and_options_that_cannot_be_say_why(text: str, message: str) -> No
 
 
 def test_every_preset_is_a_config_and_fits_a_transformer() -> None:
-    from grafts.config_strings import PRESETS
+    from grafts.methods._presets import PRESETS
 
     model = llama(hidden_size=64, num_attention_heads=4)
     for name in PRESETS:

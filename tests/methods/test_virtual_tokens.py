@@ -13,7 +13,7 @@ from bases import BY_NAME, ids
 from caches import going_on
 from closeness import assert_rounded
 from conftest import randomise
-from grafts.registry import parts_of
+from grafts.lifecycle.registry import parts_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
 LLAMA, T5, BERT, VIT = (BY_NAME[name] for name in ("llama", "t5", "bert", "vit"))

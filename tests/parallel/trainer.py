@@ -15,7 +15,7 @@ from transformers import Trainer, TrainingArguments
 
 import bases
 import grafts
-from grafts.sharding import is_main_process
+from grafts.lifecycle.sharding import is_main_process
 
 torch.set_num_threads(1)
 TEXTS = {"lora": "lora", "ia3": "ia3", "bottleneck": "seq_bn[reduction_factor=4]", "prefix_tuning": "prefix_tuning"}

@@ -18,10 +18,10 @@ import grafts
 from bases import ids
 from caches import CACHE, cache_of, going_on
 from conftest import randomise
-from grafts.registry import parts_of
+from grafts.lifecycle.registry import parts_of
 from grafts.sites import arguments
 from grafts.sites.arguments import CallSignature, Kind, could_be_cache
-from grafts.sites.model import ModelSite
+from grafts.sites.input import ModelSite
 
 # every way of acting at a model's input: putting tokens in, counting them, needing all of them, moving their positions
 ACTING: dict[str, Any] = {
@@ -254,7 +254,7 @@ def test_cache_that_comes_by_a_back_door_is_noticed_at_the_first_step(name: str)
 @torch.no_grad()
 @every_counting
 def test_what_the_cache_holds_is_looked_at_once_a_generation(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    import grafts.sites.model as site
+    import grafts.sites.input as site
 
     torch.manual_seed(0)
     model: Any = adapted(bases.llama(eos_token_id=None).eval().requires_grad_(False), text)
@@ -435,7 +435,7 @@ def test_labels_are_no_mask_and_have_to_follow_virtual_tokens() -> None:
 
 
 def test_tokens_that_go_behind_others_need_a_cache_that_is_known() -> None:
-    from grafts.sites.room import past_of
+    from grafts.sites.cache_view import past_of
 
     assert past_of(None, torch.arange(4), None) == 0
     with pytest.raises(grafts.StateError, match="go to position 5, and it carries no cache"):

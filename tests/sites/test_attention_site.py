@@ -20,7 +20,7 @@ from attending import ARCHITECTURES, CUSTOM, Architecture, read_prompt, slow_pre
 from bases import BY_NAME, SDPABlock, ids, noise
 from caches import cache_of, going_on
 from conftest import randomise
-from grafts.registry import parts_of
+from grafts.lifecycle.registry import parts_of
 from grafts.sites.attention import AttendingPart, ConfigView
 
 pytestmark = [
@@ -316,7 +316,7 @@ def test_packed_sequences_each_see_the_prefix() -> None:
 
 
 def test_flash_attention_with_a_window_is_refused_and_its_padding_mask_follows() -> None:
-    from grafts.sites.prefixes import Prefix, extended
+    from grafts.sites.prefix import Prefix, extended
 
     prefix = Prefix(noise(1, 2, 3, 4), noise(1, 2, 3, 4), None)
     query = noise(2, 2, 5, 4)

@@ -13,7 +13,7 @@ import grafts
 from bases import BY_NAME, Base, ids
 from caches import cache_of, going_on
 from conftest import randomise
-from grafts.registry import parts_of
+from grafts.lifecycle.registry import parts_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
 LLAMA, GPT2, BERT, T5 = (BY_NAME[name] for name in ("llama", "gpt2", "bert", "t5"))

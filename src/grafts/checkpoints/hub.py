@@ -8,10 +8,11 @@ from typing import Any
 
 from torch import nn
 
-from grafts.checkpoints import adapterhub, peft
-from grafts.checkpoints.cards import About
-from grafts.checkpoints.interfaces import INTERFACE_FILE
-from grafts.checkpoints.saving import checkpoint_files
+from grafts.checkpoints import adapterhub_format as adapterhub
+from grafts.checkpoints import peft_format as peft
+from grafts.checkpoints.interface_file import INTERFACE_FILE
+from grafts.checkpoints.model_card import About
+from grafts.checkpoints.save import checkpoint_files
 from grafts.errors import CheckpointError
 
 _FILES = (

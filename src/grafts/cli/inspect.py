@@ -11,16 +11,17 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from grafts.checkpoints import peft
-from grafts.checkpoints.files import find
+from grafts.checkpoints import peft_format as peft
+from grafts.checkpoints.atomic_write import find
 from grafts.cli.console import out, quiet
 from grafts.cli.options import adapter_options, adapter_parameters, with_signature
-from grafts.config_strings import config_from
-from grafts.inferring import infer_interface
-from grafts.interface import AdapterModelInterface
-from grafts.matching import collapsed
-from grafts.methods import method_named, method_names, method_of
-from grafts.planning import Plan, plan
+from grafts.lifecycle.plan import Plan
+from grafts.lifecycle.resolve import plan
+from grafts.methods._presets import config_from
+from grafts.methods._registry import method_named, method_names, method_of
+from grafts.modules.patterns import collapsed
+from grafts.structure.infer import infer_interface
+from grafts.structure.interface import AdapterModelInterface
 
 NAME = "inspect"
 

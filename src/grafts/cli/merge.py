@@ -32,7 +32,7 @@ def merge(
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise RunError(f"{str(output)!r} is there already: name a new folder")
     quiet()
-    open_adapter = importlib.import_module("grafts.training.saved").open_adapter
+    open_adapter = importlib.import_module("grafts.cli.training.saved").open_adapter
     saved = open_adapter(adapter, model=model, task=task, labels=labels.split(",") if labels else None, device="cpu")
     plain = grafts.detach(grafts.merge(saved.model, untie=untie), keep_merged=True)
     try:

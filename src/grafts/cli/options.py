@@ -14,7 +14,7 @@ import yaml
 
 from grafts.config import AdapterConfig
 from grafts.errors import RunError
-from grafts.methods import Method, methods
+from grafts.methods._registry import Method, methods
 
 ADAPTER = "Adapter options"
 _NOT_FLAGS = {f.name for f in dataclasses.fields(AdapterConfig)} - {

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from grafts.checkpoints.files import write_all
+from grafts.checkpoints.atomic_write import write_all
 from grafts.cli.console import err, quiet
 from grafts.errors import RunError
 
@@ -39,7 +39,7 @@ def predict(
     """Answer texts with a saved adapter: labels, tags, or texts, one JSON object a line."""
     quiet()
     rows = list(_rows(texts, file))
-    open_adapter = importlib.import_module("grafts.training.saved").open_adapter
+    open_adapter = importlib.import_module("grafts.cli.training.saved").open_adapter
     names = labels.split(",") if labels else None
     saved = open_adapter(adapter, model=model, task=task, labels=names, device=device)
     settings = {**saved.settings, "max_new_tokens": max_new_tokens}
@@ -73,7 +73,7 @@ def _rows(texts: list[str] | None, file: Path | None) -> Iterator[dict[str, Any]
     if texts and file:
         raise RunError("texts are given both as arguments and with --file: choose one")
     if file is not None:
-        yield from importlib.import_module("grafts.training.data").read_rows(file)
+        yield from importlib.import_module("grafts.cli.training.data").read_rows(file)
         return
     lines = texts or [line.rstrip("\n") for line in sys.stdin if line.strip()]
     if not lines:

@@ -11,7 +11,7 @@ import typer
 
 from grafts.cli.console import err, quiet
 from grafts.cli.options import adapter_options, adapter_parameters, settings_parameters, with_signature
-from grafts.training.settings import RunSettings
+from grafts.cli.training.settings import RunSettings
 
 NAME = "train"
 
@@ -26,7 +26,7 @@ def train(
     """
     quiet()
     adapter = {p.name: values.pop(p.name) for p in adapter_parameters()}
-    run = importlib.import_module("grafts.training.run").run  # loads transformers, which help does not need
+    run = importlib.import_module("grafts.cli.training.run").run  # loads transformers, which help does not need
     run(RunSettings.combined(config, values, adapter_options(adapter)), err)
     distributed = importlib.import_module("torch.distributed")
     if distributed.is_available() and distributed.is_initialized():  # threads of a group left open end a process by abort

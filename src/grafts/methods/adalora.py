@@ -12,14 +12,15 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from grafts.blending import Blend
-from grafts.config import LowRankConfig, config, option
+from grafts.config import config, option
 from grafts.errors import AdapterNameError, ConfigError, StateError
-from grafts.lowrank import product
-from grafts.methods import Parts, Place, method
-from grafts.roles import FUSED, KEY_VALUE, QUERY, VALUE
+from grafts.methods._registry import Parts, Place, method
+from grafts.methods._tensor_merging import Blend
+from grafts.methods.shared.low_rank import product
+from grafts.methods.shared.low_rank_config import LowRankConfig
 from grafts.sites.module import ModulePart
 from grafts.sites.site import Part, sites_in
+from grafts.structure.roles import FUSED, KEY_VALUE, QUERY, VALUE
 
 
 @config

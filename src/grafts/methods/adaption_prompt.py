@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from grafts.attentions import CROSS_ATTENTION, ENCODER_ATTENTION, SELF_ATTENTION
 from grafts.config import AdapterConfig, config, option
 from grafts.errors import ConfigError
-from grafts.matching import collapsed
-from grafts.methods import Parts, Place, method
+from grafts.methods._registry import Parts, Place, method
+from grafts.modules.patterns import collapsed
 from grafts.sites.attention import AttendingPart, Attention
+from grafts.structure.attention_modules import CROSS_ATTENTION, ENCODER_ATTENTION, SELF_ATTENTION
 
 _ROLES = {"self": {SELF_ATTENTION}, "cross": {CROSS_ATTENTION}, "both": {SELF_ATTENTION, CROSS_ATTENTION}}
 _ROLES["encoder"] = {ENCODER_ATTENTION}

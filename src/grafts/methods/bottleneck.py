@@ -14,19 +14,19 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from grafts.activations import activation, is_activation
-from grafts.averaging import averaged
 from grafts.config import AdapterConfig, config, option
 from grafts.errors import ConfigError, MergeError
-from grafts.hypercomplex import Hypercomplex, HypercomplexLinear
-from grafts.listening import WholeInput, listening_places
-from grafts.methods import Parts, Place, method
+from grafts.methods._registry import Parts, Place, method
 from grafts.methods.invertible import BLOCKS, CouplingPart, coupling_places, link_couplings
-from grafts.seeds import seeded
+from grafts.methods.shared.activations import activation, is_activation
+from grafts.methods.shared.kronecker import Hypercomplex, HypercomplexLinear
+from grafts.methods.shared.seeding import seeded
+from grafts.methods.shared.token_positions import WholeInput, listening_places
+from grafts.methods.shared.weighted_average import averaged
+from grafts.modules.layers import Layer
 from grafts.sites.module import ModulePart
 from grafts.sites.site import Part
-from grafts.stream import ADDED, BEGIN, END, NORMED, RESIDUAL, Stream, Sublayer, require_width
-from grafts.weights import Layer
+from grafts.structure.residual_stream import ADDED, BEGIN, END, NORMED, RESIDUAL, Stream, Sublayer, require_width
 
 _INITS = ("bert", "mam_adapter", "houlsby")
 _HYPERCOMPLEX_INITS = ("glorot-uniform", "glorot-normal", "normal", "phm")

@@ -8,16 +8,16 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from grafts.blending import Blend
 from grafts.config import AdapterConfig, Names, config, option
 from grafts.errors import ConfigError, UnmatchedTargetError
-from grafts.matching import matches, nearest_modules, unmatched
-from grafts.methods import Parts, Place, method
-from grafts.roles import FFN_OUT, FUSED, KEY, KEY_VALUE, VALUE
-from grafts.scaling import scaled
+from grafts.methods._registry import Parts, Place, method
+from grafts.methods._tensor_merging import Blend
+from grafts.methods.shared.rescale import scaled
+from grafts.modules.layers import Layer
+from grafts.modules.patterns import matches, nearest_modules, unmatched
 from grafts.sites.module import ModulePart
 from grafts.sites.site import Part
-from grafts.weights import Layer
+from grafts.structure.roles import FFN_OUT, FUSED, KEY, KEY_VALUE, VALUE
 
 
 @config

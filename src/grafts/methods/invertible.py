@@ -9,15 +9,15 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from grafts.activations import activation, is_activation
-from grafts.averaging import averaged
 from grafts.config import AdapterConfig, config, option
 from grafts.errors import ConfigError
-from grafts.methods import Parts, Place, method
-from grafts.roles import HEAD
+from grafts.methods._registry import Parts, Place, method
+from grafts.methods.shared.activations import activation, is_activation
+from grafts.methods.shared.weighted_average import averaged
+from grafts.modules.layers import Layer
 from grafts.sites.module import ModulePart
-from grafts.stream import BEGIN, END, Stream, require_width
-from grafts.weights import Layer
+from grafts.structure.residual_stream import BEGIN, END, Stream, require_width
+from grafts.structure.roles import HEAD
 
 BLOCKS = ("nice", "glow")
 

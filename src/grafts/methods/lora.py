@@ -11,18 +11,20 @@ from typing import Any, ClassVar, Self, cast
 import torch
 from torch import Tensor, nn
 
-from grafts.blending import SPARSE, SUMS, Blend
-from grafts.config import LowRankConfig, config, option
+from grafts.config import config, option
 from grafts.errors import ConfigError, MergeError
-from grafts.listening import WholeInput
-from grafts.lowrank import product
-from grafts.matching import pattern_value
-from grafts.methods import Parts, Place, method
-from grafts.roles import FUSED, KEY_VALUE, QUERY, VALUE
-from grafts.scaling import scaled
+from grafts.methods._registry import Parts, Place, method
+from grafts.methods._tensor_merging import SPARSE, SUMS, Blend
+from grafts.methods.shared.low_rank import product
+from grafts.methods.shared.low_rank_config import LowRankConfig
+from grafts.methods.shared.rescale import scaled
+from grafts.methods.shared.token_positions import WholeInput
+from grafts.modules.layers import describe
+from grafts.modules.patterns import pattern_value
+from grafts.modules.weights import canonical_weight, read
 from grafts.sites.module import ModulePart
 from grafts.sites.site import Part
-from grafts.weights import canonical_weight, describe, read
+from grafts.structure.roles import FUSED, KEY_VALUE, QUERY, VALUE
 
 _INITS = (True, False, "gaussian", "pissa", "olora", "orthogonal")
 

@@ -9,10 +9,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from grafts.attentions import DECODER_INPUT, ENCODER_INPUT, INPUT
 from grafts.config import config, option
-from grafts.methods import Files, Parts, Place, method
-from grafts.virtual import (
+from grafts.methods._registry import Files, Parts, Place, method
+from grafts.methods.shared.virtual_tokens import (
     DECODER_TOKENS,
     PREFIX,
     VirtualPart,
@@ -23,6 +22,7 @@ from grafts.virtual import (
     packed,
     unpacked,
 )
+from grafts.structure.attention_modules import DECODER_INPUT, ENCODER_INPUT, INPUT
 
 
 @config

@@ -10,15 +10,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from grafts.attentions import CROSS_ATTENTION, DECODER_INPUT, ENCODER_ATTENTION, ENCODER_INPUT, INPUT, SELF_ATTENTION
 from grafts.config import config, option
 from grafts.errors import CheckpointError, ConfigError, StateError
-from grafts.methods import Files, FileTarget, Parts, Place, method
+from grafts.methods._registry import Files, FileTarget, Parts, Place, method
+from grafts.methods.shared.virtual_tokens import PREFIX, PROMPT, VirtualTokensConfig, encoder_tensors, has_encoder, split
 from grafts.sites.arguments import Kind
 from grafts.sites.attention import AttendingPart, Attention
-from grafts.sites.model import ModelPart, embeds_positions
+from grafts.sites.input import ModelPart, embeds_positions
 from grafts.sites.site import Part
-from grafts.virtual import PREFIX, PROMPT, VirtualTokensConfig, encoder_tensors, has_encoder, split
+from grafts.structure.attention_modules import (
+    CROSS_ATTENTION,
+    DECODER_INPUT,
+    ENCODER_ATTENTION,
+    ENCODER_INPUT,
+    INPUT,
+    SELF_ATTENTION,
+)
 
 LOCATIONS = {"self": SELF_ATTENTION, "cross": CROSS_ATTENTION, "encoder": ENCODER_ATTENTION}
 

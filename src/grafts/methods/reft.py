@@ -8,17 +8,17 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from grafts.activations import activation, is_activation
-from grafts.averaging import averaged
 from grafts.config import AdapterConfig, config, option
 from grafts.errors import ConfigError
-from grafts.listening import TokenCounter, inside, listening_places
-from grafts.methods import Parts, Place, method
-from grafts.seeds import seeded
+from grafts.methods._registry import Parts, Place, method
+from grafts.methods.shared.activations import activation, is_activation
+from grafts.methods.shared.seeding import seeded
+from grafts.methods.shared.token_positions import TokenCounter, inside, listening_places
+from grafts.methods.shared.weighted_average import averaged
+from grafts.modules.layers import Layer
 from grafts.sites.module import ModulePart
 from grafts.sites.site import Part
-from grafts.stream import LAYER, Stream, require_width
-from grafts.weights import Layer
+from grafts.structure.residual_stream import LAYER, Stream, require_width
 
 
 @config

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Self
 
 from grafts.config import AdapterConfig, config, option
 from grafts.errors import ConfigError
-from grafts.methods import Place, method, method_named, method_of
+from grafts.methods._registry import Place, method, method_named, method_of
 from grafts.sites.site import Part
 
 

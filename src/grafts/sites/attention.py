@@ -20,8 +20,9 @@ from torch.utils.hooks import RemovableHandle
 
 from grafts.errors import StateError
 from grafts.sites.arguments import SPELLINGS, CallArguments, CallSignature, Kind
-from grafts.sites.interception import Interception, Steps, route_of, unflatten, written_forward
-from grafts.sites.prefixes import Prefix, PrefixedCache, extended
+from grafts.sites.attention_interception import Interception, Steps
+from grafts.sites.attention_routes import route_of, unflatten, written_forward
+from grafts.sites.prefix import Prefix, PrefixedCache, extended
 from grafts.sites.site import Part, Site
 
 KERNEL = "grafts"  # the name under which `transformers` finds the kernel of this file

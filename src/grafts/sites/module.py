@@ -12,10 +12,10 @@ from typing import Any, Literal, cast
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from grafts.composition import Rows
 from grafts.errors import StateError
+from grafts.modules.weights import read, written
+from grafts.sites.setup import Rows
 from grafts.sites.site import Part, Site
-from grafts.weights import read, written
 
 
 class ModulePart(Part):
@@ -151,7 +151,7 @@ def fold(base: Mapping[str, Tensor], parts: Sequence[Part]) -> dict[str, Tensor]
     What acts on the module's input acts on its columns, and so comes after everything that adds to its weight.
 
     Args:
-        base: the module's tensors, as `grafts.weights.read` gives them.
+        base: the module's tensors, as `grafts.modules.weights.read` gives them.
         parts: in the order in which they act.
     """
     changed: dict[str, Tensor] = {}

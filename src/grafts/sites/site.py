@@ -14,9 +14,9 @@ from typing import Any, ClassVar, TypeVar, cast
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from grafts.composition import SITE_NAMES, Rows, Setup, child_key
 from grafts.errors import ConfigError, MergeError, StateError
-from grafts.weights import own_modules
+from grafts.modules.tree import SITE_NAMES, own_modules
+from grafts.sites.setup import Rows, Setup, child_key
 
 
 class Part(nn.Module):

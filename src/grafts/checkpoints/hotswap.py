@@ -1,0 +1,173 @@
+"""`grafts.hotswap`: a checkpoint takes the place of an adapter, in the very tensors that are there."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from grafts.checkpoints.atomic_write import find
+from grafts.checkpoints.load import LoadReport, prepare, read_checkpoint
+from grafts.checkpoints.peft_format import Checkpoint, read_tensors
+from grafts.checkpoints.save import STATE_FILE
+from grafts.config import AdapterConfig
+from grafts.errors import CheckpointError, ConfigError
+from grafts.lifecycle.registry import Registry, registry_of, unwrapped
+from grafts.methods._registry import method_of
+from grafts.structure.interface import AdapterModelInterface
+
+M = TypeVar("M", bound=nn.Module)
+
+# what says where an adapter stands, and for whom it is: an adapter that takes another's place takes it where that stands
+_PLACE = ("target_modules", "target_roles", "exclude_modules", "layers_to_transform", "layers_pattern", "feedforward_modules")
+_ABOUT = ("task_type", "base_model_name_or_path", "auto_mapping", "inference_mode", "revision")
+
+
+def reserve(model: M, name: str, rank: int) -> M:
+    """Make room for adapters of other ranks in the place of ``name``; its own update stays what it is.
+
+    To be called before the model is compiled or an optimizer is made, since the adapter gets new tensors.
+
+    Args:
+        model: the model.
+        name: which adapter.
+        rank: the highest rank that is to come.
+
+    Raises:
+        AdapterNameError: there is no such adapter.
+        ConfigError: the rank is not above 0, or below what the adapter has now.
+        StateError: the adapter is merged.
+    """
+    registry = registry_of(unwrapped(model))
+    registry.require(name)
+    registry.require_unmerged(f"make room in {name!r}")
+    parts = [part for _, part in registry.parts[name]]
+    for part in parts:
+        part.require_reservable(rank)
+    for part in parts:
+        part.reserve(rank)
+    return model
+
+
+def hotswap(
+    model: nn.Module,
+    path: str | os.PathLike[str] | Checkpoint,
+    *,
+    name: str = "default",
+    allow_pickle: bool = False,
+    interface: AdapterModelInterface | None = None,
+) -> LoadReport:
+    """Put another adapter in the place of ``name``, into the tensors that are there, so that compiled code stays good.
+
+    What is active and trainable stays so. LoRA may be of another scaling and, up to the rank that `reserve` has made room
+    for, of another rank. At targets that the new adapter does not have, the model computes as its base.
+
+    Args:
+        model: the model.
+        path: a directory that `save` or `peft` wrote, or a checkpoint that was read already.
+        name: which adapter to replace.
+        allow_pickle: accept an ``adapter_model.bin``, read with ``torch.load(weights_only=True)``.
+        interface: what the model's modules are.
+
+    Returns:
+        What was loaded.
+
+    Raises:
+        AdapterNameError: there is no such adapter.
+        CheckpointError: the files are broken, or hold what the old adapter has no place for.
+        ConfigError: the new adapter is of another method or build, or needs more room.
+        StateError: the adapter is merged.
+    """
+
+    def fitting(config: AdapterConfig) -> AdapterConfig:
+        return _in_place_of(registry.plans[name].config, config, name)
+
+    inner = unwrapped(model)
+    registry = registry_of(inner)
+    registry.require(name)
+    checkpoint = path if isinstance(path, Checkpoint) else read_checkpoint(Path(path), allow_pickle=allow_pickle)
+    return _swapped(inner, registry, name, checkpoint, interface, fitting, fill=True)
+
+
+def restore(model: nn.Module, name: str, path: Path) -> LoadReport:
+    """Give an adapter the tensors of a checkpoint of itself, and what its training goes on from; its config stays.
+
+    Raises:
+        AdapterNameError: there is no such adapter.
+        CheckpointError: the files are broken, or are not of this adapter.
+        StateError: the adapter is merged.
+    """
+    registry = registry_of(unwrapped(model))
+    own = registry.require(name).config
+    file = find(path, STATE_FILE)
+    tensors = {} if file is None else read_tensors(file)
+    stateful = [
+        (number, one.method) for number, one in enumerate(registry.plans[name].each()) if one.method.resume is not None
+    ]
+    if stateful and not tensors:
+        raise CheckpointError(f"{str(path)!r} holds no {STATE_FILE}, which the training of {name!r} goes on from")
+    report = _swapped(unwrapped(model), registry, name, read_checkpoint(path), None, lambda config: own)
+    for number, method in stateful:
+        assert method.resume is not None
+        own_state = {key.removeprefix(f"{number}."): t for key, t in tensors.items() if key.startswith(f"{number}.")}
+        method.resume(registry.own_parts(name, number), own_state)
+    return report
+
+
+def _swapped(
+    model: nn.Module,
+    registry: Registry,
+    name: str,
+    checkpoint: Checkpoint,
+    interface: AdapterModelInterface | None,
+    instead: Callable[[AdapterConfig], AdapterConfig],
+    *,
+    fill: bool = False,
+) -> LoadReport:
+    """Make the new adapter apart, see that it fits, and copy it over."""
+    registry.require_unmerged(f"replace {name!r}")
+    old = registry.plans[name]
+    before = dict(zip((target.key for target in old.targets), registry.parts[name], strict=True))
+    report, parts = prepare(model, name, checkpoint, interface or old.interface, instead=instead, fill=fill)
+    after = dict(zip((target.key for target in report.plan.targets), parts, strict=True))
+    if before.keys() != after.keys():
+        stray = sorted({key[0] for key in after.keys() ^ before.keys()})
+        raise ConfigError(f"adapter {name!r} cannot be replaced: the other one differs in what it has at {stray[0]!r}")
+    for key, (path, part) in before.items():
+        try:
+            part.require_room(after[key][1])
+        except ConfigError as error:
+            raise ConfigError(f"adapter {name!r} cannot be replaced: {path!r}: {error}") from error
+    with torch.no_grad():
+        for key, (_, part) in before.items():
+            part.become(after[key][1])
+    registry.plans[name] = report.plan
+    return report
+
+
+def _in_place_of(old: AdapterConfig, new: AdapterConfig, name: str) -> AdapterConfig:
+    """The config of a new adapter where the old one stands.
+
+    Raises:
+        ConfigError: it is of another method, or differs where no adapter can be replaced.
+    """
+    method = method_of(old)
+    if type(new) is not type(old):
+        raise ConfigError(f"adapter {name!r} is {method.title}, and {method_of(new).title} cannot take its place")
+    if method.members is not None:
+        raise ConfigError(f"adapter {name!r} is made of several, and cannot be replaced in place")
+    here = {field: getattr(old, field) for field in (*_PLACE, *_ABOUT) if hasattr(old, field)}
+    result = dataclasses.replace(new, **here)
+    for field in dataclasses.fields(old):
+        one, other = getattr(old, field.name), getattr(result, field.name)
+        if one != other and field.name not in method.swaps:
+            raise ConfigError(
+                f"adapter {name!r} cannot be replaced in place by one with another {field.name}\n"
+                f"  here:   {one!r}\n  there:  {other!r}\n  load it under a name of its own"
+            )
+    return result

@@ -1,0 +1,164 @@
+"""Classifying whole texts, and classifying their tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from torch import nn
+from transformers import DataCollatorForTokenClassification, DataCollatorWithPadding
+
+from grafts.cli.training.data import require_column, require_text
+from grafts.cli.training.settings import RunSettings
+from grafts.cli.training.tasks import Metrics, classification_metrics, register
+from grafts.errors import RunError, did_you_mean
+
+IGNORED = -100
+
+
+def _indices(labels: Sequence[str], values: Sequence[Any], file: str, where: str) -> list[int]:
+    """The labels' numbers.
+
+    Raises:
+        RunError: a value is not among them; names the row and the nearest label.
+    """
+    index = {label: number for number, label in enumerate(labels)}
+    for value in values:
+        if str(value) not in index:
+            raise RunError(f"{file!r}: {where} has the unknown label {str(value)!r}; {did_you_mean(str(value), labels)}")
+    return [index[str(value)] for value in values]
+
+
+@register
+class SequenceClassification:
+    """One label a text, or a pair of texts."""
+
+    name = "sequence-classification"
+    task_type = "SEQ_CLS"
+    auto_class = "AutoModelForSequenceClassification"
+    predicts = True
+
+    def labels(self, rows: datasets.Dataset, file: str, settings: RunSettings) -> list[str] | None:
+        """The labels that occur; at least two."""
+        column = settings.label_column or "label"
+        require_column(rows, column, file, "label_column")
+        found = sorted({str(value) for value in rows[column]})
+        if len(found) < 2:
+            raise RunError(f"{file!r} has the label {found[0]!r} in every row: nothing to learn")
+        return found
+
+    def encode(self, rows: datasets.Dataset, file: str, tokenizer: Any, settings: RunSettings) -> datasets.Dataset:
+        """``input_ids``, ``attention_mask`` and ``labels`` (a number a row)."""
+        text, pair = settings.text_column or "text", settings.text_pair_column
+        label = settings.label_column or "label"
+        for column in filter(None, (text, pair)):
+            require_text(rows, column, file, "text_column" if column == text else "text_pair_column")
+        require_column(rows, label, file, "label_column")
+        numbers = [
+            _indices(settings.labels or [], [value], file, f"row {row + 1}")[0] for row, value in enumerate(rows[label])
+        ]
+        encoded = tokenizer(
+            list(rows[text]), list(rows[pair]) if pair else None, truncation=True, max_length=settings.max_length
+        )
+        return datasets.Dataset.from_dict({**encoded, "labels": numbers})
+
+    def collator(self, tokenizer: Any, model: nn.Module) -> Callable[[list[Any]], Mapping[str, Any]]:
+        """Pads to the longest row."""
+        return DataCollatorWithPadding(tokenizer)  # type: ignore[no-any-return]
+
+    def metrics(self, choices: np.ndarray, truth: np.ndarray, labels: Sequence[str]) -> Metrics:
+        """Accuracy, macro F1, and each class."""
+        return classification_metrics(choices, truth, labels)
+
+    @torch.no_grad()
+    def predict(
+        self, model: nn.Module, tokenizer: Any, rows: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]
+    ) -> Iterator[dict[str, Any]]:
+        """The most likely label and its probability."""
+        text, pair = settings.get("text_column") or "text", settings.get("text_pair_column")
+        batch = tokenizer(
+            [row[text] for row in rows],
+            [row[pair] for row in rows] if pair else None,
+            truncation=True,
+            max_length=settings["max_length"],
+            padding=True,
+            return_tensors="pt",
+        ).to(model.device)
+        for row, scores in zip(rows, model(**batch).logits.float().softmax(-1), strict=True):
+            best = int(scores.argmax())
+            yield {"text": row[text], "label": settings["labels"][best], "score": round(float(scores[best]), 4)}
+
+
+@register
+class TokenClassification:
+    """One label a word, the words being given."""
+
+    name = "token-classification"
+    task_type = "TOKEN_CLS"
+    auto_class = "AutoModelForTokenClassification"
+    predicts = True
+
+    def labels(self, rows: datasets.Dataset, file: str, settings: RunSettings) -> list[str] | None:
+        """The labels that occur."""
+        self._require_lists(rows, file, settings)
+        return sorted({str(value) for values in rows[settings.label_column or "tags"] for value in values})
+
+    def encode(self, rows: datasets.Dataset, file: str, tokenizer: Any, settings: RunSettings) -> datasets.Dataset:
+        """``input_ids``, ``attention_mask`` and ``labels``: the word's label at its first token, else -100."""
+        if not tokenizer.is_fast:
+            raise RunError(f"token-classification needs a fast tokenizer, which {settings.model!r} does not have")
+        words, tags = self._require_lists(rows, file, settings)
+        encoded = tokenizer(words, is_split_into_words=True, truncation=True, max_length=settings.max_length)
+        labels = []
+        for row, values in enumerate(tags):
+            numbers = _indices(settings.labels or [], values, file, f"row {row + 1}")
+            ids = encoded.word_ids(row)
+            first = [word is not None and (i == 0 or ids[i - 1] != word) for i, word in enumerate(ids)]
+            labels.append([numbers[word] if begins else IGNORED for word, begins in zip(ids, first, strict=True)])
+        return datasets.Dataset.from_dict({**encoded, "labels": labels})
+
+    def _require_lists(
+        self, rows: datasets.Dataset, file: str, settings: RunSettings
+    ) -> tuple[list[list[str]], list[list[Any]]]:
+        text, label = settings.text_column or "tokens", settings.label_column or "tags"
+        require_column(rows, text, file, "text_column")
+        require_column(rows, label, file, "label_column")
+        words, tags = list(rows[text]), list(rows[label])
+        for row, (some, their) in enumerate(zip(words, tags, strict=True)):
+            if not isinstance(some, list) or not isinstance(their, list) or len(some) != len(their):
+                raise RunError(f"{file!r}: row {row + 1} needs lists of equal length in {text!r} and {label!r}")
+        return words, tags
+
+    def collator(self, tokenizer: Any, model: nn.Module) -> Callable[[list[Any]], Mapping[str, Any]]:
+        """Pads inputs and labels to the longest row."""
+        return DataCollatorForTokenClassification(tokenizer)  # type: ignore[no-any-return]
+
+    def metrics(self, choices: np.ndarray, truth: np.ndarray, labels: Sequence[str]) -> Metrics:
+        """Accuracy, macro F1 and each class, over words."""
+        counted = truth != IGNORED
+        return classification_metrics(choices[counted], truth[counted], labels)
+
+    @torch.no_grad()
+    def predict(
+        self, model: nn.Module, tokenizer: Any, rows: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]
+    ) -> Iterator[dict[str, Any]]:
+        """The label of each word; a text is divided at white space."""
+        column = settings.get("text_column") or "tokens"
+        words = [row[column] if isinstance(row.get(column), list) else row["text"].split() for row in rows]
+        batch = tokenizer(
+            words,
+            is_split_into_words=True,
+            truncation=True,
+            max_length=settings["max_length"],
+            padding=True,
+            return_tensors="pt",
+        )
+        choices = model(**batch.to(model.device)).logits.argmax(-1).tolist()
+        for row, some in enumerate(words):
+            ids = batch.word_ids(row)
+            first = {word: place for place, word in reversed(list(enumerate(ids))) if word is not None}
+            tags = [settings["labels"][choices[row][first[word]]] for word in range(len(some)) if word in first]
+            yield {"tokens": some, "tags": tags}

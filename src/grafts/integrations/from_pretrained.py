@@ -1,0 +1,143 @@
+"""A base and an adapter in one call, by the adapter's folder or repository."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from grafts.checkpoints import hub
+from grafts.checkpoints import peft_format as peft
+from grafts.checkpoints.load import read_checkpoint
+from grafts.checkpoints.peft_format import Checkpoint
+from grafts.errors import CheckpointError
+from grafts.integrations import transformers_patches as integration
+from grafts.integrations.transformers_init import init
+from grafts.structure.interface import AdapterModelInterface
+
+AUTO_CLASSES = {
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "FEATURE_EXTRACTION": "AutoModel",
+}
+
+
+def integrate() -> integration.Integration:
+    """Let `transformers` open adapters with this library, whether or not `peft` is installed.
+
+    From now on ``AutoModelFor....from_pretrained``, ``from_pretrained`` of a model class and ``pipeline`` take the folder or
+    repository of an adapter of any method: they load the base that it names and put the adapter on it, by the methods of
+    `grafts.init`. So does ``load_adapter`` of every model.
+
+    Returns:
+        A handle, whose ``remove()`` switches that off again; it can be used in a ``with`` statement.
+    """
+    return integration.integrate(init)
+
+
+def from_pretrained(
+    adapter: str | os.PathLike[str],
+    *,
+    adapter_name: str = "default",
+    base: str | os.PathLike[str] | None = None,
+    model_class: Any = None,
+    is_trainable: bool = False,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    subfolder: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+    allow_pickle: bool = False,
+    interface: AdapterModelInterface | None = None,
+    **base_options: Any,
+) -> nn.Module:
+    """The base model that an adapter names, with the adapter on it, active, in evaluation mode.
+
+    The class of the model comes from the adapter's ``task_type``, else from the class that the adapter was trained on, as far
+    as `transformers` itself has it, else from what the base says. For classification the number of labels is that of the
+    adapter's head.
+
+    >>> model = grafts.from_pretrained("someone/an-adapter")  # doctest: +SKIP
+
+    Args:
+        adapter: a folder, or the id of a repository on the hub.
+        adapter_name: what to call it.
+        base: the base, where it is not to be the one that the adapter names.
+        model_class: the model's class, where it is not to be worked out.
+        is_trainable: make the adapter trainable.
+        revision: of the adapter's repository; that of the base is in the adapter's config.
+        token: for private and gated repositories.
+        subfolder: where in the repository the adapter is.
+        cache_dir: where files from the hub are kept.
+        local_files_only: look only at what was downloaded before.
+        allow_pickle: accept an ``adapter_model.bin``.
+        interface: what the model's modules are.
+        base_options: of the base's ``from_pretrained``: ``dtype``, ``device_map``, ``quantization_config`` ...
+
+    Returns:
+        The model, with the methods of `grafts.init`.
+
+    Raises:
+        CheckpointError: the adapter cannot be had, names no base, or does not fit it.
+    """
+    where: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+    folder = hub.fetch(adapter, revision=revision, subfolder=subfolder, **where)
+    checkpoint = read_checkpoint(folder, allow_pickle=allow_pickle)
+    config = checkpoint.config
+    source = base if base is not None else config.base_model_name_or_path
+    if not source:
+        raise CheckpointError(f"{os.fspath(adapter)!r} does not name its base model: give it with base=")
+    options = {name: value for name, value in where.items() if value} | base_options
+    if base is None and config.revision is not None:
+        options.setdefault("revision", config.revision)
+    labels = _labels(checkpoint)
+    if labels is not None and not {"num_labels", "id2label", "config"} & base_options.keys():
+        # a head for other labels is no use: the adapter has one of its own
+        options |= {"num_labels": labels, "ignore_mismatched_sizes": True}
+    cls = model_class if model_class is not None else _class_of(checkpoint, os.fspath(source), options)
+    try:
+        model = cls.from_pretrained(os.fspath(source), **options)
+    except (OSError, ValueError) as error:
+        first = (str(error).strip() or type(error).__name__).split("\n")[0]
+        raise CheckpointError(f"the base {os.fspath(source)!r} of {os.fspath(adapter)!r} cannot be loaded: {first}") from error
+    load: Any = init(model)
+    load.load_adapter(folder, adapter_name, is_trainable=is_trainable, adapter_kwargs={"allow_pickle": allow_pickle})
+    return load  # type: ignore[no-any-return]
+
+
+def _labels(checkpoint: Checkpoint) -> int | None:
+    """How many labels the head of an adapter for classification tells apart; None without one."""
+    config = checkpoint.config
+    if config.task_type not in ("SEQ_CLS", "TOKEN_CLS"):
+        return None
+    named = {name.removeprefix(peft.PREFIX).removeprefix("base_model."): tensor for name, tensor in checkpoint.tensors.items()}
+    heads = [*(config.modules_to_save or ()), "classifier", "score"]
+    rows = [
+        t.shape[0] for name, t in named.items() if name.endswith(".weight") and t.dim() == 2 and name.split(".")[0] in heads
+    ]
+    return min(rows, default=None)
+
+
+def _class_of(checkpoint: Checkpoint, source: str, options: Mapping[str, Any]) -> Any:
+    """The class that the base is to be of; only classes that `transformers` itself has are looked up by a name in a file."""
+    transformers = importlib.import_module("transformers")
+    config = checkpoint.config
+    if config.task_type is not None:
+        return getattr(transformers, AUTO_CLASSES[config.task_type])
+    names = [(config.auto_mapping or {}).get("base_model_class")]
+    where = {name: options[name] for name in ("revision", "token", "cache_dir", "local_files_only") if name in options}
+    try:
+        names += transformers.AutoConfig.from_pretrained(source, **where).architectures or []
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"the base {source!r} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+    for name in names:
+        found = getattr(transformers, name, None) if isinstance(name, str) and name.isidentifier() else None
+        if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
+            return found
+    return transformers.AutoModel

@@ -1,0 +1,1 @@
+"""What one `nn.Module` is: its kind of layer, its weights, its place in a tree, its name; nothing here knows adapters."""

@@ -1,0 +1,231 @@
+"""The model's own calls: arguments that are meant for its adapters (which one each row of the batch wants, and for prompts),
+and outputs that cannot be trained by."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from grafts.errors import StateError
+from grafts.sites.arguments import SPELLINGS, Kind
+from grafts.sites.input import ModelSite
+from grafts.sites.setup import Rows, Setup
+from grafts.sites.site import sites_in
+
+ARGUMENT, BIAS = "adapter_names", "prompt_bias"
+ENTERED = "_adapters_entered"  # whether a call of the model has come through its hooks and is on its way to ``forward``
+Choose = Callable[[Sequence[str | None]], Rows]
+
+
+class Calls:
+    """Takes ``adapter_names`` and ``prompt_bias`` out of the model's calls, and tells the sites of them.
+
+    Attributes:
+        setup: the model's shared setup.
+        choose: checks names and makes them rows.
+        trains: whether something trainable acts in the present call of a model.
+    """
+
+    def __init__(self, setup: Setup, choose: Choose, trains: Callable[[nn.Module], bool]) -> None:
+        self.setup = setup
+        self.choose = choose
+        self.trains = trains
+        self._hook: RemovableHandle | None = None
+        self._end: RemovableHandle | None = None
+        self._guard: RemovableHandle | None = None
+
+    def attach(self, model: nn.Module) -> None:
+        """Hook the model's calls, and its ``generate`` if it has one."""
+        self._hook = model.register_forward_pre_hook(self._before, with_kwargs=True, prepend=True)
+        self.stay_last(model)
+        model.__dict__[ENTERED] = False
+        if callable(getattr(type(model), "generate", None)):
+            model.__dict__["generate"] = AdaptedGenerate(self, model)
+
+    def stay_last(self, model: nn.Module) -> None:
+        """Look at the model's output after all sites have."""
+        if self._guard is not None:
+            self._guard.remove()
+        self._guard = model.register_forward_hook(self._guarded, with_kwargs=True)
+
+    def detach(self, model: nn.Module) -> None:
+        """The exact inverse of `attach`."""
+        for handle in (self._hook, self._end, self._guard):
+            if handle is not None:
+                handle.remove()
+        self._hook = self._end = self._guard = None
+        model.__dict__.pop("generate", None)
+        model.__dict__.pop(ENTERED, None)
+
+    def _before(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        setup = self.setup
+        if not torch.compiler.is_compiling():
+            model.__dict__[ENTERED] = True
+        if kwargs.get(ARGUMENT) is not None:
+            setup.rows = self.rows(model, kwargs[ARGUMENT], args, kwargs)
+        if kwargs.get(BIAS) is not None:
+            self.require_bias(model)
+            setup.prompt_bias = kwargs[BIAS]
+        if (setup.rows is not None and ARGUMENT in kwargs) or kwargs.get(BIAS) is not None:
+            if self._end is not None:
+                self._end.remove()
+            # only for such a call, because compilers do not like hooks that are called come what may
+            self._end = model.register_forward_hook(self._after, always_call=True)
+        if setup.routed != (setup.rows is not None):
+            setup.routed = setup.rows is not None
+        if ARGUMENT not in kwargs and BIAS not in kwargs:
+            return None
+        return args, {name: value for name, value in kwargs.items() if name not in (ARGUMENT, BIAS)}
+
+    def _after(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self.setup.rows = None
+        self.setup.prompt_bias = None
+        if output is not None and self._end is not None:  # PyTorch is looking at its hooks when the call has failed
+            self._end.remove()
+            self._end = None
+
+    def _guarded(self, *call: Any) -> Any:
+        """Let an output that nothing trainable has made say so when it is trained by.
+
+        Args:
+            call: the model, its positional and its named arguments, and its output; in one, because the compiler of PyTorch
+                looks at each argument of a hook and warns of tensors that are no leaves.
+        """
+        if not call[0].training or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return None
+        model, args, kwargs, output = call
+        values = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple) else (output,)
+        floats = [value for value in values if isinstance(value, Tensor) and value.is_floating_point()]
+        wanted = any(isinstance(value, Tensor) and value.requires_grad for value in (*args, *kwargs.values()))
+        # embeddings may have been made to want gradients (for reentrant checkpointing), so that alone says nothing
+        if not floats or wanted or (any(value.requires_grad for value in floats) and self.trains(model)):
+            return None
+        anchor = torch.empty(0, requires_grad=True)
+        return _replaced(output, lambda value: Untrainable.apply(value, anchor, self.setup))  # type: ignore[no-untyped-call]
+
+    def require_bias(self, model: nn.Module) -> None:
+        """Refuse a ``prompt_bias`` that nothing would read.
+
+        Raises:
+            StateError: no adapter that acts now takes it.
+        """
+        keys = self.setup.running if self.setup.rows is None else self.setup.rows.keys
+        parts = (site._modules[name] for _, site in sites_in(model) for key in keys for name in site.children_of.get(key, ()))
+        if not any(getattr(part, "takes_bias", False) for part in parts):
+            raise StateError("prompt_bias was given, and no adapter that acts in this call takes it")
+
+    def rows(self, model: nn.Module, names: Sequence[str | None], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Rows:
+        """What the rows of a call ask for.
+
+        Raises:
+            AdapterNameError: a name is unknown.
+            StateError: there is not one name a row, or rows cannot choose now.
+        """
+        rows = self.choose(names)
+        preferred = [
+            kwargs.get(name) for name in (getattr(model, "main_input_name", None), *SPELLINGS[Kind.EMBEDDINGS]) if name
+        ]
+        given = [value for value in (*args, *preferred, *kwargs.values()) if isinstance(value, Tensor) and value.dim()]
+        if given and given[0].shape[0] != len(rows.names):
+            raise StateError(f"adapter_names has {len(rows.names)} names for a batch of {given[0].shape[0]} rows")
+        return rows
+
+
+def _replaced(output: Any, change: Callable[[Tensor], Any]) -> Any:
+    """An output with its floating-point tensors changed."""
+    if isinstance(output, Tensor):
+        return change(output) if output.is_floating_point() else output
+    if isinstance(output, Mapping):
+        for name, value in list(output.items()):
+            if isinstance(value, Tensor):
+                output[name] = _replaced(value, change)  # type: ignore[index]
+        return output
+    if type(output) is tuple:
+        return tuple(_replaced(value, change) if isinstance(value, Tensor) else value for value in output)
+    return output
+
+
+class Untrainable(torch.autograd.Function):
+    """The identity, whose backward pass says that there is nothing to train."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, anchor: Tensor, setup: Setup) -> Tensor:
+        """A copy of ``value``."""
+        ctx.setup = setup
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        """No gradient.
+
+        Raises:
+            StateError: saying what is active.
+        """
+        raise StateError(
+            f"nothing is trainable: no parameter that acts in this call gets a gradient; active are {list(ctx.setup.active)}. "
+            "A loaded adapter is frozen: grafts.train_only(model, name) makes it trainable, as train=True does on loading"
+        )
+
+
+class AdaptedGenerate:
+    """A model's ``generate`` with what is meant for its adapters: beams follow their row, virtual tokens have their mask."""
+
+    def __init__(self, calls: Calls, model: nn.Module) -> None:
+        self.calls = calls
+        self.model = model
+
+    @property
+    def __wrapped__(self) -> Callable[..., Any]:
+        """The class's own method, for those who look at its signature."""
+        return functools.partial(type(self.model).generate, self.model)  # type: ignore[attr-defined]
+
+    def __call__(
+        self,
+        *args: Any,
+        adapter_names: Sequence[str | None] | None = None,
+        prompt_bias: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Generate; see the model's own ``generate``.
+
+        Args:
+            args: its arguments.
+            adapter_names: which adapter each row of the inputs wants, None for the bare base.
+            prompt_bias: what is added to the prompts of each row inside attention, ``(batch, 1 or length, hidden)``.
+            kwargs: its arguments.
+
+        Raises:
+            AdapterNameError: a name is unknown.
+            StateError: there is not one name a row, or rows cannot choose now.
+        """
+        setup, own = self.calls.setup, self.model.__dict__
+        before = setup.prompt_bias
+        if adapter_names is not None:
+            setup.rows = self.calls.rows(self.model, adapter_names, args, kwargs)
+        if prompt_bias is not None:
+            self.calls.require_bias(self.model)
+            beams = int(kwargs.get("num_beams") or getattr(kwargs.get("generation_config"), "num_beams", None) or 1)
+            copies = max(beams, 1) * int(kwargs.get("num_return_sequences") or 1 if beams == 1 else 1)
+            setup.prompt_bias = prompt_bias.repeat_interleave(copies, 0)
+        masks_inside = any(isinstance(site, ModelSite) and site.acts() for _, site in sites_in(self.model))
+        if masks_inside:  # static caches have their masks made outside of the model, which knows nothing of virtual tokens
+            own["create_masks_for_generate"] = _mask_as_it_is
+        try:
+            return self.__wrapped__(*args, **kwargs)
+        finally:
+            if masks_inside:
+                own.pop("create_masks_for_generate", None)
+            if adapter_names is not None:
+                setup.rows = None
+            setup.prompt_bias = before
+
+
+def _mask_as_it_is(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
+    return attention_mask
