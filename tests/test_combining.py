@@ -17,7 +17,7 @@ from grafts.lifecycle.registry import parts_of
 from peers import peft
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")  # `peft` asks for that name
-LLAMA = BY_NAME["llama"]
+LLAMA, BERT = BY_NAME["llama"], BY_NAME["bert"]
 WAYS = ["linear", "cat", "svd", "ties", "ties_svd", "magnitude_prune", "magnitude_prune_svd"]
 RANDOM = ["dare_linear", "dare_ties", "dare_linear_svd", "dare_ties_svd"]
 
@@ -229,3 +229,21 @@ def test_linear_has_the_cross_terms_that_its_page_speaks_of() -> None:
     a = math.sqrt(0.25 * 2) * first.lora_A + math.sqrt(2) * second.lora_A
     b = math.sqrt(0.25 * 2) * first.lora_B + math.sqrt(2) * second.lora_B
     torch.testing.assert_close(deltas(model, "both")[path], (b @ a).detach(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("other", ["none", "lora_only", "all"])
+@pytest.mark.parametrize("bias", ["none", "lora_only", "all"])
+@pytest.mark.parametrize("targets", [["query"], ["value"], ["query", "output.dense"]], ids=str)
+def test_weight_of_one_gives_the_first_adapter_back_whatever_biases_the_others_train(
+    bias: str, other: str, targets: list[str]
+) -> None:
+    model = BERT.model()
+    grafts.add(model, grafts.LoraConfig(r=2, target_modules=["query"], bias=bias), name="first")
+    grafts.add(model, grafts.LoraConfig(r=3, target_modules=targets, bias=other), name="second")
+    for seed, name in enumerate(("first", "second")):
+        randomise(model, name, seed=seed)
+    for weights, expected in (((1.0, 0.0), "first"), ((0.0, 1.0), "second")):
+        alone = BERT.output(grafts.activate(model, expected))
+        grafts.combine(model, ["first", "second"], weights, "both", method="cat")
+        torch.testing.assert_close(BERT.output(model), alone, rtol=1e-5, atol=1e-5)
+        grafts.delete(model, "both")

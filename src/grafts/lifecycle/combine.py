@@ -92,6 +92,9 @@ def combine(
     return attach_parts(model, name, made, build_parts(inner, made, name, tensors), activate=activate, train=train)
 
 
+_BIASES = ("none", "lora_only", "all")  # each trains what those before it train, and more
+
+
 def _config_for_all(config: AdapterConfig, plans: Sequence[Plan]) -> AdapterConfig:
     """``config`` with every module that one of the adapters has, by its path."""
     if len({str(getattr(p.config, "trainable_token_indices", None)) for p in plans}) > 1:
@@ -107,9 +110,8 @@ def _config_for_all(config: AdapterConfig, plans: Sequence[Plan]) -> AdapterConf
         "layers_to_transform": None,
         "layers_pattern": None,
     }
-    biases = {getattr(p.config, "bias", "none") for p in plans}
     if "bias" in config.field_names():
-        changes["bias"] = "all" if "all" in biases else max(biases)
+        changes["bias"] = max((p.config.bias for p in plans), key=_BIASES.index)  # type: ignore[attr-defined]
     return dataclasses.replace(config, **{key: value for key, value in changes.items() if key in config.field_names()})
 
 
@@ -129,6 +131,13 @@ def _extras(model: nn.Module, made: Plan, names: Sequence[str], weights: Sequenc
             for name, weight in zip(names, weights, strict=True):
                 for other, (_, part) in zip(registry.plans[name].targets, registry.parts[name], strict=True):
                     if (other.path, other.kind) == (target.path, target.kind):
-                        moved += weight * (part.file_tensors()[key] - start[key])
+                        # A file says "base_layer." where the adapter has a part of its own at the module; not all may have.
+                        values = {_at_module(own): tensor for own, tensor in part.file_tensors().items()}
+                        moved += weight * (values[_at_module(key)] - start[key])
             result[f"{target.path}.{key}".lstrip(".")] = moved
     return result
+
+
+def _at_module(key: str) -> str:
+    """The name of a tensor at its module, whether or not the file names the module as the base of a part."""
+    return key.removeprefix("base_layer.")
