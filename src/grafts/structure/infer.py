@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -51,29 +51,42 @@ def inferred(body: Anatomy, inputs: Mapping[str, Any] | None = None) -> AdapterM
 
 
 def _layers(body: Anatomy, reading: Reading) -> dict[str, list[Seen]]:
-    """The lists of layers that were run, each with what was seen of its members."""
-    lists: dict[str, list[str]] = {}
-    for path, module in body.modules.items():
-        if isinstance(module, (nn.ModuleList, nn.Sequential, nn.ModuleDict)):
-            lists[path] = [f"{path}.{name}".lstrip(".") for name, _ in module.named_children()]
+    """The lists of layers that were run, each with what was seen of its members.
+
+    A container is a list of layers if at least half of its members were seen to add to the residual stream. Containers
+    nest: a list of blocks may hold lists of layers, and a layer may hold a list of experts. Of nested ones the list is taken
+    whose members are whole layers, that is, add to the stream at least twice (attention and feed-forward).
+    """
     calls = {call.path: call for call in reversed(reading.trace.calls) if call.end >= 0}
-    seen = {
-        path: [reading.layer(calls[child]) for child in children if child in calls and child in body.modules]
-        for path, children in lists.items()
-    }
-    good = {path: some for path, some in seen.items() if some and sum(bool(s.written) for s in some) * 2 >= len(some)}
-    whole = {p for p, some in good.items() if sum(len(s.written) > 1 for s in some) * 2 >= len(some)}
+    adding: dict[str, list[Seen]] = {}
+    whole: set[str] = set()
+    for path, module in body.modules.items():
+        if not isinstance(module, (nn.ModuleList, nn.Sequential, nn.ModuleDict)):
+            continue
+        members = [f"{path}.{name}".lstrip(".") for name, _ in module.named_children()]
+        seen = [reading.layer(calls[member]) for member in members if member in calls and member in body.modules]
+        if _most(len(layer.written) >= 1 for layer in seen):
+            adding[path] = seen
+            if _most(len(layer.written) >= 2 for layer in seen):
+                whole.add(path)
+
     chosen: dict[str, list[Seen]] = {}
-    for path, some in good.items():
-        below = [p for p in whole if p != path and p.startswith(f"{path}.")]
-        above = [p for p in good if p != path and path.startswith(f"{p}.")]
-        hidden = any(p in whole or path not in whole for p in above)
-        if path in whole:
-            if not below and not any(p in whole and not any(q in whole for q in (path,)) for p in above):
-                chosen[path] = some
-        elif not below and not hidden:
-            chosen[path] = some
+    for path, seen in adding.items():
+        # An outer list is passed over for the whole layers inside of it (blocks of layers).
+        if any(inner.startswith(f"{path}.") for inner in whole):
+            continue
+        # An inner list that holds no whole layers is part of a layer (experts, branches).
+        inside = any(path.startswith(f"{outer}.") for outer in adding)
+        if inside and path not in whole:
+            continue
+        chosen[path] = seen
     return chosen
+
+
+def _most(answers: Iterable[bool]) -> bool:
+    """Whether at least half of the answers are yes, and there is one."""
+    given = list(answers)
+    return len(given) > 0 and sum(given) * 2 >= len(given)
 
 
 def _interface(body: Anatomy, reading: Reading) -> AdapterModelInterface:
