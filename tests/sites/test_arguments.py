@@ -550,3 +550,17 @@ def test_gate_inside_attention_refuses_what_may_be_a_cache_under_a_third_name(me
     model.attention(torch.randn(2, 5, 16))
     with pytest.raises(grafts.StateError, match=r"'memory' .*may be a cache"):
         model.attention(torch.randn(2, 5, 16), memory=memory)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["prompt", "p-tuning"])
+def test_cache_without_the_virtual_tokens_of_the_acting_adapters_is_refused(name: str) -> None:
+    model = adapted(llama(), ACTING[name])
+    tokens = ids()
+    grafts.deactivate(model)
+    cache = cache_of(model(input_ids=tokens[:, :-1], use_cache=True))
+    grafts.activate(model, "en")
+    with pytest.raises(grafts.StateError, match="holds 6 tokens and no virtual tokens in front of them"):
+        model(input_ids=tokens[:, -1:], **going_on(cache))
+    grafts.deactivate(model)
+    model(input_ids=tokens[:, -1:], **going_on(cache))

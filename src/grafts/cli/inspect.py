@@ -41,7 +41,7 @@ def inspect(
         show_adapter(directory)
         return
     quiet()
-    bases, tasks = (importlib.import_module(f"grafts.training.{name}") for name in ("bases", "saved"))
+    bases, tasks = (importlib.import_module(f"grafts.cli.training.{name}") for name in ("bases", "saved"))
     wanted = tasks.task_named(task) if task else None
     if interface:
         show_interface(infer_interface(bases.skeleton(source, wanted)))

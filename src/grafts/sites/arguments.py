@@ -237,8 +237,8 @@ class CallArguments:
         if name is not None and not says_length(self.values[name]):
             raise StateError(
                 f"a {type(host).__name__} was called with {name!r} (a {type(self.values[name]).__name__}), which does not say "
-                f"how many tokens it holds, and its adapters have to know: call it without (most models: use_cache=False; "
-                f"{versions()})"
+                f"how many tokens it holds (recurrent states count none), and its adapters have to know: call it without, "
+                f"in generate with use_cache=False ({versions()})"
             )
         for name, value in self._unknown():
             if could_be_cache(value):
@@ -315,7 +315,8 @@ class CallArguments:
         known = ", ".join(name for name in self.signature.parameters if name in KIND_OF)
         return StateError(
             f"a {type(host).__name__} was called with {name!r} (a {cls}), which {what} and which the adapters that act "
-            f"there do not know; of its arguments they know {known or 'none'} ({versions()})"
+            f"there do not know; of its arguments they know {known or 'none'}: leave it out, deactivate them, or use a method "
+            f"that has nothing to do with it ({versions()})"
         )
 
 

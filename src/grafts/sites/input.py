@@ -156,6 +156,11 @@ class ModelSite(Site):
         asks = placed or listens or given.get(Kind.POSITIONS) is None
         past = self._past(host, given, view, puts=puts, listens=listens) if asks else 0
         batch = tokens.shape[0]
+        if puts and past > 0 and view is None:
+            raise StateError(
+                f"the cache holds {past} tokens and no virtual tokens in front of them, which the acting adapters put in "
+                "where a sequence begins: begin with an empty cache, or go on with the adapters that it was made with"
+            )
         shift = self._shift = self._numbers(groups, "shift", batch, tokens)
         if past == 0 and placed:
             if view is not None:
