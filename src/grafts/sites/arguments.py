@@ -167,17 +167,15 @@ class CallArguments:
 
     def first(self) -> Any:
         """The first argument, which for most modules is the tensor that they work on."""
-        for name in self.signature.names:
-            if name in self.values:
-                return self.values[name]
-        return self.unnamed[0] if self.unnamed else next(iter(self.values.values()))
+        name = self.first_name()
+        return self.unnamed[0] if name is None else self.values[name]
 
-    def first_name(self) -> str:
-        """The name of the first argument, where it has one."""
+    def first_name(self) -> str | None:
+        """The name of the first argument, or None where it has none."""
         for name in self.signature.names:
             if name in self.values:
                 return name
-        return next(iter(self.values))
+        return None if self.unnamed else next(iter(self.values))
 
     def passed_on(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments as the module gets them: by name, but for what cannot be."""

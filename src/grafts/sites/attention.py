@@ -230,7 +230,9 @@ class AttentionSite(Site):
             called.refuse_unknown_states(hidden)
         result = {name: _neutral(name, value, length) for name, value in called.values.items()}
         # cross-attention projects keys and values from other states than its input
-        result[called.first_name()] = hidden.new_zeros(1, 1, hidden.shape[-1]) if others else prompt
+        first = called.first_name()
+        assert first is not None
+        result[first] = hidden.new_zeros(1, 1, hidden.shape[-1]) if others else prompt
         for name in others:
             result[name] = prompt
         return result

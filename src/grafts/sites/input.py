@@ -297,7 +297,7 @@ class ModelSite(Site):
                 "has nothing but padding there: pad on the right, or take longer chunks"
             )
         pooled, embedded = getattr(host, "pooler", None) is not None, parts[0].after_embeddings
-        snug = given.get(Kind.MASK) is not None and _counts_distances(host)
+        snug = mask is not None and _counts_distances(host)
         if self.setup.rows is None:
             virtual = torch.cat([part.virtual() for part in parts]).to(embeds.device, embeds.dtype)
             room = Room(virtual.shape[0], tokens.shape[1], None, parts[0].after_first, snug, pooled, embedded)
@@ -316,7 +316,7 @@ class ModelSite(Site):
                     lengths[where] = own.shape[0]
             even = None not in self.setup.rows.names and len({sum(part.length for part in some) for _, some in groups}) == 1
             room = Room(count, tokens.shape[1], None if even else lengths, parts[0].after_first, snug, pooled, embedded)
-        first = room.first(given.get(Kind.MASK), batch, embeds.device)
+        first = room.first(mask, batch, embeds.device)
         if embedded:
             self._pending = room, virtual, first
         else:
