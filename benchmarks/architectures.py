@@ -1,12 +1,15 @@
-"""Every architecture of `transformers` that can be built small, with every kind of method: does it work, and if not, why not.
+"""Every architecture of `transformers` that can be built small, with every kind of method: does it work, and
+if not, why not.
 
     python -m benchmarks.architectures                      # all, a page of docs and a dated file of results
     python -m benchmarks.architectures --only llama,t5      # some, printed
 
-For each architecture a tiny random model is built from its config class, its interface is inferred, and for each kind of
-method: an adapter is added; a fresh one leaves the output bitwise alone where the method says so; a training step moves the
-output; what is saved and loaded into a fresh copy gives the same output within rounding, and so does a merge, where the method
-claims one; and detaching gives the base's output back bitwise.
+For each architecture a tiny random model is built from its config class, its interface is inferred, and for
+each kind of
+method: an adapter is added; a fresh one leaves the output bitwise alone where the method says so; a training
+    step moves the
+output; what is saved and loaded into a fresh copy gives the same output within rounding, and so does a merge,
+where the method claims one; and detaching gives the base's output back bitwise.
 """
 
 from __future__ import annotations
@@ -72,7 +75,9 @@ def same(one: Tensor, other: Tensor) -> bool:
 def near(one: Tensor, other: Tensor, share: float) -> bool:
     """Within rounding: memory that lies otherwise can make PyTorch choose other kernels."""
     one, other = (x.nan_to_num(posinf=0.0, neginf=0.0) for x in (one, other))
-    return one.shape == other.shape and float((one - other).abs().max()) <= share * max(float(other.abs().max()), 1.0)
+    return one.shape == other.shape and float((one - other).abs().max()) <= share * max(
+        float(other.abs().max()), 1.0
+    )
 
 
 def randomise(model: nn.Module, name: str) -> None:
@@ -173,7 +178,9 @@ class limited:  # noqa: N801 - reads like a function
 def said(error: Exception) -> str:
     """An error in one line; what it is where it is none of this library's own."""
     first = (str(error).strip() or type(error).__name__).splitlines()[0]
-    text = first if isinstance(error, (grafts.GraftsError, FailedError)) else f"{type(error).__name__}: {first}"
+    text = (
+        first if isinstance(error, (grafts.GraftsError, FailedError)) else f"{type(error).__name__}: {first}"
+    )
     return text.removeprefix("adapter 'en': ")[:300]
 
 
@@ -182,12 +189,18 @@ SHORT = {"parallel bottleneck": "parallel", "prefix_tuning": "prefix", "prompt_t
 
 
 def summary(records: Sequence[Mapping[str, Any]]) -> list[tuple[str, int, int, dict[str, int]]]:
-    """Of each group, and of the language models together, how many are registered, were built, and work with each method."""
+    """Of each group, and of the language models together, how many are registered, were built, and work with
+    each method.
+    """
     rows = []
     for group in (*CLAIMED, LANGUAGE, *(group for group in GROUPS if group not in CLAIMED)):
-        own = [record for record in records if record["group"] in (CLAIMED if group == LANGUAGE else (group,))]
+        own = [
+            record for record in records if record["group"] in (CLAIMED if group == LANGUAGE else (group,))
+        ]
         built = [record for record in own if "not built" not in record]
-        works = Counter(name for record in built for name, result in record["methods"].items() if result == "works")
+        works = Counter(
+            name for record in built for name, result in record["methods"].items() if result == "works"
+        )
         inferred = {"interface": sum("interface" in record for record in built)}
         rows.append((group, len(own), len(built), {**inferred, **{name: works[name] for name in METHODS}}))
     return [row for row in rows if row[1]]
@@ -208,10 +221,11 @@ def page(records: Sequence[Mapping[str, Any]], version: str) -> str:
         "<!-- made by python -m benchmarks.architectures; do not edit -->",
         "",
         f"Every architecture of `transformers` {version} that can be built from its config class with small "
-        "numbers, with an adapter of each kind. *Works* means: an adapter is added (and leaves the output bitwise alone where "
-        "its method starts so), a training step moves the output, what is saved and loaded gives the same output within "
-        "rounding, as does a merge (LoRA), and detaching gives the base back bitwise. No list of model types stands behind "
-        "this: the [interface](interface.md) is inferred from each model.",
+        "numbers, with an adapter of each kind. *Works* means: an adapter is added (and leaves the output "
+        "bitwise alone where its method starts so), a training step moves the output, what is saved and "
+        "loaded gives the same output within rounding, as does a merge (LoRA), and detaching gives the base "
+        "back bitwise. No list of model types stands behind this: the [interface](interface.md) is inferred "
+        "from each model.",
         "",
         "| | " + " | ".join(group for group, *_ in rows) + " |",
         "|---|" + "---:|" * len(rows),
@@ -224,21 +238,29 @@ def page(records: Sequence[Mapping[str, Any]], version: str) -> str:
     reasons: dict[str, int] = {}
     lines += [
         "",
-        "A prefix needs an attention kernel: state-space, recurrent and Fourier models have none, nor have hybrid ones that "
-        "were built without an attention layer. Numbers stand for reasons, listed below the tables; what could not be built "
-        "comes last.",
+        "A prefix needs an attention kernel: state-space, recurrent and Fourier models have none, nor have "
+        "hybrid ones that were built without an attention layer. Numbers stand for reasons, listed below the "
+        "tables; what could not be built comes last.",
         "",
     ]
     heads = [SHORT.get(name, name) for name in columns]
     for group in GROUPS:
-        own = sorted((r for r in records if r["group"] == group and "not built" not in r), key=lambda r: r["type"])
+        own = sorted(
+            (r for r in records if r["group"] == group and "not built" not in r), key=lambda r: r["type"]
+        )
         if not own:
             continue
-        lines += [f"## {group}", "", "| model type | " + " | ".join(heads) + " |", "|---|" + ":-:|" * len(columns)]
+        lines += [
+            f"## {group}",
+            "",
+            "| model type | " + " | ".join(heads) + " |",
+            "|---|" + ":-:|" * len(columns),
+        ]
         for record in own:
             cells = ["✓" if "interface" in record else _mark(record.get("not inferred", ""), reasons)]
             cells += [
-                "✓" if r == "works" else _mark(r, reasons) for r in (record["methods"].get(name, "") for name in METHODS)
+                "✓" if r == "works" else _mark(r, reasons)
+                for r in (record["methods"].get(name, "") for name in METHODS)
             ]
             lines.append(f"| {record['type']} | " + " | ".join(cells) + " |")
         lines.append("")
@@ -267,7 +289,11 @@ def run(chosen: Sequence[tuple[str, str, str]], workers: int) -> list[dict[str, 
         for record in pool.imap_unordered(measured, chosen, chunksize=1):
             records.append(record)
             bad = [name for name, result in record["methods"].items() if result != "works"]
-            state = record.get("not built") or record.get("not inferred") or (f"without {', '.join(bad)}" if bad else "works")
+            state = (
+                record.get("not built")
+                or record.get("not inferred")
+                or (f"without {', '.join(bad)}" if bad else "works")
+            )
             print(f"{len(records)}/{len(chosen)} {record['group']} {record['type']}: {state}", flush=True)
     order = {architecture: at for at, architecture in enumerate(chosen)}
     return sorted(records, key=lambda record: order[record["group"], record["type"], record["class"]])
@@ -286,7 +312,9 @@ def failures(records: Iterable[Mapping[str, Any]]) -> str:
 
 def main() -> None:
     """Measure, print, and write the page and the results."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--only", help="model types, with commas; nothing is written")
     parser.add_argument("--groups", help=f"some of {', '.join(GROUPS)}, with commas")
     parser.add_argument("--workers", type=int, default=2)
@@ -305,13 +333,17 @@ def main() -> None:
     records = run(chosen, options.workers)
     print(failures(records))
     for group, registered, built, works in summary(records):
-        print(group, f"registered {registered}, built {built},", ", ".join(f"{n} {c}" for n, c in works.items()))
+        print(
+            group, f"registered {registered}, built {built},", ", ".join(f"{n} {c}" for n, c in works.items())
+        )
     if options.records:
         options.records.write_text(json.dumps(records, indent=1) + "\n")
     if not options.only and not options.groups:
         PAGE.write_text(page(records, transformers.__version__))
         file = RESULTS / f"{datetime.datetime.now(datetime.UTC).date()}-architectures.json"
-        file.write_text(json.dumps({"transformers": transformers.__version__, "records": records}, indent=1) + "\n")
+        file.write_text(
+            json.dumps({"transformers": transformers.__version__, "records": records}, indent=1) + "\n"
+        )
 
 
 if __name__ == "__main__":

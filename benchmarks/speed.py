@@ -1,19 +1,23 @@
-"""How fast training steps and the verbs are, as ratios to the frozen base, to the limit, and to `peft`, in one run.
+"""How fast training steps and the verbs are, as ratios to the frozen base, to the limit, and to `peft`, in
+one run.
 
-    python -m benchmarks.speed [--rounds 15] [--sizes small medium large] [--methods lora ia3 ...] [--only-steps]
+    python -m benchmarks.speed [--rounds 15] [--sizes small medium large] [--methods lora ia3 ...]
+    [--only-steps]
 
 - floor: the frozen base's own forward, and forward + backward down to its input embeddings.
-- limit: the floor plus the adapter's own floating-point work on the same shapes: for LoRA six matrix products a target, for
-  (IA)3 one multiplication forward and backward and one of the gradient with the activation, summed over the batch; inside
-  attention the products of queries with the keys and of weights with the values of the prompt or prefix, and for a prompt
-  its projections.
-- grafts, peft: the same model with LoRA or DoRA r=16 on every linear, or (IA)3 on every key, value and down projection; no
-  dropout. DoRA is measured beside LoRA. An adaption prompt has 10 tokens in every layer, a prefix 20.
+- limit: the floor plus the adapter's own floating-point work on the same shapes: for LoRA six matrix products
+  a target, for (IA)3 one multiplication forward and backward and one of the gradient with the activation,
+  summed over the batch; inside attention the products of queries with the keys and of weights with the values
+  of the prompt or prefix, and for a prompt its projections.
+- grafts, peft: the same model with LoRA or DoRA r=16 on every linear, or (IA)3 on every key, value and down
+  projection; no dropout. DoRA is measured beside LoRA. An adaption prompt has 10 tokens in every layer, a
+  prefix 20.
 
 With --only-steps what today's file holds of other methods and of the verbs stays in it.
 
-Every round measures all of them, in an order that rotates, and a figure is the median of the rounds' ratios. On a CPU one
-thread and the process's CPU time; on a GPU device events. Writes benchmarks/results/DATE-speed-DEVICE.json.
+Every round measures all of them, in an order that rotates, and a figure is the median of the rounds' ratios.
+On a CPU one thread and the process's CPU time; on a GPU device events. Writes
+benchmarks/results/DATE-speed-DEVICE.json.
 """
 
 from __future__ import annotations
@@ -48,9 +52,27 @@ from grafts.lifecycle.registry import parts_of
 RANK = 16
 METHODS = ["lora", "ia3", "dora", "adaption_prompt", "prefix_tuning"]
 SIZES = {
-    "small": {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 4, "num_attention_heads": 8, "rows": 4},
-    "medium": {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 3, "num_attention_heads": 16, "rows": 4},
-    "large": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 2, "num_attention_heads": 16, "rows": 2},
+    "small": {
+        "hidden_size": 512,
+        "intermediate_size": 1408,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 8,
+        "rows": 4,
+    },
+    "medium": {
+        "hidden_size": 1024,
+        "intermediate_size": 2816,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 16,
+        "rows": 4,
+    },
+    "large": {
+        "hidden_size": 2048,
+        "intermediate_size": 5632,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 16,
+        "rows": 2,
+    },
 }
 LENGTH, VOCABULARY = 128, 1000
 CUDA = torch.cuda.is_available()
@@ -131,17 +153,23 @@ def training(model: nn.Module, embeddings: Tensor) -> Step:
 
 
 def products(model: nn.Module, rows: int, *, backward: bool) -> Step:
-    """The adapter's matrix products alone, into buffers that are there: two a target forward, four more backward."""
+    """The adapter's matrix products alone, into buffers that are there: two a target forward, four more
+    backward.
+    """
     jobs: list[tuple[Tensor, Tensor, Tensor]] = []
     for _, part in parts_of(model, "default"):
         a, b = (p.detach().to(DTYPE) for p in (part.lora_A, part.lora_B))
-        x, y = (torch.randn(rows * LENGTH, width, device=DEVICE, dtype=DTYPE) for width in (a.shape[1], b.shape[0]))
+        x, y = (
+            torch.randn(rows * LENGTH, width, device=DEVICE, dtype=DTYPE)
+            for width in (a.shape[1], b.shape[0])
+        )
         u = torch.randn(rows * LENGTH, RANK, device=DEVICE, dtype=DTYPE)
         pairs = [(x, a.T), (u, b.T)]
         if backward:
             pairs += [(y, b), (y.T, u), (u, a), (u.T, x)]
         jobs += [
-            (left, right, torch.empty(left.shape[0], right.shape[1], device=DEVICE, dtype=DTYPE)) for left, right in pairs
+            (left, right, torch.empty(left.shape[0], right.shape[1], device=DEVICE, dtype=DTYPE))
+            for left, right in pairs
         ]
 
     def step() -> None:
@@ -187,7 +215,9 @@ def attention_products(model: nn.Module, rows: int, *, backward: bool) -> Step:
             continue
         prompt = getattr(part, "adaption_prompt", None)
         length = 20 if prompt is None else prompt.shape[1]
-        query, keys, weights = (random(rows * heads, *shape) for shape in ((LENGTH, size), (length, size), (LENGTH, length)))
+        query, keys, weights = (
+            random(rows * heads, *shape) for shape in ((LENGTH, size), (length, size), (LENGTH, length))
+        )
         job(query, keys.mT)
         job(weights, keys)
         if backward:  # to the weights and the values, to the queries and the keys
@@ -217,7 +247,9 @@ def peak_bytes(step: Step) -> int:
         torch.cuda.reset_peak_memory_stats()
         step()
         return torch.cuda.max_memory_allocated() - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
         step()
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
     held = peak = 0
@@ -230,7 +262,9 @@ def peak_bytes(step: Step) -> int:
 def steps(size: str, rounds: int, method: str) -> dict[str, float]:
     base = llama(size)
     rows = SIZES[size]["rows"]
-    embeddings = torch.randn(rows, LENGTH, SIZES[size]["hidden_size"], device=DEVICE, dtype=DTYPE, requires_grad=True)
+    embeddings = torch.randn(
+        rows, LENGTH, SIZES[size]["hidden_size"], device=DEVICE, dtype=DTYPE, requires_grad=True
+    )
     models = {
         "floor": base,
         "grafts": grafts.add(copy.deepcopy(base), config(grafts, method)),
@@ -248,10 +282,16 @@ def steps(size: str, rounds: int, method: str) -> dict[str, float]:
             measured["idle"] = make(grafts.deactivate(copy.deepcopy(models["grafts"])), embeddings)
         found = interleaved(measured, rounds)
         if method == "dora":
-            result |= {f"{kind} {name} DoRA / its LoRA": ratio(found, name, f"{name} LoRA") for name in ("grafts", "peft")}
+            result |= {
+                f"{kind} {name} DoRA / its LoRA": ratio(found, name, f"{name} LoRA")
+                for name in ("grafts", "peft")
+            }
         else:
             found["limit"] = [a + b for a, b in zip(found["floor"], found["work"], strict=True)]
-            result |= {f"{kind} {name} / floor": ratio(found, name, "floor") for name in ("limit", "grafts", "peft", "idle")}
+            result |= {
+                f"{kind} {name} / floor": ratio(found, name, "floor")
+                for name in ("limit", "grafts", "peft", "idle")
+            }
             result |= {f"{kind} {name} / limit": ratio(found, name, "limit") for name in ("grafts", "peft")}
         result[f"{kind} grafts / peft"] = ratio(found, "grafts", "peft")
         if kind == "training":
@@ -309,29 +349,44 @@ def verbs(rounds: int) -> dict[str, float]:
                 theirs.save_pretrained(paths["peft"], selected_adapters=["default"])
 
         result = {}
-        works = {"add and remove": add, "activate": switch, "save": save, "load and delete": load, "merge and unmerge": merge}
+        works = {
+            "add and remove": add,
+            "activate": switch,
+            "save": save,
+            "load and delete": load,
+            "merge and unmerge": merge,
+        }
         for name, work in works.items():
-            found = interleaved({library: lambda w=work, b=library: w(b) for library in ("grafts", "peft")}, rounds)  # type: ignore[misc]
+            found = interleaved(
+                {library: lambda w=work, b=library: w(b) for library in ("grafts", "peft")}, rounds
+            )  # type: ignore[misc]
             result |= {f"{name} {library} ms": statistics.median(found[library]) * 1e3 for library in found}
     for library, used in (("grafts", "grafts.add"), ("peft", "peft.get_peft_model")):
         use = f"import {library}; {used}; {library}.LoraConfig"
         code = f"import time; t = time.process_time(); {use}; print(time.process_time() - t)"
         seconds = [
-            float(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout) for _ in range(3)
+            float(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout)
+            for _ in range(3)
         ]
         result[f"import {library} ms"] = statistics.median(seconds) * 1e3
     return result
 
 
 def deep(hidden: int) -> nn.Module:
-    """A Llama of 32 layers, 224 linears in them; above a small size its weights have shapes but no memory of their own."""
+    """A Llama of 32 layers, 224 linears in them; above a small size its weights have shapes but no memory of
+    their own.
+    """
     sizes = {"hidden_size": hidden, "intermediate_size": hidden * 11 // 4, "num_hidden_layers": 32}
     with torch.device("cpu" if hidden <= 256 else "meta"):
-        model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=8, num_key_value_heads=8, vocab_size=VOCABULARY))
+        model = LlamaForCausalLM(
+            LlamaConfig(**sizes, num_attention_heads=8, num_key_value_heads=8, vocab_size=VOCABULARY)
+        )
     for module in model.modules() if hidden > 256 else ():
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                module._parameters[name] = nn.Parameter(torch.zeros(1).expand(parameter.shape), requires_grad=False)
+                module._parameters[name] = nn.Parameter(
+                    torch.zeros(1).expand(parameter.shape), requires_grad=False
+                )
     return model.requires_grad_(False)
 
 
@@ -351,7 +406,9 @@ def crowd(adapters: int) -> dict[str, float]:
                 model.add_adapter(f"a{number}", config(peft))
                 model.set_adapter(f"a{number}")
             added.append((time.process_time() - before) * 1e3)
-        switch = model.set_adapter if library == "peft" else lambda name, model=model: grafts.activate(model, name)
+        switch = (
+            model.set_adapter if library == "peft" else lambda name, model=model: grafts.activate(model, name)
+        )
         names = iter([f"a{number % adapters}" for number in range(1000)])
         count = 500 if library == "grafts" else 5
         seconds = cost(lambda switch=switch, names=names: switch(next(names)), count)
@@ -364,7 +421,9 @@ def crowd(adapters: int) -> dict[str, float]:
 
 
 def loading(rounds: int) -> dict[str, float]:
-    """Loading a file of rank 16 for 224 modules, beside reading its tensors into memory with `safetensors` alone."""
+    """Loading a file of rank 16 for 224 modules, beside reading its tensors into memory with `safetensors`
+    alone.
+    """
     result = {}
     for hidden in (256, 2048, 4096):
         model = grafts.add(deep(hidden), config(grafts))
@@ -375,7 +434,9 @@ def loading(rounds: int) -> dict[str, float]:
             found: dict[str, list[float]] = {"read": [], "load": [], "map": []}
             for _ in range(rounds):
                 found["map"].append(cost(lambda file=file: load_file(file)))
-                found["read"].append(cost(lambda file=file: {k: v.clone() for k, v in load_file(file).items()}))
+                found["read"].append(
+                    cost(lambda file=file: {k: v.clone() for k, v in load_file(file).items()})
+                )
                 found["load"].append(cost(lambda model=model, folder=folder: grafts.load(model, folder)))
                 grafts.delete(model, "default")
             name = f"{megabytes:.0f} MB"
@@ -386,7 +447,9 @@ def loading(rounds: int) -> dict[str, float]:
 
 def machine() -> dict[str, str]:
     return {
-        "device": torch.cuda.get_device_name() if CUDA else f"{platform.machine()} CPU, one thread, process CPU time",
+        "device": torch.cuda.get_device_name()
+        if CUDA
+        else f"{platform.machine()} CPU, one thread, process CPU time",
         "dtype": str(DTYPE),
         "python": platform.python_version(),
         **{lib.__name__: lib.__version__ for lib in (grafts, peft, torch, transformers)},
@@ -394,7 +457,9 @@ def machine() -> dict[str, str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["small", "medium", "large"])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
@@ -404,7 +469,9 @@ def main() -> None:
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     console = Console(width=110)
-    measured = {method: {size: steps(size, given.rounds, method) for size in given.sizes} for method in given.methods}
+    measured = {
+        method: {size: steps(size, given.rounds, method) for size in given.sizes} for method in given.methods
+    }
     for method, by_size in measured.items():
         table = Table(box=None, header_style="bold")
         table.add_column(method)
@@ -415,12 +482,20 @@ def main() -> None:
         console.print(table)
     kind = "cuda" if CUDA else "cpu"
     file = Path(__file__).parent / "results" / f"{datetime.date.today()}-speed-{kind}.json"
-    before = json.loads(file.read_text()) if given.only_steps and file.exists() else {"steps": {}, "verbs": {}}
-    times = before["verbs"] if given.only_steps else verbs(given.rounds) | loading(given.rounds) | crowd(given.adapters)
+    before = (
+        json.loads(file.read_text()) if given.only_steps and file.exists() else {"steps": {}, "verbs": {}}
+    )
+    times = (
+        before["verbs"]
+        if given.only_steps
+        else verbs(given.rounds) | loading(given.rounds) | crowd(given.adapters)
+    )
     for name, value in times.items():
         console.print(f"{name:<48}{value:>12.3f}", highlight=False)
     about = {"machine": machine(), "rank": RANK, "rounds": given.rounds}
-    file.write_text(json.dumps(about | {"steps": before["steps"] | measured, "verbs": times}, indent=2) + "\n")
+    file.write_text(
+        json.dumps(about | {"steps": before["steps"] | measured, "verbs": times}, indent=2) + "\n"
+    )
     console.print(f"written to {file}")
 
 

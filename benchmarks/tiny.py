@@ -1,4 +1,6 @@
-"""Tiny random models of every architecture in `transformers` that can be built from its config class with small numbers."""
+"""Tiny random models of every architecture in `transformers` that can be built from its config class with
+small numbers.
+"""
 
 from __future__ import annotations
 
@@ -30,20 +32,43 @@ LIMIT = 30_000_000  # parameters
 
 # what a field is set to where a config has it; the first of several builds that works is taken
 SIZES: dict[str, Any] = {
-    **dict.fromkeys(("hidden_size", "d_model", "n_embd", "dim", "model_dim", "emb_dim", "embed_dim", "hidden_dim"), 32),
-    **dict.fromkeys(("encoder_hidden_size", "decoder_hidden_size", "projection_dim", "embedding_size", "d_embed"), 32),
-    **dict.fromkeys(("intermediate_size", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim", "n_inner", "d_ff", "d_inner"), 64),
-    **dict.fromkeys(("ffn_hidden_size", "mlp_hidden_size", "shared_expert_intermediate_size", "ffn_hidden_dim"), 64),
     **dict.fromkeys(
-        ("moe_intermediate_size", "shared_intermediate_size", "expert_ffn_hidden_size", "moe_ffn_hidden_size"), 32
+        ("hidden_size", "d_model", "n_embd", "dim", "model_dim", "emb_dim", "embed_dim", "hidden_dim"), 32
     ),
-    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers"), 2),
+    **dict.fromkeys(
+        ("encoder_hidden_size", "decoder_hidden_size", "projection_dim", "embedding_size", "d_embed"), 32
+    ),
+    **dict.fromkeys(
+        ("intermediate_size", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim", "n_inner", "d_ff", "d_inner"),
+        64,
+    ),
+    **dict.fromkeys(
+        ("ffn_hidden_size", "mlp_hidden_size", "shared_expert_intermediate_size", "ffn_hidden_dim"), 64
+    ),
+    **dict.fromkeys(
+        (
+            "moe_intermediate_size",
+            "shared_intermediate_size",
+            "expert_ffn_hidden_size",
+            "moe_ffn_hidden_size",
+        ),
+        32,
+    ),
+    **dict.fromkeys(
+        ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers"), 2
+    ),
     **dict.fromkeys(("num_decoder_layers", "num_encoder_layers", "depth", "e_layers", "d_layers"), 2),
     **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads", "encoder_attention_heads"), 4),
-    **dict.fromkeys(("decoder_attention_heads", "num_encoder_attention_heads", "num_decoder_attention_heads"), 4),
+    **dict.fromkeys(
+        ("decoder_attention_heads", "num_encoder_attention_heads", "num_decoder_attention_heads"), 4
+    ),
     **dict.fromkeys(("num_key_value_heads", "num_kv_heads", "multi_query_group_num"), 2),
-    **dict.fromkeys(("head_dim", "d_kv", "attention_head_dim", "kv_channels", "d_head", "attention_head_size"), 8),
-    **dict.fromkeys(("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx", "max_sequence_length"), 64),
+    **dict.fromkeys(
+        ("head_dim", "d_kv", "attention_head_dim", "kv_channels", "d_head", "attention_head_size"), 8
+    ),
+    **dict.fromkeys(
+        ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx", "max_sequence_length"), 64
+    ),
     **dict.fromkeys(("vocab_size", "text_vocab_size", "decoder_vocab_size", "encoder_vocab_size"), 99),
     **dict.fromkeys(("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"), 4),
     **dict.fromkeys(("num_experts_per_tok", "moe_topk", "num_experts_per_token", "moe_k"), 2),
@@ -175,14 +200,31 @@ def shrunk(config: Any, sizes: dict[str, Any], depth: int = 0) -> Any:
     )
     for name, value in list(vars(config).items()):
         per_layer = name.endswith(
-            ("layer_types", "layers_block_type", "mlp_layer_types", "_per_layer", "layers_type", "block_types")
+            (
+                "layer_types",
+                "layers_block_type",
+                "mlp_layer_types",
+                "_per_layer",
+                "layers_type",
+                "block_types",
+            )
         )
-        if isinstance(value, list) and layers is not None and len(value) > layers and (per_layer or "layer" in name):
+        if (
+            isinstance(value, list)
+            and layers is not None
+            and len(value) > layers
+            and (per_layer or "layer" in name)
+        ):
             kinds = list(dict.fromkeys(map(str, value)))
             chosen = [next(v for v in value if str(v) == kind) for kind in kinds][-layers:]
             with contextlib.suppress(Exception):
                 setattr(config, name, (chosen * layers)[:layers] if len(chosen) < layers else chosen)
-        if isinstance(value, int) and not isinstance(value, bool) and name.endswith("token_id") and value >= 99:
+        if (
+            isinstance(value, int)
+            and not isinstance(value, bool)
+            and name.endswith("token_id")
+            and value >= 99
+        ):
             with contextlib.suppress(Exception):
                 setattr(config, name, 5)
         if isinstance(value, (list, tuple)) and name.endswith("token_id"):
@@ -238,8 +280,12 @@ def tiny(model_type: str, class_name: str) -> tuple[nn.Module, dict[str, Any]]:
         everything | {"num_hidden_layers": 4, "n_layer": 4, "num_layers": 4},
     ]
     for sizes in variants:
-        for config in configs(model_type, {name: value for name, value in sizes.items() if value is not None}):
-            if class_name.endswith(("CausalLM", "LMHeadModel", "ModelWithLMHead")) and hasattr(config, "is_decoder"):
+        for config in configs(
+            model_type, {name: value for name, value in sizes.items() if value is not None}
+        ):
+            if class_name.endswith(("CausalLM", "LMHeadModel", "ModelWithLMHead")) and hasattr(
+                config, "is_decoder"
+            ):
                 config.is_decoder = True
             try:
                 with torch.device("meta"):

@@ -32,7 +32,9 @@ def train(name: str, ids: torch.Tensor, steps: int = 60) -> float:
 
 for task, sequence in TASKS.items():
     grafts.add(
-        base, grafts.LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", modules_to_save=["lm_head"]), name=task
+        base,
+        grafts.LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", modules_to_save=["lm_head"]),
+        name=task,
     )
     assert train(task, sequence) < 0.2
 print(*grafts.adapters(base).values(), sep="\n")

@@ -1,10 +1,12 @@
 """Adapters of AdapterHub's own library, as the tests' reference; run in an environment with `adapters` 1.3.0.
 
-    scripts/venv.sh .venv-hub dev transformers==4.57.6 datasets accelerate && .venv-hub/bin/pip install adapters==1.3.0
-    .venv-hub/bin/python scripts/adapterhub_reference.py write tests/data/adapterhub    # make the files anew
-    .venv-hub/bin/python scripts/adapterhub_reference.py read DIRECTORY                 # what it makes of files of ours
+    scripts/venv.sh .venv-hub dev transformers==4.57.6 datasets accelerate && .venv-hub/bin/pip install
+    adapters==1.3.0 .venv-hub/bin/python scripts/adapterhub_reference.py write tests/data/adapterhub    # make
+    the files anew .venv-hub/bin/python scripts/adapterhub_reference.py read DIRECTORY                 # what
+    it makes of files of ours
 
-A case is a folder: the base's weights and inputs, the adapter as that library has saved it, and its output. Attention is
+A case is a folder: the base's weights and inputs, the adapter as that library has saved it, and its output.
+Attention is
 eager: with other kernels that library masks causal prefixes wrongly.
 """
 
@@ -17,11 +19,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 PLUS = (
-    "mh_adapter=False, output_adapter=True, reduction_factor=4, non_linearity='gelu', original_ln_before=True, "
-    "original_ln_after=False, residual_before_ln=False, init_weights='houlsby', scaling='channel'"
+    "mh_adapter=False, output_adapter=True, reduction_factor=4, non_linearity='gelu', "
+    "original_ln_before=True, original_ln_after=False, residual_before_ln=False, init_weights='houlsby', "
+    "scaling='channel'"
 )
 NORMED = "reduction_factor=4, ln_before=True, ln_after=True, use_gating=True, adapter_residual_before_ln=True"
-WHOLE = "compacter[reduction_factor=2, factorized_phm_W=False, shared_phm_rule=False, factorized_phm_rule=True]"
+WHOLE = (
+    "compacter[reduction_factor=2, factorized_phm_W=False, shared_phm_rule=False, factorized_phm_rule=True]"
+)
 # case -> the config as that library's own text, or the name of a class and its options
 CASES = {
     "bert-mlp": "prefix_tuning[prefix_length=3, bottleneck_size=8, use_gating=True]",
@@ -47,8 +52,8 @@ CASES = {
     "bert-noreft": "noreft[r=2, prefix_positions=3, tied_weights=True, non_linearity='tanh']",
     "bert-mam": "prefix_tuning[prefix_length=3, flat=True]|par_bn[reduction_factor=4]",
     "bert-unipelt": (
-        "prefix_tuning[prefix_length=3, flat=True, use_gating=True]|seq_bn[reduction_factor=4, use_gating=True]"
-        "|lora[r=3, alpha=2, use_gating=True]"
+        "prefix_tuning[prefix_length=3, flat=True, use_gating=True]|seq_bn[reduction_factor=4, "
+        "use_gating=True]|lora[r=3, alpha=2, use_gating=True]"
     ),
     "gpt2-seq_bn": "seq_bn[reduction_factor=4]",
     "gpt2-plus": ("BnConfig", PLUS),
@@ -87,7 +92,9 @@ def model(case: str) -> torch.nn.Module:
         small = {"vocab_size": 50, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32}
         made = t.GPT2LMHeadModel(t.GPT2Config(**small, bos_token_id=1, eos_token_id=1, **eager))
     elif kind in ("llama", "qwen2"):
-        cls, config = (t.LlamaForCausalLM, t.LlamaConfig) if kind == "llama" else (t.Qwen2ForCausalLM, t.Qwen2Config)
+        cls, config = (
+            (t.LlamaForCausalLM, t.LlamaConfig) if kind == "llama" else (t.Qwen2ForCausalLM, t.Qwen2Config)
+        )
         made = cls(config(**sizes, num_key_value_heads=1, **eager))
     else:
         made = t.BertModel(t.BertConfig(**sizes, **eager))
@@ -123,7 +130,9 @@ def write(folder: Path) -> None:
         if case.endswith("reft"):
             inputs["attention_mask"] = torch.tensor([[1] * 7, [0] * 2 + [1] * 5])
         adapters.init(made)
-        config = text if isinstance(text, str) else eval(f"adapters.{text[0]}({text[1]})", {"adapters": adapters})
+        config = (
+            text if isinstance(text, str) else eval(f"adapters.{text[0]}({text[1]})", {"adapters": adapters})
+        )
         made.add_adapter("en", config=config, set_active=True)
         with torch.no_grad():
             for name, parameter in made.named_parameters():
@@ -148,7 +157,9 @@ def shared(made: torch.nn.Module, file: Path) -> None:
 
 
 def read(folder: Path) -> None:
-    """Load ``adapter`` of a folder whose name begins like a case's, and compare with the output in ``case.safetensors``."""
+    """Load ``adapter`` of a folder whose name begins like a case's, and compare with the output in
+    ``case.safetensors``.
+    """
     import adapters  # noqa: PLC0415 - not there where only the models are wanted
 
     data = load_file(folder / "case.safetensors")
@@ -156,9 +167,13 @@ def read(folder: Path) -> None:
     made.load_state_dict({n: t for n, t in data.items() if n != "output" and not n.startswith("input.")})
     adapters.init(made)
     made.load_adapter(str(folder / "adapter"), set_active=True)
-    inputs = {name.removeprefix("input."): tensor for name, tensor in data.items() if name.startswith("input.")}
+    inputs = {
+        name.removeprefix("input."): tensor for name, tensor in data.items() if name.startswith("input.")
+    }
     with torch.no_grad():
-        torch.testing.assert_close(output(folder.name, made.eval(), inputs), data["output"], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            output(folder.name, made.eval(), inputs), data["output"], rtol=1e-5, atol=1e-5
+        )
     print("the same")
 
 

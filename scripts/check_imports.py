@@ -1,4 +1,6 @@
-"""Hold the rooms of the package: imports go down `ROOMS` only, and in no circle. Print what does not hold, and exit 1."""
+"""Hold the rooms of the package: imports go down `ROOMS` only, and in no circle. Print what does not hold,
+and exit 1.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,18 @@ from pathlib import Path
 
 SOURCE = Path(__file__).parents[1] / "src" / "grafts"
 # Each may import itself and those that stand before it.
-ROOMS = ("errors", "config", "modules", "sites", "structure", "methods", "lifecycle", "checkpoints", "integrations", "cli")
+ROOMS = (
+    "errors",
+    "config",
+    "modules",
+    "sites",
+    "structure",
+    "methods",
+    "lifecycle",
+    "checkpoints",
+    "integrations",
+    "cli",
+)
 LOOSE = 8  # files in the package's root, at most
 
 

@@ -15,15 +15,22 @@ def capabilities(method: Method) -> str:
     roles = () if method.members is not None else method.default_roles(method.config())
     targets = " and ".join(", ".join(sorted(role)) for role in roles)
     stream = "worked out from the model's [interface](../interface.md)"
-    shared = [name for name, there in (("`peft` 0.21", peft_has(method)), ("AdapterHub", hub_has(method))) if there]
+    shared = [
+        name for name, there in (("`peft` 0.21", peft_has(method)), ("AdapterHub", hub_has(method))) if there
+    ]
     rows = {
         "stands beside": ", ".join(sorted(method.layers)) or "what its parts stand beside",
         "targets if none are named": stream if method.places is not None else targets or "those of its parts",
         "a fresh adapter leaves the output bitwise": "yes" if method.inert else "no",
-        "merge and unmerge": "no" if not method.mergeable else "yes" if method.merges is None else "where it is linear",
+        "merge and unmerge": "no"
+        if not method.mergeable
+        else "yes"
+        if method.merges is None
+        else "where it is linear",
         "rows of a batch can choose": "yes" if method.routable else "no",
         "can be combined by": ", ".join(f"`{way}`" for way in method.combinations) or "nothing",
-        "file type": f"`{method.peft_type}`" + (f", interchangeable with {' and '.join(shared)}" if shared else ""),
+        "file type": f"`{method.peft_type}`"
+        + (f", interchangeable with {' and '.join(shared)}" if shared else ""),
         "config": f"`grafts.{method.config.__name__}`",
         "source": method.source,
     }
@@ -44,4 +51,6 @@ def hub_has(method: Method) -> bool:
 def on_page_markdown(markdown: str, *, page: Any, **others: Any) -> str:
     """Called by mkdocs for each page."""
     folder, _, name = page.file.src_uri.rpartition("/")
-    return markdown + capabilities(method_named(name.removesuffix(".md"))) if folder == "methods" else markdown
+    return (
+        markdown + capabilities(method_named(name.removesuffix(".md"))) if folder == "methods" else markdown
+    )

@@ -1,9 +1,11 @@
-"""Run the suite with the versions of other packages that are declared as supported, and write down what was tested.
+"""Run the suite with the versions of other packages that are declared as supported, and write down what was
+tested.
 
-    python3 scripts/tested_versions.py run oldest newest    # make the environments, run the suite, record the outcomes
-    python3 scripts/tested_versions.py run newest --short   # the truths and generation only; nothing is recorded
-    python3 scripts/tested_versions.py table                # write the table of README.md and docs/versions.md again
-    python3 scripts/tested_versions.py check                # fail where the table is not what was recorded
+    python3 scripts/tested_versions.py run oldest newest    # make the environments, run the suite, record the
+    outcomes python3 scripts/tested_versions.py run newest --short   # the truths and generation only; nothing
+    is recorded python3 scripts/tested_versions.py table                # write the table of README.md and
+    docs/versions.md again python3 scripts/tested_versions.py check                # fail where the table is
+    not what was recorded
 
 It needs nothing but Python: each environment is a folder of its own, made by ``scripts/venv.sh``.
 """
@@ -25,9 +27,17 @@ from xml.etree import ElementTree
 ROOT = Path(__file__).resolve().parents[1]
 RECORD = ROOT / "docs" / "tested-versions.json"
 PAGES = (ROOT / "README.md", ROOT / "docs" / "versions.md")
-BEGIN, END = "<!-- tested versions: written by scripts/tested_versions.py -->", "<!-- end of tested versions -->"
+BEGIN, END = (
+    "<!-- tested versions: written by scripts/tested_versions.py -->",
+    "<!-- end of tested versions -->",
+)
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors", "sentence-transformers", "trl")
-SHORT = ("tests/matrix/test_truths.py", "tests/test_generation.py", "tests/test_generation_modes.py", "tests/sites")
+SHORT = (
+    "tests/matrix/test_truths.py",
+    "tests/test_generation.py",
+    "tests/test_generation_modes.py",
+    "tests/sites",
+)
 
 
 @dataclass(frozen=True)
@@ -37,7 +47,8 @@ class Environment:
     Attributes:
         what: the versions in words, for the table.
         pins: the file of constraints, or "none".
-        changes: constraints in place of those of the file; OLDEST stands for the lower bound, a bare name takes a pin away.
+        changes: constraints in place of those of the file; OLDEST stands for the lower bound, a bare name
+            takes a pin away.
         without: packages that are taken away again.
         warns: warnings of deprecation are printed and are no errors.
     """
@@ -94,7 +105,8 @@ def run(name: str, workers: str, short: bool) -> int:
     """Run the suite in an environment, and record the outcome of a whole run.
 
     Returns:
-        0 if it passed, 1 if tests failed, 2 if the environment could not be made or the run did not come to its end.
+        0 if it passed, 1 if tests failed, 2 if the environment could not be made or the run did not come to
+        its end.
     """
     try:
         python = make(name)
@@ -115,16 +127,25 @@ def run(name: str, workers: str, short: bool) -> int:
             return 2
         suite = ElementTree.parse(report).getroot().find("testsuite")
     assert suite is not None
-    tests, failures, errors, skipped = (int(suite.get(key, "0")) for key in ("tests", "failures", "errors", "skipped"))
+    tests, failures, errors, skipped = (
+        int(suite.get(key, "0")) for key in ("tests", "failures", "errors", "skipped")
+    )
     failed = failures + errors
     print(f"{name}: {tests - failed - skipped} passed, {failed} failed, {skipped} skipped", flush=True)
     finished = done.returncode in (0, 1)  # else it was interrupted, or tests could not be collected
     if finished and not short:
-        outcome = {"passed": tests - failed - skipped, "failed": failed, "skipped": skipped, "date": date.today().isoformat()}
+        outcome = {
+            "passed": tests - failed - skipped,
+            "failed": failed,
+            "skipped": skipped,
+            "date": date.today().isoformat(),
+        }
         machine = {"machine": f"{platform.system()} {platform.machine()}"}
         record = json.loads(RECORD.read_text("utf-8")) if RECORD.exists() else {}
         record[name] = {"versions": found} | outcome | machine
-        RECORD.write_text(json.dumps({key: record[key] for key in ENVIRONMENTS if key in record}, indent=1) + "\n", "utf-8")
+        RECORD.write_text(
+            json.dumps({key: record[key] for key in ENVIRONMENTS if key in record}, indent=1) + "\n", "utf-8"
+        )
     return done.returncode if finished else 2
 
 
@@ -132,7 +153,10 @@ def table() -> str:
     """What was recorded, as a table in Markdown."""
     record = json.loads(RECORD.read_text("utf-8"))
     shown = ("python", *PACKAGES[:4])
-    lines = [f"| versions | {' | '.join(shown)} | passed | failed | skipped | on |", "|---" * (len(shown) + 5) + "|"]
+    lines = [
+        f"| versions | {' | '.join(shown)} | passed | failed | skipped | on |",
+        "|---" * (len(shown) + 5) + "|",
+    ]
     for name, row in record.items():
         found = " | ".join(row["versions"].get(package, "none") for package in shown)
         counts = " | ".join(f"{row[key]:,}" for key in ("passed", "failed", "skipped"))
@@ -151,12 +175,16 @@ def pages() -> dict[Path, str]:
 
 
 def main() -> None:
-    """Do what the command line says; exit with 1 where a suite failed or a table is out of date, 2 where none could run."""
+    """Do what the command line says; exit with 1 where a suite failed or a table is out of date, 2 where none
+    could run.
+    """
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     verbs = parser.add_subparsers(dest="verb", required=True)
     running = verbs.add_parser("run", help="make environments and run the suite in them")
     running.add_argument("names", nargs="+", choices=[*ENVIRONMENTS, "all"])
-    running.add_argument("--short", action="store_true", help="the truths and generation only; nothing is recorded")
+    running.add_argument(
+        "--short", action="store_true", help="the truths and generation only; nothing is recorded"
+    )
     running.add_argument("--workers", default=os.environ.get("WORKERS", "2"))
     verbs.add_parser("table", help="write the table of the pages again")
     verbs.add_parser("check", help="fail where the table is not what was recorded")
@@ -164,9 +192,14 @@ def main() -> None:
     if given.verb == "check":
         failed = [name for name, row in json.loads(RECORD.read_text("utf-8")).items() if row["failed"]]
         if failed:
-            sys.exit(f"the table shows failures, and pyproject.toml declares these as supported: {', '.join(failed)}")
+            sys.exit(
+                f"the table shows failures, and pyproject.toml declares these as supported: "
+                f"{', '.join(failed)}"
+            )
         stale = [page.name for page, text in pages().items() if page.read_text("utf-8") != text]
-        sys.exit(f"make the tables anew (scripts/tested_versions.py table): {', '.join(stale)}" if stale else 0)
+        sys.exit(
+            f"make the tables anew (scripts/tested_versions.py table): {', '.join(stale)}" if stale else 0
+        )
     outcomes = [0]
     if given.verb == "run":
         names = list(ENVIRONMENTS) if "all" in given.names else given.names

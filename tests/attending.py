@@ -1,4 +1,6 @@
-"""Small random models of many architectures, and attention computed slowly, with prompts and prefixes, as reference."""
+"""Small random models of many architectures, and attention computed slowly, with prompts and prefixes, as
+reference.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,13 @@ from bases import Base, SDPATransformer, ids, noise
 Pair = tuple[Tensor, Tensor]
 Project = Callable[[nn.Module, Tensor], Pair]
 
-TEXT = {"vocab_size": 50, "hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+TEXT = {
+    "vocab_size": 50,
+    "hidden_size": 24,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
 GROUPED = TEXT | {"num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0}
 
 
@@ -27,7 +35,11 @@ def separate(key: str, value: str, norm: str | None = None) -> Project:
     """Keys and values by linears of their own; the size of a head is what the module, or its config, says."""
 
     def project(module: nn.Module, prompt: Tensor) -> Pair:
-        size = next(v for n in ("head_dim", "attention_head_size", "key_value_proj_dim") if (v := getattr(module, n, None)))
+        size = next(
+            v
+            for n in ("head_dim", "attention_head_size", "key_value_proj_dim")
+            if (v := getattr(module, n, None))
+        )
         keys, values = (getattr(module, name)(prompt).unflatten(-1, (-1, size)) for name in (key, value))
         if norm is not None:
             keys = getattr(module, norm)(keys)
@@ -37,7 +49,10 @@ def separate(key: str, value: str, norm: str | None = None) -> Project:
 
 
 def phi3(module: Any, prompt: Tensor) -> Pair:
-    queries, keys = module.config.num_attention_heads * module.head_dim, module.num_key_value_heads * module.head_dim
+    queries, keys = (
+        module.config.num_attention_heads * module.head_dim,
+        module.num_key_value_heads * module.head_dim,
+    )
     _, k, v = module.qkv_proj(prompt).split([queries, keys, keys], -1)
     return tuple(x.unflatten(-1, (-1, module.head_dim)).transpose(1, 2) for x in (k, v))  # type: ignore[return-value]
 
@@ -70,9 +85,20 @@ def gemma3() -> nn.Module:
     return made("Gemma3ForCausalLM", **values, layer_types=["sliding_attention", "full_attention"])()
 
 
-SIZES = {"d_model": 24, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 2, "decoder_attention_heads": 4}
+SIZES = {
+    "d_model": 24,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 4,
+}
 SIZES |= {"encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
-WHISPER = {"num_mel_bins": 8, "max_source_positions": 10, "max_target_positions": 32, "decoder_start_token_id": 1}
+WHISPER = {
+    "num_mel_bins": 8,
+    "max_source_positions": 10,
+    "max_target_positions": 32,
+    "decoder_start_token_id": 1,
+}
 TOWER = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 
@@ -109,10 +135,18 @@ ARCHITECTURES = [
     decoder("mistral", made("MistralForCausalLM", **GROUPED, sliding_window=4), QKV),
     decoder("qwen2", made("Qwen2ForCausalLM", **GROUPED), QKV),
     decoder("qwen3", made("Qwen3ForCausalLM", **GROUPED, head_dim=8), separate("k_proj", "v_proj", "k_norm")),
-    decoder("gemma2", made("Gemma2ForCausalLM", **GROUPED, head_dim=8, query_pre_attn_scalar=16, sliding_window=4), QKV),
+    decoder(
+        "gemma2",
+        made("Gemma2ForCausalLM", **GROUPED, head_dim=8, query_pre_attn_scalar=16, sliding_window=4),
+        QKV,
+    ),
     decoder("gemma3", gemma3, separate("k_proj", "v_proj", "k_norm")),
     decoder("phi3", made("Phi3ForCausalLM", **GROUPED, sliding_window=None), phi3),
-    decoder("opt", made("OPTForCausalLM", **TEXT, ffn_dim=32, max_position_embeddings=64, word_embed_proj_dim=24), QKV),
+    decoder(
+        "opt",
+        made("OPTForCausalLM", **TEXT, ffn_dim=32, max_position_embeddings=64, word_embed_proj_dim=24),
+        QKV,
+    ),
     decoder("gpt-neox", made("GPTNeoXForCausalLM", **TEXT, max_position_embeddings=64), neox),
     decoder("gpt2", bases.gpt2, gpt2),
     decoder("bert", bases.bert, BERT),
@@ -167,11 +201,19 @@ def read_prompt(query: Tensor, pair: Pair, scaling: float, gate: Tensor) -> Tens
 def slow_prompts(
     monkeypatch: pytest.MonkeyPatch, hosts: Mapping[nn.Module, Callable[[nn.Module], tuple[Pair, Tensor]]]
 ) -> None:
-    """Let eager attention of `transformers` add what ``hosts`` read from their prompts; written without the library."""
+    """Let eager attention of `transformers` add what ``hosts`` read from their prompts; written without the
+    library.
+    """
 
     def wrap(real: Callable[..., Any]) -> Callable[..., Any]:
         def slow(
-            module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: Any = None, **more: Any
+            module: nn.Module,
+            query: Tensor,
+            key: Tensor,
+            value: Tensor,
+            mask: Any,
+            scaling: Any = None,
+            **more: Any,
         ) -> Any:
             output, weights = real(module, query, key, value, mask, scaling=scaling, **more)
             if module in hosts:
@@ -186,7 +228,9 @@ def slow_prompts(
 
 
 def slow_prefixes(monkeypatch: pytest.MonkeyPatch, hosts: Mapping[nn.Module, Tensor]) -> None:
-    """Let eager attention of `transformers` see the keys and values that ``hosts`` have, ``(length, 2 * width)``."""
+    """Let eager attention of `transformers` see the keys and values that ``hosts`` have,
+    ``(length, 2 * width)``.
+    """
 
     def wrap(real: Callable[..., Any]) -> Callable[..., Any]:
         def slow(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **more: Any) -> Any:
@@ -195,7 +239,11 @@ def slow_prefixes(monkeypatch: pytest.MonkeyPatch, hosts: Mapping[nn.Module, Ten
                 keys, values = (x.expand(key.shape[0], -1, -1, -1) for x in (keys, values))
                 key, value = torch.cat([keys, key], 2), torch.cat([values, value], 2)
                 length = keys.shape[2]
-                mask = None if mask is None else F.pad(mask, (length, 0), value=True if mask.dtype == torch.bool else 0.0)
+                mask = (
+                    None
+                    if mask is None
+                    else F.pad(mask, (length, 0), value=True if mask.dtype == torch.bool else 0.0)
+                )
                 if more.get("position_bias") is not None:
                     more["position_bias"] = F.pad(more["position_bias"], (length, 0))
             return real(module, query, key, value, mask, **more)
@@ -205,7 +253,9 @@ def slow_prefixes(monkeypatch: pytest.MonkeyPatch, hosts: Mapping[nn.Module, Ten
     _everywhere(monkeypatch, hosts, wrap)
 
 
-def _everywhere(monkeypatch: pytest.MonkeyPatch, hosts: Any, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+def _everywhere(
+    monkeypatch: pytest.MonkeyPatch, hosts: Any, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]
+) -> None:
     for name in {type(host).__module__ for host in hosts}:
         module = sys.modules[name]
         if not hasattr(module, "eager_attention_forward"):

@@ -21,7 +21,9 @@ class Base:
     embeds: bool = False
 
     def model(self, dtype: torch.dtype = torch.float32) -> nn.Module:
-        """A fresh model, frozen: PyTorch may choose other kernels where the weights need gradients (T5's biased SDPA)."""
+        """A fresh model, frozen: PyTorch may choose other kernels where the weights need gradients (T5's
+        biased SDPA).
+        """
         torch.manual_seed(0)
         return self.build().to(dtype).eval().requires_grad_(False)
 
@@ -41,7 +43,9 @@ class MLP(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.body = nn.Sequential(nn.Linear(12, 24), nn.GELU(), nn.Linear(24, 16, bias=False), nn.LayerNorm(16))
+        self.body = nn.Sequential(
+            nn.Linear(12, 24), nn.GELU(), nn.Linear(24, 16, bias=False), nn.LayerNorm(16)
+        )
         self.out = nn.Linear(16, 6)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -53,7 +57,9 @@ class ConvNet(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.features = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3))
+        self.features = nn.Sequential(
+            nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3)
+        )
         self.classifier = nn.Sequential(nn.Flatten(), nn.Linear(8 * 4 * 4, 10))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,9 +1,10 @@
 """What two computations of the same thing may differ by.
 
-Bitwise equality is promised for the *same* tensors: at the same addresses, of the same shapes. Kernels choose the order in
-which they sum by address, shape, processor and number of threads, and sums of floating-point numbers depend on their order.
-So what another model object computes (a copy, one read from a file, one that lies on a disk) is compared within a rounding,
-while its tensors, which were only copied, are compared bit for bit.
+Bitwise equality is promised for the *same* tensors: at the same addresses, of the same shapes. Kernels choose
+the order in which they sum by address, shape, processor and number of threads, and sums of floating-point
+numbers depend on their order. So what another model object computes (a copy, one read from a file, one that
+lies on a disk) is compared within a rounding, while its tensors, which were only copied, are compared bit for
+bit.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# In the models of the tests a number is the end of some ten sums of up to 64 terms, one after the other. Each may be off by
-# 64 roundings, and what is off in one layer goes on through the others: a thousand roundings of the largest number.
+# In the models of the tests a number is the end of some ten sums of up to 64 terms, one after the other. Each
+# may be off by 64 roundings, and what is off in one layer goes on through the others: a thousand roundings of
+# the largest number.
 ROUNDINGS = 1000
 
 
@@ -23,7 +25,9 @@ def roundings(expected: Tensor) -> float:
     """By how much a tensor may be off that was computed in another order."""
     if not expected.is_floating_point() or expected.numel() == 0:
         return 0.0
-    assert torch.finfo(expected.dtype).eps < 1e-6, "a thousand roundings of a half type are more than the numbers themselves"
+    assert torch.finfo(expected.dtype).eps < 1e-6, (
+        "a thousand roundings of a half type are more than the numbers themselves"
+    )
     return ROUNDINGS * torch.finfo(expected.dtype).eps * float(expected.detach().abs().max())
 
 

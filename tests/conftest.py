@@ -53,7 +53,9 @@ def tensors_of(model: nn.Module, name: str) -> dict[str, torch.Tensor]:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """`method` runs over every registered method, `base` over every base model unless a test chooses its own."""
+    """`method` runs over every registered method, `base` over every base model unless a test chooses its
+    own.
+    """
     if "method" in metafunc.fixturenames:
         metafunc.parametrize("method", methods(), ids=lambda known: known.name)
     if "base" in metafunc.fixturenames and not any(
@@ -64,7 +66,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture(autouse=True)
 def forget_accelerate() -> Iterator[None]:
-    """What one test's Trainer has told `accelerate` (a number format, by the environment too) is not for the next."""
+    """What one test's Trainer has told `accelerate` (a number format, by the environment too) is not for the
+    next.
+    """
     before = {name: value for name, value in os.environ.items() if name.startswith("ACCELERATE_")}
     yield
     for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
@@ -82,13 +86,25 @@ def config(method: Method) -> grafts.AdapterConfig:
 
 
 def any_config(method: Method, **changes: object) -> grafts.AdapterConfig:
-    """`config`, with changes; of a method that is made of others, one of a bottleneck and LoRA with these changes."""
+    """`config`, with changes; of a method that is made of others, one of a bottleneck and LoRA with these
+    changes.
+    """
     if method.members is not None:
-        return method.config.from_configs([any_config(method_named(name), **changes) for name in ("bottleneck", "lora")])
+        return method.config.from_configs(
+            [any_config(method_named(name), **changes) for name in ("bottleneck", "lora")]
+        )
     needed = {"total_step": 100} if "total_step" in method.config.field_names() else {}
     needed |= {"target_modules": "all-linear"} if "linear" in method.layers else {}
-    needed |= {"reduction_factor": 4, "non_linearity": "gelu"} if "reduction_factor" in method.config.field_names() else {}
-    needed |= {"original_ln_before": True, "mh_adapter": True} if "original_ln_before" in method.config.field_names() else {}
+    needed |= (
+        {"reduction_factor": 4, "non_linearity": "gelu"}
+        if "reduction_factor" in method.config.field_names()
+        else {}
+    )
+    needed |= (
+        {"original_ln_before": True, "mh_adapter": True}
+        if "original_ln_before" in method.config.field_names()
+        else {}
+    )
     needed |= {"num_virtual_tokens": 5} if "num_virtual_tokens" in method.config.field_names() else {}
     return method.config(**(needed | changes))
 
@@ -109,7 +125,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items[:] = [
         item
         for item, params in zip(items, given, strict=True)
-        if not params or "method" not in params or "base" not in params or fits(params["method"], params["base"])
+        if not params
+        or "method" not in params
+        or "base" not in params
+        or fits(params["method"], params["base"])
     ]
 
 

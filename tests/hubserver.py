@@ -1,5 +1,5 @@
-"""A hub of adapters on loopback, as much of it as `huggingface_hub` asks for: public, private and gated repositories with
-revisions, commits over HTTP, a file that breaks off, an answer that takes its time."""
+"""A hub of adapters on loopback, as much of it as `huggingface_hub` asks for: public, private and gated
+repositories with revisions, commits over HTTP, a file that breaks off, an answer that takes its time."""
 
 from __future__ import annotations
 
@@ -56,7 +56,9 @@ class Hub:
         self.slow: dict[str, float] = {}
         self.url = ""
 
-    def add(self, repo_id: str, files: dict[str, bytes], *, private: bool = False, gated: bool = False) -> Repository:
+    def add(
+        self, repo_id: str, files: dict[str, bytes], *, private: bool = False, gated: bool = False
+    ) -> Repository:
         """A new repository."""
         repository = self.repositories[repo_id] = Repository(private, gated)
         repository.commit(files)
@@ -70,7 +72,9 @@ def handler_of(hub: Hub) -> type[BaseHTTPRequestHandler]:
         def log_message(self, *args: Any) -> None:
             pass
 
-        def answer(self, status: int, body: bytes = b"", kind: str = "application/json", **headers: str) -> None:
+        def answer(
+            self, status: int, body: bytes = b"", kind: str = "application/json", **headers: str
+        ) -> None:
             self.send_response(status)
             names = {name.replace("_", "-"): value for name, value in headers.items()}
             for name, value in {"Content-Type": kind, "Content-Length": str(len(body)), **names}.items():
@@ -88,7 +92,10 @@ def handler_of(hub: Hub) -> type[BaseHTTPRequestHandler]:
 
         def repository(self, repo_id: str) -> Repository | None:
             """The repository, if the caller may see it; else the answer is given."""
-            known, mine = hub.repositories.get(repo_id), self.headers.get("Authorization") == f"Bearer {TOKEN}"
+            known, mine = (
+                hub.repositories.get(repo_id),
+                self.headers.get("Authorization") == f"Bearer {TOKEN}",
+            )
             if known is None or (known.private and not mine):
                 self.refuse(404 if mine else 401, "RepoNotFound")
                 return None
@@ -124,12 +131,21 @@ def handler_of(hub: Hub) -> type[BaseHTTPRequestHandler]:
             files = repository.commits[sha]
             if what == "tree":
                 self.data(
-                    [{"type": "file", "path": n, "size": len(d), "oid": hashlib.sha1(d).hexdigest()} for n, d in files.items()]
+                    [
+                        {"type": "file", "path": n, "size": len(d), "oid": hashlib.sha1(d).hexdigest()}
+                        for n, d in files.items()
+                    ]
                 )
             else:
                 siblings = [{"rfilename": name} for name in files]
                 self.data(
-                    {"id": repo_id, "sha": sha, "siblings": siblings, "private": repository.private, "gated": repository.gated}
+                    {
+                        "id": repo_id,
+                        "sha": sha,
+                        "siblings": siblings,
+                        "private": repository.private,
+                        "gated": repository.gated,
+                    }
                 )
 
         def file(self, repo_id: str, revision: str, name: str) -> None:
@@ -199,7 +215,9 @@ def handler_of(hub: Hub) -> type[BaseHTTPRequestHandler]:
                 }
                 summary = next(line["value"]["summary"] for line in lines if line["key"] == "header")
                 sha = repository.commit(files, branch, summary)
-                self.data({"success": True, "commitOid": sha, "commitUrl": f"{hub.url}/{repo_id}/commit/{sha}"})
+                self.data(
+                    {"success": True, "commitOid": sha, "commitUrl": f"{hub.url}/{repo_id}/commit/{sha}"}
+                )
 
     return Handler
 

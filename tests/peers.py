@@ -1,4 +1,4 @@
-"""Libraries that tests compare with, where they are installed: a test that touches a missing one is skipped."""
+"""Libraries that tests compare with; a test that touches one that is not installed is skipped."""
 
 from __future__ import annotations
 

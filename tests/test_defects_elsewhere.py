@@ -1,4 +1,5 @@
-"""What goes wrong in `adapters` 1.3.0, by the numbers D1 to D23 of a list of its defects: here it is right, or refused.
+"""What goes wrong in `adapters` 1.3.0, by the numbers D1 to D23 of a list of its defects: here it is right,
+or refused.
 
 Defects of its composition blocks and of its own model classes have no counterpart here.
 """
@@ -48,7 +49,13 @@ def adapted(config: str, base: object = LLAMA, scale: float = 0.3) -> nn.Module:
 @torch.no_grad()
 @pytest.mark.parametrize(
     "config",
-    ["double_seq_bn[reduction_factor=4]", "par_bn[reduction_factor=4]", "seq_bn_inv[reduction_factor=4]", "loreft", "lora"],
+    [
+        "double_seq_bn[reduction_factor=4]",
+        "par_bn[reduction_factor=4]",
+        "seq_bn_inv[reduction_factor=4]",
+        "loreft",
+        "lora",
+    ],
 )
 def test_d1_cached_generation_is_that_of_full_forwards(config: str) -> None:
     model = adapted(config)
@@ -62,7 +69,9 @@ def test_d1_cached_generation_is_that_of_full_forwards(config: str) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("union", ["mam", "prefix_tuning[prefix_length=3, flat=True]|par_bn[reduction_factor=2]"])
+@pytest.mark.parametrize(
+    "union", ["mam", "prefix_tuning[prefix_length=3, flat=True]|par_bn[reduction_factor=2]"]
+)
 def test_d2_prefixes_in_unions_act_alike_in_every_kernel(union: str, padded: bool) -> None:
     outputs = {}
     for kernel in ("eager", "sdpa"):
@@ -82,8 +91,16 @@ def test_d2_prefixes_in_unions_act_alike_in_every_kernel(union: str, padded: boo
 def test_d3_attaching_changes_no_tensor_of_the_base() -> None:
     from transformers import ModernBertConfig, ModernBertForMaskedLM
 
-    sizes = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
-    model = ModernBertForMaskedLM(ModernBertConfig(**sizes, pad_token_id=0, cls_token_id=1, sep_token_id=2)).eval()
+    sizes = {
+        "vocab_size": 50,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
+    model = ModernBertForMaskedLM(
+        ModernBertConfig(**sizes, pad_token_id=0, cls_token_id=1, sep_token_id=2)
+    ).eval()
     before, keys = model(input_ids=ids()).logits, list(model.state_dict())
     grafts.add(model, "lora", name="en")
     assert torch.equal(model(input_ids=ids()).logits, before)
@@ -93,13 +110,17 @@ def test_d3_attaching_changes_no_tensor_of_the_base() -> None:
 def test_d4_weight_decay_leaves_loreft_orthonormal_and_at_work() -> None:
     model = adapted("loreft[r=3]")
     before = LLAMA.output(model)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, weight_decay=0.5)
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=1e-3, weight_decay=0.5
+    )
     for _ in range(20):
         LLAMA.output(model).square().mean().backward()
         optimizer.step()
     for _, part in parts_of(model, "en"):
         for unit in part.units.values() if hasattr(part, "units") else ():
-            torch.testing.assert_close(unit.rotation() @ unit.rotation().T, torch.eye(3), rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(
+                unit.rotation() @ unit.rotation().T, torch.eye(3), rtol=1e-5, atol=1e-5
+            )
     after = LLAMA.output(model)
     assert not torch.allclose(after, LLAMA.output(grafts.deactivate(model)), atol=1e-3)
     assert not torch.allclose(after, before)
@@ -118,7 +139,9 @@ def test_d5_shared_matrices_of_a_bare_base_are_saved(tmp_path: Path) -> None:
 
 def test_d7_ia3_merges_its_bias_and_unmerging_restores(tmp_path: Path) -> None:
     model = BERT.model()
-    grafts.add(model, grafts.IA3Config(target_roles=("k", "v", "intermediate"), feedforward_modules=[]), name="en")
+    grafts.add(
+        model, grafts.IA3Config(target_roles=("k", "v", "intermediate"), feedforward_modules=[]), name="en"
+    )
     randomise(model, "en")
     expected, before = BERT.output(model), {name: p.clone() for name, p in model.named_parameters()}
     torch.testing.assert_close(BERT.output(grafts.merge(model)), expected)
@@ -198,7 +221,9 @@ def test_d11_every_layer_uses_its_own_norm() -> None:
     seen: dict[str, Tensor] = {}
     for index, path in enumerate(parts):
         layer = model.get_submodule(f"bert.encoder.layer.{index}")
-        layer.intermediate.register_forward_pre_hook(lambda m, args, i=index: seen.__setitem__(f"r{i}", args[0]))
+        layer.intermediate.register_forward_pre_hook(
+            lambda m, args, i=index: seen.__setitem__(f"r{i}", args[0])
+        )
         layer.output.register_forward_hook(lambda m, args, out, i=index: seen.__setitem__(f"out{i}", out))
         assert path == f"bert.encoder.layer.{index}.output.dense"
     BERT.output(model)
@@ -214,7 +239,9 @@ def test_d11_every_layer_uses_its_own_norm() -> None:
         torch.testing.assert_close(seen[f"out{index}"], expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("config", ["prompt_tuning[num_virtual_tokens=3]", "seq_bn", "loreft", "lora", "unipelt"])
+@pytest.mark.parametrize(
+    "config", ["prompt_tuning[num_virtual_tokens=3]", "seq_bn", "loreft", "lora", "unipelt"]
+)
 def test_d12_d13_any_name_and_safetensors_for_every_method(config: str, tmp_path: Path) -> None:
     model = adapted(config, BERT)
     expected = BERT.output(model)
@@ -232,7 +259,9 @@ def test_d14_d22_an_adapter_whose_name_begins_another_and_names_with_dots(tmp_pa
         grafts.add(model, "seq_bn[reduction_factor=4]", name=name)
         randomise(model, name)
         grafts.save(model, name, tmp_path / name)
-    sizes = {name: (tmp_path / name / "adapter_model.safetensors").stat().st_size for name in ("a", "a,b", "a.b")}
+    sizes = {
+        name: (tmp_path / name / "adapter_model.safetensors").stat().st_size for name in ("a", "a,b", "a.b")
+    }
     assert len(set(sizes.values())) == 1
 
 
@@ -247,7 +276,8 @@ def test_d15_a_prefix_is_added_trained_and_deleted_after_saving_the_base(tmp_pat
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
-    "config", ["double_seq_bn", "adapter_plus", "compacter[reduction_factor=4]", "loreft", "invertible", "lora"]
+    "config",
+    ["double_seq_bn", "adapter_plus", "compacter[reduction_factor=4]", "loreft", "invertible", "lora"],
 )
 def test_d16_half_precision_bases_are_served(config: str, dtype: torch.dtype) -> None:
     model = LLAMA.model(dtype)
@@ -328,7 +358,12 @@ def test_d21_d22_deleting_one_leaves_the_other_and_merged_ones_can_be_had_back()
 
 @torch.no_grad()
 def test_d22_glow_is_inverted_before_the_head_also_a_tied_one() -> None:
-    block = grafts.plan(LLAMA.model(), "invertible[block='glow']").targets[0].build(LLAMA.model().model.embed_tokens).block
+    block = (
+        grafts.plan(LLAMA.model(), "invertible[block='glow']")
+        .targets[0]
+        .build(LLAMA.model().model.embed_tokens)
+        .block
+    )
     for parameter in block.parameters():
         parameter.add_(torch.randn(parameter.shape) * 0.3)
     x = torch.randn(2, 5, 16)
@@ -349,7 +384,9 @@ def test_d22_whole_numbers_missing_activations_and_seeds_are_taken_for_what_they
     grafts.add(again, "seq_bn[scaling=2, non_linearity=None, init_weights_seed=0]", name="en")
     ours, theirs = (dict(parts_of(each, "en")) for each in (model, again))
     for path, part in ours.items():
-        assert all(torch.equal(a, b) for a, b in zip(part.parameters(), theirs[path].parameters(), strict=True))
+        assert all(
+            torch.equal(a, b) for a, b in zip(part.parameters(), theirs[path].parameters(), strict=True)
+        )
     first, second = (p for _, p in parts_of(model, "en") if hasattr(p, "adapter_up"))
     assert not torch.equal(first.adapter_up.weight, second.adapter_up.weight)
 
@@ -385,6 +422,8 @@ def test_a_loreft_that_weight_decay_has_rounded_away_is_refused(tmp_path: Path) 
     buffer = io.BytesIO()
     torch.save(decayed, buffer)
     (folder / "pytorch_adapter.bin").write_bytes(buffer.getvalue())
-    (folder / "adapter_config.json").write_text(json.dumps(json.loads((source / "adapter_config.json").read_text())))
+    (folder / "adapter_config.json").write_text(
+        json.dumps(json.loads((source / "adapter_config.json").read_text()))
+    )
     with pytest.raises(grafts.CheckpointError, match="not orthonormal"):
         grafts.load(model("qwen2"), folder, allow_pickle=True)

@@ -1,4 +1,6 @@
-"""What an adapter of any method may have beside its own parts: trained tokens, and parts that follow a tied weight."""
+"""What an adapter of any method may have beside its own parts: trained tokens, and parts that follow a tied
+weight.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ from grafts.lifecycle.registry import parts_of
 
 LLAMA = BY_NAME["llama"]
 TIED = Base("tied", lambda: bases.llama(tie_word_embeddings=True), LLAMA.inputs)
-each_base = pytest.mark.parametrize("base", [LLAMA, TIED, BY_NAME["gpt2"], BY_NAME["t5"]], ids=lambda base: base.name)
+each_base = pytest.mark.parametrize(
+    "base", [LLAMA, TIED, BY_NAME["gpt2"], BY_NAME["t5"]], ids=lambda base: base.name
+)
 
 
 def with_tokens(base: Base, dtype: torch.dtype = torch.float32, **options: object) -> nn.Module:
@@ -54,7 +58,9 @@ def test_trained_tokens_merge_without_untying_what_follows(base: Base, dtype: to
     randomise(model, "en")
     unmerged = base.output(model)
     merged = base.output(grafts.merge(model, "en"))
-    assert (merged - unmerged).abs().max() <= (1e-5 if dtype == torch.float32 else 0.06) * unmerged.abs().max()
+    assert (merged - unmerged).abs().max() <= (
+        1e-5 if dtype == torch.float32 else 0.06
+    ) * unmerged.abs().max()
     if base is TIED:
         assert model.lm_head.weight is model.model.embed_tokens.weight
     assert torch.equal(base.output(grafts.detach(grafts.unmerge(model))), bare)
@@ -68,7 +74,9 @@ def test_gradients_of_tokens_come_from_embedding_and_head_and_stay_in_their_rows
     plain = TIED.model()
     plain.model.embed_tokens.weight.requires_grad_(True)
     TIED.output(plain).square().mean().backward()
-    torch.testing.assert_close(rows.grad, plain.model.embed_tokens.weight.grad[[4, 7, 49]], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        rows.grad, plain.model.embed_tokens.weight.grad[[4, 7, 49]], rtol=1e-4, atol=1e-6
+    )
 
 
 def test_new_tokens_of_an_enlarged_vocabulary_are_trained_and_saved_alone(tmp_path: Path) -> None:
@@ -105,7 +113,9 @@ def test_tokens_that_cannot_be_are_refused(options: dict[str, object], message: 
 
 
 def test_tied_embedding_and_head_want_the_same_rows() -> None:
-    config = grafts.LoraConfig(target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [1], "lm_head": [2]})
+    config = grafts.LoraConfig(
+        target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [1], "lm_head": [2]}
+    )
     with pytest.raises(grafts.ConfigError, match="share one weight; give both the same rows"):
         grafts.plan(TIED.model(), config)
 
@@ -137,7 +147,9 @@ def test_tied_update_is_one_update_of_the_shared_weight(first: str) -> None:
     assert_rounded(TIED.output(grafts.detach(grafts.unmerge(model))), TIED.output(TIED.model()))
 
 
-@pytest.mark.parametrize("how", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copied", "pickled"])
+@pytest.mark.parametrize(
+    "how", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copied", "pickled"]
+)
 @pytest.mark.parametrize(
     "options",
     [
@@ -147,7 +159,9 @@ def test_tied_update_is_one_update_of_the_shared_weight(first: str) -> None:
     ],
     ids=["update", "copy", "tokens"],
 )
-def test_tied_parts_stay_one_in_copies_files_and_training(options: dict[str, object], how: object, tmp_path: Path) -> None:
+def test_tied_parts_stay_one_in_copies_files_and_training(
+    options: dict[str, object], how: object, tmp_path: Path
+) -> None:
     config = grafts.LoraConfig(r=3, ensure_weight_tying=True, **options)
     model = grafts.add(TIED.model(), config, name="en")
     randomise(model, "en")

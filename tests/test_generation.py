@@ -1,4 +1,6 @@
-"""`generate` with every method that acts on attention or input equals a plain loop over full forwards without a cache."""
+"""`generate` with every method that acts on attention or input equals a plain loop over full forwards without
+a cache.
+"""
 
 from __future__ import annotations
 
@@ -34,19 +36,38 @@ def decoder(name: str) -> Callable[[], nn.Module]:
             sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 40, "initializer_range": 0.3}
             return transformers.GPT2LMHeadModel(transformers.GPT2Config(**SPECIAL, **sizes))
         if name == "t5":
-            sizes = {"d_model": 32, "d_ff": 48, "d_kv": 8, "num_layers": 2, "num_heads": 4, "initializer_factor": 3.0}
+            sizes = {
+                "d_model": 32,
+                "d_ff": 48,
+                "d_kv": 8,
+                "num_layers": 2,
+                "num_heads": 4,
+                "initializer_factor": 3.0,
+            }
             special = SPECIAL | {"decoder_start_token_id": 0}
             return transformers.T5ForConditionalGeneration(transformers.T5Config(**special, **sizes))
         if name == "bart":
-            sizes = {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "init_std": 0.3}
+            sizes = {
+                "d_model": 32,
+                "encoder_layers": 2,
+                "decoder_layers": 2,
+                "encoder_attention_heads": 4,
+                "init_std": 0.3,
+            }
             sizes |= {"decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48}
-            special = SPECIAL | {"decoder_start_token_id": 0, "forced_eos_token_id": None, "max_position_embeddings": 64}
+            special = SPECIAL | {
+                "decoder_start_token_id": 0,
+                "forced_eos_token_id": None,
+                "max_position_embeddings": 64,
+            }
             return transformers.BartForConditionalGeneration(transformers.BartConfig(**special, **sizes))
         sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
         sizes |= {"num_key_value_heads": 2, "initializer_range": 0.3, "max_position_embeddings": 64}
         if name == "llama":
             return transformers.LlamaForCausalLM(transformers.LlamaConfig(**SPECIAL, **sizes))
-        return transformers.MistralForCausalLM(transformers.MistralConfig(**SPECIAL, **sizes, sliding_window=6))
+        return transformers.MistralForCausalLM(
+            transformers.MistralConfig(**SPECIAL, **sizes, sliding_window=6)
+        )
 
     return build
 
@@ -83,7 +104,9 @@ def model_of(name: str, config: grafts.AdapterConfig, names: tuple[str, ...] = (
 def full_forward(model: nn.Module, tokens: Tensor, mask: Tensor, decoded: Tensor | None) -> Tensor:
     """The last token's logits, from everything at once."""
     if decoded is not None:
-        return model(input_ids=tokens, attention_mask=mask, decoder_input_ids=decoded, use_cache=False).logits[:, -1]
+        return model(
+            input_ids=tokens, attention_mask=mask, decoder_input_ids=decoded, use_cache=False
+        ).logits[:, -1]
     positions = (mask.cumsum(1) - 1).clamp_min(0)
     return model(input_ids=tokens, attention_mask=mask, position_ids=positions, use_cache=False).logits[:, -1]
 
@@ -101,24 +124,33 @@ def slow(model: nn.Module, tokens: Tensor, mask: Tensor, choose: Callable[[Tenso
 
 
 def slow_beams(model: nn.Module, tokens: Tensor, mask: Tensor, beams: int) -> Tensor:
-    """Beam search over full forwards, a row at a time: nothing ends early, so the best sum of log probabilities wins."""
+    """Beam search over full forwards, a row at a time: nothing ends early, so the best sum of log
+    probabilities wins.
+    """
     best = []
     for row in range(len(tokens)):
         sequences, scores = torch.zeros(1, 0, dtype=torch.long), torch.zeros(1)
         for _ in range(NEW):
-            several = tokens[row : row + 1].expand(len(sequences), -1), mask[row : row + 1].expand(len(sequences), -1)
+            several = (
+                tokens[row : row + 1].expand(len(sequences), -1),
+                mask[row : row + 1].expand(len(sequences), -1),
+            )
             if model.config.is_encoder_decoder:
                 start = torch.zeros(len(sequences), 1, dtype=torch.long)
                 logits = full_forward(model, *several, torch.cat([start, sequences], 1))
             else:
                 together = torch.cat([several[0], sequences], 1)
-                logits = full_forward(model, together, torch.cat([several[1], torch.ones_like(sequences)], 1), None)
+                logits = full_forward(
+                    model, together, torch.cat([several[1], torch.ones_like(sequences)], 1), None
+                )
             scores, index = (scores[:, None] + logits.log_softmax(-1)).flatten().topk(beams)
             taken = torch.cat([sequences[index // 60], index[:, None] % 60], 1)
             sequences = taken
         best.append(sequences[0])
     new = torch.stack(best)
-    return torch.cat([torch.zeros(len(tokens), 1, dtype=torch.long) if model.config.is_encoder_decoder else tokens, new], 1)
+    return torch.cat(
+        [torch.zeros(len(tokens), 1, dtype=torch.long) if model.config.is_encoder_decoder else tokens, new], 1
+    )
 
 
 def batch(side: str | None = None) -> tuple[Tensor, Tensor]:
@@ -167,7 +199,9 @@ def test_generation_goes_on_from_a_returned_cache(name: str, config: grafts.Adap
     model = model_of(name, config)
     tokens, mask = batch()
     whole = model.generate(tokens, attention_mask=mask, max_new_tokens=NEW, do_sample=False)
-    begun = model.generate(tokens, attention_mask=mask, max_new_tokens=3, do_sample=False, return_dict_in_generate=True)
+    begun = model.generate(
+        tokens, attention_mask=mask, max_new_tokens=3, do_sample=False, return_dict_in_generate=True
+    )
     for cache in (copy.deepcopy(cache_of(begun)), cache_of(begun)):
         more = model.generate(
             begun.sequences,
@@ -216,7 +250,9 @@ def test_rows_with_adapters_of_their_own_generate_what_they_generate_alone(
     for row, adapter in enumerate(names):
         grafts.activate(model, () if adapter is None else adapter)
         own = mask[row].bool() if not model.config.is_encoder_decoder else slice(None)
-        alone = model.generate(tokens[row : row + 1, own], attention_mask=mask[row : row + 1, own], **settings)
+        alone = model.generate(
+            tokens[row : row + 1, own], attention_mask=mask[row : row + 1, own], **settings
+        )
         length = alone.shape[1]
         assert torch.equal(together[row, -length:], alone[0])
 
@@ -232,8 +268,12 @@ def test_one_static_cache_serves_several_prompts_one_after_the_other() -> None:
     for adapter in ("en", "longer", "en", ()):
         grafts.activate(model, adapter)
         cache.reset()
-        static = model.generate(tokens, attention_mask=mask, **going_on(cache), max_new_tokens=NEW, do_sample=False)
-        assert torch.equal(static, model.generate(tokens, attention_mask=mask, max_new_tokens=NEW, do_sample=False))
+        static = model.generate(
+            tokens, attention_mask=mask, **going_on(cache), max_new_tokens=NEW, do_sample=False
+        )
+        assert torch.equal(
+            static, model.generate(tokens, attention_mask=mask, max_new_tokens=NEW, do_sample=False)
+        )
 
 
 def test_cache_lengths_and_cropping_count_tokens_only() -> None:
@@ -268,9 +308,13 @@ def test_other_ways_of_generating_give_the_same_tokens(config: grafts.AdapterCon
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"cache_implementation": "static"}, {"use_cache": False}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"num_beams": 3}, {"cache_implementation": "static"}, {"use_cache": False}], ids=str
+)
 @pytest.mark.parametrize("name", ["t5", "bart"])
-def test_counted_prefixes_of_encoder_decoders_generate_as_full_forwards(name: str, options: dict[str, object]) -> None:
+def test_counted_prefixes_of_encoder_decoders_generate_as_full_forwards(
+    name: str, options: dict[str, object]
+) -> None:
     config = grafts.PrefixTuningConfig(num_virtual_tokens=3, count_positions=True)
     model = model_of(name, config)
     tokens, mask = batch()
@@ -281,7 +325,9 @@ def test_counted_prefixes_of_encoder_decoders_generate_as_full_forwards(name: st
         expected = slow(model, tokens, mask, lambda logits: logits.argmax(-1, keepdim=True))
     assert torch.equal(result, expected)
     counted = full_forward(model, tokens, mask, expected)
-    grafts.add(model, grafts.PrefixTuningConfig(num_virtual_tokens=3, count_positions=False), name="not counted")
+    grafts.add(
+        model, grafts.PrefixTuningConfig(num_virtual_tokens=3, count_positions=False), name="not counted"
+    )
     for (_, part), (_, other) in zip(parts_of(model, "not counted"), parts_of(model, "en"), strict=False):
         part.prefix.copy_(other.prefix if hasattr(other, "prefix") else part.prefix)
     assert not torch.allclose(full_forward(model, tokens, mask, expected), counted, atol=1e-3)

@@ -23,7 +23,9 @@ ROW = ids(rows=1, length=5, vocab=60)
 
 
 def adapted(method: Method) -> Any:
-    """A decoder with the method, whose tokens it moves. ReFT stays off the last positions, which move as tokens come."""
+    """A decoder with the method, whose tokens it moves. ReFT stays off the last positions, which move as
+    tokens come.
+    """
     model = grafts.init(decoder("llama")().eval().requires_grad_(False))
     changes = {"suffix_positions": 0} if "suffix_positions" in method.config.field_names() else {}
     model.add_adapter(any_config(method, **changes))
@@ -34,7 +36,12 @@ def adapted(method: Method) -> Any:
 
 
 def search(model: Any, **options: Any) -> Tensor:
-    settings = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": 59, "attention_mask": torch.ones_like(ROW)}
+    settings = {
+        "max_new_tokens": NEW,
+        "do_sample": False,
+        "eos_token_id": 59,
+        "attention_mask": torch.ones_like(ROW),
+    }
     return model.generate(ROW, **(settings | options))
 
 
@@ -42,7 +49,11 @@ WAYS: dict[str, dict[str, Any]] = {
     "cache": {},
     "static cache": {"cache_implementation": "static"},
     "quantity of sequences": {"num_beams": 3, "num_return_sequences": 2},
-    "beams with a static cache": {"num_beams": 3, "num_return_sequences": 2, "cache_implementation": "static"},
+    "beams with a static cache": {
+        "num_beams": 3,
+        "num_return_sequences": 2,
+        "cache_implementation": "static",
+    },
     "sampling": {"do_sample": True, "top_k": 5},
     "lookup": {"prompt_lookup_num_tokens": 2},
     "chunks": {"prefill_chunk_size": 2},
@@ -54,7 +65,9 @@ WAYS: dict[str, dict[str, Any]] = {
 def test_way_of_generating_gives_the_tokens_of_a_search_without_cache(method: Method, way: str) -> None:
     model, options = adapted(method), WAYS[way]
     kept = {
-        name: value for name, value in options.items() if name in ("num_beams", "num_return_sequences", "do_sample", "top_k")
+        name: value
+        for name, value in options.items()
+        if name in ("num_beams", "num_return_sequences", "do_sample", "top_k")
     }
     torch.manual_seed(7)
     expected = search(model, use_cache=False, **kept)
@@ -94,7 +107,10 @@ def test_streamer_gets_the_tokens_as_they_come(method: Method, capsys: pytest.Ca
 @torch.no_grad()
 def test_continuous_batching_gives_the_same_tokens_or_says_why_not(method: Method) -> None:
     transformers = pytest.importorskip("transformers", minversion="5.0")
-    ContinuousBatchingConfig, GenerationConfig = transformers.ContinuousBatchingConfig, transformers.GenerationConfig
+    ContinuousBatchingConfig, GenerationConfig = (
+        transformers.ContinuousBatchingConfig,
+        transformers.GenerationConfig,
+    )
     model = adapted(method)
     rows = ids(rows=3, length=5, vocab=60)
     greedy = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": 59}

@@ -1,4 +1,6 @@
-"""Interfaces: written by hand, worked out, resolved, saved; and that a wrong one is told apart before anything is touched."""
+"""Interfaces: written by hand, worked out, resolved, saved; and that a wrong one is told apart before
+anything is touched.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,7 @@ from caches import cache_of, going_on
 from closeness import assert_rounded
 from conftest import randomise
 from grafts.lifecycle.registry import parts_of
-from grafts.structure.roles import anatomy
+from grafts.structure.roles import look_at
 
 LLAMA, BERT = BY_NAME["llama"], BY_NAME["bert"]
 BY_HAND = grafts.AdapterModelInterface(
@@ -40,11 +42,9 @@ BY_HAND = grafts.AdapterModelInterface(
 
 
 def test_names_and_their_order_are_those_that_people_know() -> None:
-    names = (
-        "adapter_methods model_embeddings model_layers layer_self_attn layer_cross_attn attn_k_proj attn_q_proj attn_v_proj "
-    )
-    names += "attn_o_proj layer_intermediate_proj layer_output_proj layer_pre_self_attn layer_pre_cross_attn "
-    names += "layer_pre_ffn layer_ln_1 layer_ln_2"
+    names = "adapter_methods model_embeddings model_layers layer_self_attn layer_cross_attn attn_k_proj "
+    names += "attn_q_proj attn_v_proj attn_o_proj layer_intermediate_proj layer_output_proj "
+    names += "layer_pre_self_attn layer_pre_cross_attn layer_pre_ffn layer_ln_1 layer_ln_2"
     parameters = inspect.signature(grafts.AdapterModelInterface).parameters
     positional = [name for name, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
     assert positional == names.split()
@@ -72,11 +72,38 @@ def test_printed_interface_is_python_that_gives_it_again(base: object) -> None:
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("gpt2", {"attn_qkv_proj": "c_attn", "layer_pre_ffn": "ln_2", "layer_ln_1": None, "model_layers": "h"}),
-        ("bert", {"layer_ln_1": "attention.output.LayerNorm", "layer_pre_ffn": "intermediate", "attn_o_proj": "output.dense"}),
-        ("t5", {"model_layers": ("encoder.block", "decoder.block"), "layer_cross_attn": ("layer.1.EncDecAttention", None)}),
-        ("vit", {"layer_pre_self_attn": "layernorm_before", "model_embeddings": "embeddings", "layer_ln_1": None}),
-        ("sdpa", {"model_embeddings": "embed", "layer_self_attn": "", "attn_o_proj": "wo", "layer_pre_ffn": "norm2"}),
+        (
+            "gpt2",
+            {"attn_qkv_proj": "c_attn", "layer_pre_ffn": "ln_2", "layer_ln_1": None, "model_layers": "h"},
+        ),
+        (
+            "bert",
+            {
+                "layer_ln_1": "attention.output.LayerNorm",
+                "layer_pre_ffn": "intermediate",
+                "attn_o_proj": "output.dense",
+            },
+        ),
+        (
+            "t5",
+            {
+                "model_layers": ("encoder.block", "decoder.block"),
+                "layer_cross_attn": ("layer.1.EncDecAttention", None),
+            },
+        ),
+        (
+            "vit",
+            {"layer_pre_self_attn": "layernorm_before", "model_embeddings": "embeddings", "layer_ln_1": None},
+        ),
+        (
+            "sdpa",
+            {
+                "model_embeddings": "embed",
+                "layer_self_attn": "",
+                "attn_o_proj": "wo",
+                "layer_pre_ffn": "norm2",
+            },
+        ),
     ],
 )
 def test_inferred_accessors_of_models_of_other_builds(name: str, expected: dict[str, object]) -> None:
@@ -85,7 +112,9 @@ def test_inferred_accessors_of_models_of_other_builds(name: str, expected: dict[
 
 
 class Strange(nn.Module):
-    """A layer whose names say nothing: queries and values are told by what they are multiplied with; norms after adding."""
+    """A layer whose names say nothing: queries and values are told by what they are multiplied with; norms
+    after adding.
+    """
 
     def __init__(self, dim: int = 16) -> None:
         super().__init__()
@@ -114,7 +143,12 @@ class StrangeModel(nn.Module):
 
 def test_a_module_whose_names_say_nothing_is_read_from_what_it_does() -> None:
     found = grafts.infer_interface(StrangeModel())
-    assert (found.attn_q_proj, found.attn_k_proj, found.attn_v_proj, found.attn_o_proj) == ("c", "a", "b", "d")
+    assert (found.attn_q_proj, found.attn_k_proj, found.attn_v_proj, found.attn_o_proj) == (
+        "c",
+        "a",
+        "b",
+        "d",
+    )
     assert (found.layer_intermediate_proj, found.layer_output_proj) == ("e", "f")
     assert (found.layer_ln_1, found.layer_ln_2) == ("n", "m")
     assert (found.model_embeddings, found.model_layers) == ("words", "steps")
@@ -123,7 +157,14 @@ def test_a_module_whose_names_say_nothing_is_read_from_what_it_does() -> None:
 
 @pytest.mark.parametrize(
     "config",
-    ["seq_bn", "adapter_plus", "loreft", "invertible", "lora[target_roles=['q', 'v']]", "prefix_tuning_flat[prefix_length=2]"],
+    [
+        "seq_bn",
+        "adapter_plus",
+        "loreft",
+        "invertible",
+        "lora[target_roles=['q', 'v']]",
+        "prefix_tuning_flat[prefix_length=2]",
+    ],
 )
 def test_a_module_without_a_config_takes_every_kind_of_adapter(config: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
@@ -166,12 +207,29 @@ def test_a_second_adapter_is_placed_while_another_acts() -> None:
 def test_experts_beside_dense_layers_and_layers_without_attention_are_told_apart() -> None:
     from transformers import JambaConfig, JambaForCausalLM
 
-    sizes = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 4, "num_attention_heads": 4}
-    more = {"num_key_value_heads": 2, "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2}
-    more |= {"expert_layer_offset": 1, "num_experts": 2, "mamba_d_state": 4, "mamba_dt_rank": 4, "use_mamba_kernels": False}
+    sizes = {
+        "vocab_size": 50,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+    }
+    more = {
+        "num_key_value_heads": 2,
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "expert_layer_period": 2,
+    }
+    more |= {
+        "expert_layer_offset": 1,
+        "num_experts": 2,
+        "mamba_d_state": 4,
+        "mamba_dt_rank": 4,
+        "use_mamba_kernels": False,
+    }
     model = JambaForCausalLM(JambaConfig(**sizes, **more, pad_token_id=0)).eval()
     found = grafts.infer_interface(model)
-    stream = found.resolve(anatomy(model))
+    stream = found.resolve(look_at(model))
     outs = [[step.out.removeprefix(f"{layer.path}.") for step in layer.sublayers] for layer in stream.layers]
     assert outs[0] == ["mamba.out_proj", "feed_forward.down_proj"]
     assert outs[1][0] == "self_attn.o_proj"
@@ -182,11 +240,15 @@ def test_experts_beside_dense_layers_and_layers_without_attention_are_told_apart
 
 def test_what_several_towers_have_is_numbered_through() -> None:
     model = BY_NAME["t5"].model()
-    stream = grafts.infer_interface(model).resolve(anatomy(model))
+    stream = grafts.infer_interface(model).resolve(look_at(model))
     assert [layer.number for layer in stream.layers] == list(range(len(stream.layers)))
     assert [len(layer.sublayers) for layer in stream.layers] == [2, 2, 3, 3]
     plan = grafts.plan(model, "seq_bn[leave_out=[0, 3]]")
-    adapted = {t.path.partition(".block.")[0] + t.path.partition(".block.")[2][:1] for t in plan.targets if t.parameters}
+    adapted = {
+        t.path.partition(".block.")[0] + t.path.partition(".block.")[2][:1]
+        for t in plan.targets
+        if t.parameters
+    }
     assert adapted == {"encoder1", "decoder0"}
 
 
@@ -198,7 +260,10 @@ def test_what_several_towers_have_is_numbered_through() -> None:
             r"layer_output_proj='mlp.dwn_proj' leads nowhere in layer 0 \('model.layers.0', a",
         ),
         ({"layer_output_proj": "mlp.dwn_proj"}, r"nearest: \['down_proj'"),
-        ({"attn_q_proj": "query"}, "model.layers.0.self_attn is a LlamaAttention and it has no 'query'; it holds 'q_proj'"),
+        (
+            {"attn_q_proj": "query"},
+            "model.layers.0.self_attn is a LlamaAttention and it has no 'query'; it holds 'q_proj'",
+        ),
         ({"layer_pre_ffn": "self_attn.head_dim"}, "'head_dim' there is a int"),
         ({"model_layers": "layer"}, "model_layers='layer' leads nowhere in the base model"),
         ({"model_layers": "norm"}, "is a LlamaRMSNorm and holds no layers"),
@@ -206,7 +271,9 @@ def test_what_several_towers_have_is_numbered_through() -> None:
         ({"layer_ln_1": ("post_norm", None)}, "leads nowhere in any layer"),
     ],
 )
-def test_an_accessor_that_leads_nowhere_is_named_with_what_stands_there(changes: dict[str, object], message: str) -> None:
+def test_an_accessor_that_leads_nowhere_is_named_with_what_stands_there(
+    changes: dict[str, object], message: str
+) -> None:
     model = LLAMA.model()
     keys = list(model.state_dict())
     wrong = grafts.AdapterModelInterface.from_dict(BY_HAND.to_dict() | changes)
@@ -219,7 +286,9 @@ def test_every_layer_is_looked_at_and_none_says_that_some_may_lack_it() -> None:
     model = LLAMA.model()
     model.model.layers[1].mlp.wide = model.model.layers[1].mlp.up_proj
     del model.model.layers[1].mlp.up_proj
-    with pytest.raises(grafts.InterfaceError, match=r"layer 1 .*if some layers have none, write \('mlp.up_proj', None\)"):
+    with pytest.raises(
+        grafts.InterfaceError, match=r"layer 1 .*if some layers have none, write \('mlp.up_proj', None\)"
+    ):
         grafts.plan(model, "seq_bn", interface=BY_HAND)
     either = grafts.AdapterModelInterface.from_dict(
         BY_HAND.to_dict() | {"layer_intermediate_proj": ["mlp.up_proj", "mlp.wide"]}
@@ -251,24 +320,54 @@ def test_an_interface_that_cannot_be_is_refused_at_once(values: dict[str, object
 def test_a_fused_projection_gets_its_true_split_also_with_grouped_queries() -> None:
     from transformers import Phi3Config, Phi3ForCausalLM
 
-    sizes = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "pad_token_id": 0}
+    sizes = {
+        "vocab_size": 50,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "pad_token_id": 0,
+    }
     model = Phi3ForCausalLM(Phi3Config(**sizes, num_attention_heads=4, num_key_value_heads=2)).eval()
     found = grafts.infer_interface(model)
     assert (found.attn_qkv_proj, found.attn_q_proj) == ("qkv_proj", None)
     prefix = grafts.plan(model, "prefix_tuning_flat[prefix_length=3]", interface=found)
-    assert {tuple(t.tensors["prefix"]) for t in prefix.targets if t.tensors} == {(3, 2 * 2 * 4)}  # two heads of four
+    assert {tuple(t.tensors["prefix"]) for t in prefix.targets if t.tensors} == {
+        (3, 2 * 2 * 4)
+    }  # two heads of four
 
 
 def test_latent_attention_gets_keys_and_values_of_their_own_sizes() -> None:
     from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
-    sizes = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 24, "moe_intermediate_size": 8, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 8}
-    more = {"qk_nope_head_dim": 8, "v_head_dim": 4, "n_routed_experts": 2, "num_experts_per_tok": 1, "n_group": 1}
+    sizes = {
+        "vocab_size": 50,
+        "hidden_size": 32,
+        "intermediate_size": 24,
+        "moe_intermediate_size": 8,
+        "num_hidden_layers": 2,
+    }
+    heads = {
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "q_lora_rank": 8,
+        "kv_lora_rank": 8,
+        "qk_rope_head_dim": 8,
+    }
+    more = {
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 4,
+        "n_routed_experts": 2,
+        "num_experts_per_tok": 1,
+        "n_group": 1,
+    }
     config = DeepseekV3Config(**sizes, **heads, **more, topk_group=1, first_k_dense_replace=2, pad_token_id=0)
     model = DeepseekV3ForCausalLM(config).eval().requires_grad_(False)
     grafts.add(model, "prefix_tuning_flat[prefix_length=3]", name="en")
-    planned = [target for target in grafts.plan(model, "prefix_tuning_flat[prefix_length=3]").targets if target.tensors]
+    planned = [
+        target
+        for target in grafts.plan(model, "prefix_tuning_flat[prefix_length=3]").targets
+        if target.tensors
+    ]
     assert {tuple(target.tensors["prefix"]) for target in planned} == {(3, 4 * (16 + 4))}
     randomise(model, "en")
     full = model(input_ids=ids()).logits
@@ -293,7 +392,9 @@ def test_a_prefix_inside_attention_of_three_dimensions_is_that_of_a_cache() -> N
     seen: list[Tensor] = []
     layer.self_attention.dense.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
     model(input_ids=ids()[:1])
-    x = layer.input_layernorm(model.transformer.word_embeddings_layernorm(model.transformer.word_embeddings(ids()[:1])))
+    x = layer.input_layernorm(
+        model.transformer.word_embeddings_layernorm(model.transformer.word_embeddings(ids()[:1]))
+    )
     q, k, v = layer.self_attention.query_key_value(x).view(1, 7, 2, 3, 8).permute(3, 0, 2, 1, 4)
     slopes = torch.tensor([2.0**-4, 2.0**-8]).view(1, 2, 1, 1)
     scores = q @ k.transpose(-1, -2) / 8**0.5 + slopes * torch.arange(7)
@@ -320,8 +421,11 @@ def test_it_is_saved_beside_the_adapter_and_read_again(tmp_path: Path) -> None:
 
 
 def test_interface_of_adapterhub_is_read_and_one_of_ours_has_its_fields(tmp_path: Path) -> None:
-    fields = "adapter_methods attn_k_proj attn_o_proj attn_q_proj attn_qkv_proj attn_v_proj base_model layer_cross_attn "
-    fields += "layer_intermediate_proj layer_ln_1 layer_ln_2 layer_output_proj layer_pre_cross_attn layer_pre_ffn "
+    fields = "adapter_methods attn_k_proj attn_o_proj attn_q_proj attn_qkv_proj attn_v_proj base_model "
+    fields += "layer_cross_attn "
+    fields += (
+        "layer_intermediate_proj layer_ln_1 layer_ln_2 layer_output_proj layer_pre_cross_attn layer_pre_ffn "
+    )
     fields += "layer_pre_self_attn layer_self_attn model_embeddings model_layers"
     model = LLAMA.model()
     grafts.add(model, "seq_bn", interface=BY_HAND, name="en")
@@ -367,18 +471,24 @@ def test_a_config_that_needs_the_stream_says_which_accessor_is_missing() -> None
 def test_a_method_that_the_interface_does_not_offer_is_refused() -> None:
     some = grafts.AdapterModelInterface.from_dict(BY_HAND.to_dict() | {"adapter_methods": ["lora"]})
     grafts.add(LLAMA.model(), "lora", interface=some)
-    with pytest.raises(grafts.InterfaceError, match=r"does not offer 'bottleneck': its adapter_methods are \['lora'\]"):
+    with pytest.raises(
+        grafts.InterfaceError, match=r"does not offer 'bottleneck': its adapter_methods are \['lora'\]"
+    ):
         grafts.add(LLAMA.model(), "seq_bn|lora", interface=some)
     with pytest.raises(grafts.InterfaceError, match="interface is a dict"):
         grafts.add(LLAMA.model(), "seq_bn", interface=BY_HAND.to_dict())  # type: ignore[arg-type]
 
 
 def test_states_of_another_size_than_the_stream_are_refused_when_they_come() -> None:
-    wrong = grafts.AdapterModelInterface.from_dict(BY_HAND.to_dict() | {"model_layers": "layers", "layer_output_proj": "mlp"})
+    wrong = grafts.AdapterModelInterface.from_dict(
+        BY_HAND.to_dict() | {"model_layers": "layers", "layer_output_proj": "mlp"}
+    )
     model = LLAMA.model()
     model.model.layers[0].mlp.down_proj = nn.Linear(24, 20)
     grafts.add(model, "double_seq_bn[exclude_modules=['o_proj']]", interface=wrong)
-    with pytest.raises(grafts.StateError, match=r"'model.layers.0.mlp' gives states of size 20, .* was made for 16"):
+    with pytest.raises(
+        grafts.StateError, match=r"'model.layers.0.mlp' gives states of size 20, .* was made for 16"
+    ):
         model(input_ids=ids())
 
 
@@ -394,12 +504,21 @@ def test_methods_of_a_config() -> None:
     }
     for config, expected in methods.items():
         assert grafts.AdapterMethod.get_from_config(config) == expected
-    assert grafts.AdapterMethod.get_from_config(grafts.InvertibleConfig()) == [grafts.AdapterMethod.invertible]
+    assert grafts.AdapterMethod.get_from_config(grafts.InvertibleConfig()) == [
+        grafts.AdapterMethod.invertible
+    ]
 
 
 def test_roles_name_any_projection() -> None:
     model = llama()
-    expected = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj", "intermediate": "up_proj", "gate": "gate_proj"}
+    expected = {
+        "q": "q_proj",
+        "k": "k_proj",
+        "v": "v_proj",
+        "o": "o_proj",
+        "intermediate": "up_proj",
+        "gate": "gate_proj",
+    }
     expected |= {"output": "down_proj", "embedding": "embed_tokens", "head": "lm_head"}
     for role, name in expected.items():
         targets = grafts.plan(model, grafts.LoraConfig(target_roles=(role,))).targets

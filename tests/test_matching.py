@@ -10,7 +10,9 @@ from grafts.modules.patterns import layer_index, matches, pattern_value
 from grafts.sites.setup import child_key
 from peers import peft
 
-step = st.sampled_from(["model", "layers", "h", "0", "1", "11", "q_proj", "proj", "q", "experts", "mlp", "v_proj"])
+step = st.sampled_from(
+    ["model", "layers", "h", "0", "1", "11", "q_proj", "proj", "q", "experts", "mlp", "v_proj"]
+)
 path = st.lists(step, min_size=1, max_size=6).map(".".join)
 regex = st.sampled_from([r".*\.q_proj", r"model\.layers\.[01]\..*", ".*proj", "q", r".*\.(q|v)_proj$", ".*"])
 
@@ -24,8 +26,12 @@ def test_selection_is_that_of_peft(path: str, patterns: str | list[str]) -> None
 
 @settings(max_examples=300, deadline=None)
 @given(path, st.lists(st.integers(0, 11), min_size=1, max_size=2), st.sampled_from([None, "layers", "h"]))
-def test_layer_index_is_that_of_peft_where_it_finds_one(path: str, indices: list[int], pattern: str | None) -> None:
-    """Without a pattern `peft` wants two names before the number; here ``layers.0`` and ``0`` of a bare model count too."""
+def test_layer_index_is_that_of_peft_where_it_finds_one(
+    path: str, indices: list[int], pattern: str | None
+) -> None:
+    """Without a pattern `peft` wants two names before the number; here ``layers.0`` and ``0`` of a bare model
+    count too.
+    """
     name = f"base.model.{path}.q_proj"
     config = peft.LoraConfig(target_modules=["q_proj"], layers_to_transform=indices, layers_pattern=pattern)
     found = layer_index(name, [pattern] if pattern else [])
@@ -36,7 +42,9 @@ def test_layer_index_is_that_of_peft_where_it_finds_one(path: str, indices: list
 @given(path, st.lists(st.one_of(path, regex), max_size=3, unique=True))
 def test_pattern_value_is_that_of_peft(path: str, patterns: list[str]) -> None:
     values = {pattern: index for index, pattern in enumerate(patterns)}
-    assert pattern_value(path, values, -1) == values.get(peft.utils.other.get_pattern_key(list(values), path), -1)
+    assert pattern_value(path, values, -1) == values.get(
+        peft.utils.other.get_pattern_key(list(values), path), -1
+    )
 
 
 @settings(max_examples=500)

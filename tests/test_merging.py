@@ -21,7 +21,9 @@ TIED = Base("tied", lambda: bases.llama(tie_word_embeddings=True), LLAMA.inputs)
 
 
 def adapted(base: Base = LLAMA, dtype: torch.dtype = torch.float32, **options: object) -> nn.Module:
-    model = grafts.add(base.model(dtype), grafts.LoraConfig(**{"r": 4, "target_modules": "all-linear"} | options), name="en")
+    model = grafts.add(
+        base.model(dtype), grafts.LoraConfig(**{"r": 4, "target_modules": "all-linear"} | options), name="en"
+    )
     randomise(model, "en")
     return model
 
@@ -110,7 +112,9 @@ def test_value_that_is_not_finite_is_refused_with_the_module_and_nothing_is_merg
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     with pytest.raises(grafts.MergeError, match=f"cannot merge into '{path}'.*NaN or infinity"):
         grafts.merge(model, "en")
-    assert all(torch.equal(p, before[name]) or not torch.isfinite(p).all() for name, p in model.named_parameters())
+    assert all(
+        torch.equal(p, before[name]) or not torch.isfinite(p).all() for name, p in model.named_parameters()
+    )
     assert not grafts.adapters(model)["en"].merged
 
 
@@ -169,7 +173,9 @@ class PackedLinear(nn.Linear):
     def __init__(self, plain: nn.Linear) -> None:
         super().__init__(plain.in_features, plain.out_features, bias=False)
         self.scale = plain.weight.detach().abs().max() / 127
-        self.weight = nn.Parameter((plain.weight.detach() / self.scale).round().to(torch.int8), requires_grad=False)
+        self.weight = nn.Parameter(
+            (plain.weight.detach() / self.scale).round().to(torch.int8), requires_grad=False
+        )
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return input @ (self.weight.to(input.dtype) * self.scale).T
@@ -205,11 +211,15 @@ def test_a_thousand_cycles_in_bfloat16_with_the_adapter_changing_leave_the_base_
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("inputs", ["keywords", "tuple", "tensor"])
-def test_verify_merge_reports_the_measured_difference_and_leaves_the_model(inputs: str, dtype: torch.dtype) -> None:
+def test_verify_merge_reports_the_measured_difference_and_leaves_the_model(
+    inputs: str, dtype: torch.dtype
+) -> None:
     model = adapted(dtype=dtype).train()
     grafts.deactivate(model)
     ids = LLAMA.inputs()["input_ids"]
-    report = grafts.verify_merge(model, {"keywords": {"input_ids": ids}, "tuple": (ids,), "tensor": ids}[inputs], "en")
+    report = grafts.verify_merge(
+        model, {"keywords": {"input_ids": ids}, "tuple": (ids,), "tensor": ids}[inputs], "en"
+    )
     assert model.training
     assert not grafts.adapters(model)["en"].active
     model.eval()
@@ -265,7 +275,9 @@ def test_several_methods_on_one_module_act_in_order_merge_save_and_load(
     scale = max(together.abs().max(), 1.0)
     if names[0] != "before" and "adalora" not in names:
         assert not torch.allclose(together, turned, atol=1e-4)
-    torch.testing.assert_close(base.output(grafts.merge(model)) / scale, together / scale, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        base.output(grafts.merge(model)) / scale, together / scale, rtol=1e-5, atol=1e-5
+    )
     grafts.unmerge(model)
     grafts.save(model, names, tmp_path)
     fresh = base.model()

@@ -64,7 +64,9 @@ def on_disk(model: Any) -> list[str]:
 
 
 @pytest.mark.parametrize("how", SPREAD)
-def test_base_is_spread_while_an_adapter_is_loaded(saved: tuple[Path, Path, Tensor], how: str, tmp_path: Path) -> None:
+def test_base_is_spread_while_an_adapter_is_loaded(
+    saved: tuple[Path, Path, Tensor], how: str, tmp_path: Path
+) -> None:
     from transformers import LlamaForCausalLM
 
     base, adapter, expected = saved
@@ -82,11 +84,18 @@ def test_base_is_spread_while_an_adapter_is_loaded(saved: tuple[Path, Path, Tens
         assert_rounded(logits(model), logits(bare))
 
 
-def test_adapter_comes_to_a_base_that_is_spread_already(saved: tuple[Path, Path, Tensor], tmp_path: Path) -> None:
+def test_adapter_comes_to_a_base_that_is_spread_already(
+    saved: tuple[Path, Path, Tensor], tmp_path: Path
+) -> None:
     from transformers import LlamaForCausalLM
 
     base, adapter, expected = saved
-    spread = {"model.embed_tokens": "cpu", "model.layers.0": "disk", "model.layers.1": "cpu", "model.norm": "cpu"}
+    spread = {
+        "model.embed_tokens": "cpu",
+        "model.layers.0": "disk",
+        "model.layers.1": "cpu",
+        "model.norm": "cpu",
+    }
     spread |= {"model.rotary_emb": "cpu", "lm_head": "disk"}
     model = LlamaForCausalLM.from_pretrained(base, device_map=spread, offload_folder=tmp_path / "weights")
     grafts.init(model).load_adapter(adapter, "en")
@@ -97,7 +106,9 @@ def test_adapter_comes_to_a_base_that_is_spread_already(saved: tuple[Path, Path,
     other.load_adapter(tmp_path / "again")
     assert_rounded(logits(other), expected)
     # and be spread anew, with the adapter on it
-    model.load_adapter(adapter, "de", device_map="auto", max_memory={"cpu": 20000}, offload_folder=tmp_path / "other")
+    model.load_adapter(
+        adapter, "de", device_map="auto", max_memory={"cpu": 20000}, offload_folder=tmp_path / "other"
+    )
     assert_rounded(logits(model), expected)
     model.delete_adapter(["en", "de"])
     assert model.peft_config == {}
@@ -141,7 +152,10 @@ def test_training_an_adapter_on_a_base_that_is_partly_on_disk_gives_the_same(tmp
 
     BY_NAME["llama"].model().save_pretrained(tmp_path / "base")
     results = []
-    for options in ({}, {"device_map": "auto", "max_memory": {"cpu": 14000}, "offload_folder": tmp_path / "weights"}):
+    for options in (
+        {},
+        {"device_map": "auto", "max_memory": {"cpu": 14000}, "offload_folder": tmp_path / "weights"},
+    ):
         model = grafts.init(LlamaForCausalLM.from_pretrained(tmp_path / "base").requires_grad_(False))
         torch.manual_seed(0)
         model.add_adapter("lora", "start")
@@ -159,7 +173,9 @@ def test_training_an_adapter_on_a_base_that_is_partly_on_disk_gives_the_same(tmp
         results.append(model.get_adapter_state_dict())
         if len(results) == 1:
             (tmp_path / "start").rename(tmp_path / "first")
-    for name, tensor in results[1].items():  # a file's memory is aligned in another way, which changes roundings
+    for name, tensor in results[
+        1
+    ].items():  # a file's memory is aligned in another way, which changes roundings
         torch.testing.assert_close(results[0][name], tensor, atol=1e-5, rtol=1e-4)
         assert results[0][name].abs().max() > 1e-3
 
@@ -186,7 +202,9 @@ def test_wrong_places_are_refused_and_the_model_stays(tmp_path: Path) -> None:
     with pytest.raises(grafts.StateError, match="offload_folder="):
         model.load_adapter(tmp_path / "adapter", "other", device_map={"": "disk"})
     with pytest.raises(grafts.CheckpointError):
-        model.load_adapter(tmp_path / "nothing", "other", device_map={"": "disk"}, offload_folder=tmp_path / "weights")
+        model.load_adapter(
+            tmp_path / "nothing", "other", device_map={"": "disk"}, offload_folder=tmp_path / "weights"
+        )
     assert list(model.peft_config) == ["default"]
     assert not on_disk(model)
     assert torch.equal(logits(model), before)
@@ -213,7 +231,9 @@ def test_loading_never_holds_a_second_copy_of_the_base(tmp_path: Path) -> None:
             model.load_adapter({str(tmp_path)!r}, f"again{{number}}", low_cpu_mem_usage=True)
         print(bytes_of_base, peak() - before)
     """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True
+    )
     base, more = map(int, done.stdout.split())
     assert base > 200 << 20
     assert more < base / 10

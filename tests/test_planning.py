@@ -9,7 +9,7 @@ from torch import Tensor, nn
 import bases
 import grafts
 from bases import BY_NAME
-from grafts.structure.roles import anatomy
+from grafts.structure.roles import look_at
 
 LLAMA = BY_NAME["llama"]
 
@@ -21,7 +21,13 @@ def targets(model: nn.Module, **options: object) -> list[str]:
 def small(config_class: str, model_class: str, **sizes: object) -> nn.Module:
     import transformers
 
-    usual = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    usual = {
+        "vocab_size": 40,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
     config = getattr(transformers, config_class)(**(usual | sizes))
     with torch.device("meta"):
         return getattr(transformers, model_class)(config)
@@ -39,7 +45,12 @@ def small(config_class: str, model_class: str, **sizes: object) -> nn.Module:
         ("BloomConfig", "BloomForCausalLM", {"n_head": 2, "n_layer": 1}, {"query_key_value"}),
         ("Phi3Config", "Phi3ForCausalLM", {"pad_token_id": 0}, {"qkv_proj"}),
         ("GPT2Config", "GPT2LMHeadModel", {"n_embd": 16, "n_head": 2, "n_layer": 1}, {"c_attn"}),
-        ("GPTJConfig", "GPTJForCausalLM", {"n_embd": 16, "n_head": 2, "n_layer": 1, "rotary_dim": 4}, {"q_proj", "v_proj"}),
+        (
+            "GPTJConfig",
+            "GPTJForCausalLM",
+            {"n_embd": 16, "n_head": 2, "n_layer": 1, "rotary_dim": 4},
+            {"q_proj", "v_proj"},
+        ),
         ("MptConfig", "MptForCausalLM", {"d_model": 16, "n_heads": 2, "n_layers": 1}, {"Wqkv"}),
         ("ViTConfig", "ViTModel", {}, None),
         (
@@ -68,13 +79,19 @@ def test_default_targets_of_a_custom_model_are_found() -> None:
 
 def test_model_without_attention_lists_the_candidates() -> None:
     with pytest.raises(
-        grafts.UnmatchedTargetError, match=r"name them in target_modules; candidates: 'body.\*' \(2\), 'out' \(1\)"
+        grafts.UnmatchedTargetError,
+        match=r"name them in target_modules; candidates: 'body.\*' \(2\), 'out' \(1\)",
     ):
         targets(BY_NAME["mlp"].model())
 
 
 def test_all_linear_leaves_out_the_output_head() -> None:
-    for name, head in (("llama", "lm_head"), ("sdpa", "lm_head"), ("bert", "classifier"), ("gpt2", "lm_head")):
+    for name, head in (
+        ("llama", "lm_head"),
+        ("sdpa", "lm_head"),
+        ("bert", "classifier"),
+        ("gpt2", "lm_head"),
+    ):
         model = BY_NAME[name].model()
         found = targets(model, target_modules="all-linear")
         assert head not in found
@@ -91,7 +108,7 @@ def test_all_linear_leaves_out_routers_and_takes_experts() -> None:
 
     model = nn.ModuleDict({"layers": nn.ModuleList([Mixture()]), "gate": nn.Linear(8, 8)})
     assert targets(model, target_modules="all-linear") == ["layers.0.experts.0", "layers.0.experts.1", "gate"]
-    assert anatomy(model).roles["layers.0.gate"] == "router"
+    assert look_at(model).roles["layers.0.gate"] == "router"
 
 
 def test_single_linear_as_the_whole_model() -> None:
@@ -120,7 +137,10 @@ def test_single_linear_as_the_whole_model() -> None:
             {"target_modules": ["q_proj"], "layers_to_transform": 7},
             r"layers_to_transform=\[7\]; targets lie in layers \[0, 1\]",
         ),
-        ({"target_modules": ["q_proj"], "layers_to_transform": 1, "layers_pattern": "h"}, "targets lie in layers"),
+        (
+            {"target_modules": ["q_proj"], "layers_to_transform": 1, "layers_pattern": "h"},
+            "targets lie in layers",
+        ),
         ({"target_modules": ["lm_head"], "modules_to_save": ["lm_head"]}, "outside modules_to_save"),
     ],
 )
@@ -131,13 +151,16 @@ def test_pattern_without_a_match_is_an_error(options: dict[str, object], message
 
 def test_module_of_another_kind_is_an_error_that_names_the_kinds() -> None:
     with pytest.raises(
-        grafts.UnsupportedTargetError, match=r"'model\.norm' is a LlamaRMSNorm, which LoRA cannot stand beside"
+        grafts.UnsupportedTargetError,
+        match=r"'model\.norm' is a LlamaRMSNorm, which LoRA cannot stand beside",
     ):
         targets(LLAMA.model(), target_modules=["model.norm"])
 
 
 def test_targets_inside_a_copied_head_are_trained_as_a_whole() -> None:
-    made = grafts.plan(bases.roberta(), grafts.LoraConfig(target_modules=["dense", "query"], task_type="SEQ_CLS"))
+    made = grafts.plan(
+        bases.roberta(), grafts.LoraConfig(target_modules=["dense", "query"], task_type="SEQ_CLS")
+    )
     assert {target.kind for target in made.targets if target.path.startswith("classifier")} == {"copy"}
 
 
@@ -163,7 +186,16 @@ def test_plan_prints_as_a_table_with_totals() -> None:
     text = str(grafts.plan(LLAMA.model(), grafts.LoraConfig(r=8, target_modules="all-linear")))
     lines = text.splitlines()
     assert lines[0].split() == ["module", "role", "shape", "part", "count", "parameters"]
-    assert lines[2].split() == ["model.layers.*.self_attn.q_proj", "query", "16", "->", "16", "lora", "2", "512"]
+    assert lines[2].split() == [
+        "model.layers.*.self_attn.q_proj",
+        "query",
+        "16",
+        "->",
+        "16",
+        "lora",
+        "2",
+        "512",
+    ]
     assert (
         lines[-1] == "LoRA: 3,712 trainable parameters in 14 modules, 60.67% of LlamaForCausalLM's 6,118"
         or "LoRA: " in lines[-1]
@@ -178,10 +210,14 @@ def test_head_is_copied_beside_the_modules_that_are_named() -> None:
 
 
 def test_projection_that_its_owner_never_calls_is_no_target() -> None:
-    """`nn.MultiheadAttention` reads the weight of its ``out_proj``; an adapter beside it would silently do nothing."""
+    """`nn.MultiheadAttention` reads the weight of its ``out_proj``; an adapter beside it would silently do
+    nothing.
+    """
     model = nn.Sequential(nn.Linear(8, 8), nn.MultiheadAttention(8, 2))
     assert targets(model, target_modules="all-linear") == ["0"]
-    with pytest.raises(grafts.UnsupportedTargetError, match=r"'1\.out_proj' is a NonDynamicallyQuantizableLinear"):
+    with pytest.raises(
+        grafts.UnsupportedTargetError, match=r"'1\.out_proj' is a NonDynamicallyQuantizableLinear"
+    ):
         targets(model, target_modules=["out_proj"])
 
 

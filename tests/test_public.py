@@ -35,11 +35,10 @@ def test_config_of_every_method_is_found_by_its_name() -> None:
 
 def test_import_loads_neither_torch_nor_transformers_nor_a_method() -> None:
     code = (
-        "import sys, grafts; "
-        "assert not {'torch', 'transformers', 'grafts.methods.lora'} & set(sys.modules); "
-        "grafts.add; grafts.load; grafts.merge; grafts.combine; grafts.LoraConfig; "
-        "from grafts.methods import method_named; method_named('LORA'); "
-        "assert not {'transformers', 'grafts.methods.ia3', 'grafts.methods.adalora'} & set(sys.modules)"
+        "import sys, grafts; assert not {'torch', 'transformers', 'grafts.methods.lora'} & set(sys.modules); "
+        "grafts.add; grafts.load; grafts.merge; grafts.combine; grafts.LoraConfig; from grafts.methods "
+        "import method_named; method_named('LORA'); assert not {'transformers', 'grafts.methods.ia3', "
+        "'grafts.methods.adalora'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 
@@ -52,7 +51,9 @@ def test_every_option_of_every_method_is_documented() -> None:
             assert field.metadata.get("help"), f"{known.name}: {field.name}"
 
 
-def test_method_from_another_package_is_used_like_a_built_in_one(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+def test_method_from_another_package_is_used_like_a_built_in_one(
+    tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     @as_config
     class ShiftConfig(grafts.AdapterConfig):
         start: float = 0.0
@@ -95,7 +96,8 @@ def test_unknown_method_names_the_nearest() -> None:
         method_named("lorra")
     with pytest.raises(
         grafts.ConfigError,
-        match=r"grafts\.config\.AdapterConfig is not the config of a method; known: .*grafts\.methods\.lora\.LoraConfig",
+        match=r"grafts\.config\.AdapterConfig is not the config of a method; known: "
+        r".*grafts\.methods\.lora\.LoraConfig",
     ):
         grafts.plan(nn.Linear(2, 2), grafts.AdapterConfig())
 
@@ -104,18 +106,30 @@ def test_no_import_of_the_package_hides_in_a_function() -> None:
     for path in SOURCE.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-                hidden = [n for n in ast.walk(node) if isinstance(n, ast.ImportFrom) and (n.module or "").startswith("grafts")]
+                hidden = [
+                    n
+                    for n in ast.walk(node)
+                    if isinstance(n, ast.ImportFrom) and (n.module or "").startswith("grafts")
+                ]
                 assert not hidden, f"{path}: {node.name}"
 
 
 def test_core_knows_no_method_by_name() -> None:
     core = [
-        path for path in SOURCE.rglob("*.py") if path.parent.name not in ("methods", "demo") and path.name != "__init__.py"
+        path
+        for path in SOURCE.rglob("*.py")
+        if path.parent.name not in ("methods", "demo") and path.name != "__init__.py"
     ]
-    names = {word for known in methods() for word in (known.peft_type, f"grafts.methods.{known.name}", known.config.__name__)}
+    names = {
+        word
+        for known in methods()
+        for word in (known.peft_type, f"grafts.methods.{known.name}", known.config.__name__)
+    }
     for path in core:
         words = {
-            n.value for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Constant) and isinstance(n.value, str)
+            n.value
+            for n in ast.walk(ast.parse(path.read_text()))
+            if isinstance(n, ast.Constant) and isinstance(n.value, str)
         }
         assert not words & names, path
 
@@ -124,8 +138,12 @@ def test_private_names_of_transformers_are_imported_in_one_module_alone() -> Non
     found = []
     for file in sorted(Path(grafts.__file__).parent.rglob("*.py")):
         for node in ast.walk(ast.parse(file.read_text("utf-8"))):
-            names = [alias.name for alias in node.names] if isinstance(node, (ast.Import, ast.ImportFrom)) else []
+            names = (
+                [alias.name for alias in node.names] if isinstance(node, (ast.Import, ast.ImportFrom)) else []
+            )
             module = node.module or "" if isinstance(node, ast.ImportFrom) else ""
             paths = [f"{module}.{name}" if module else name for name in names]
-            found += [(file.name, path) for path in paths if path.startswith("transformers.") and "._" in path]
+            found += [
+                (file.name, path) for path in paths if path.startswith("transformers.") and "._" in path
+            ]
     assert {name for name, _ in found} <= {"transformers_private.py"}

@@ -27,7 +27,9 @@ def model() -> nn.Module:
 
 
 def trainable(model: nn.Module) -> set[str]:
-    return {name.split(".grafts.")[1].split(".")[0] for name, p in model.named_parameters() if p.requires_grad}
+    return {
+        name.split(".grafts.")[1].split(".")[0] for name, p in model.named_parameters() if p.requires_grad
+    }
 
 
 def test_add_returns_the_same_object_with_nothing_trainable_but_the_new_adapter() -> None:
@@ -115,7 +117,8 @@ def test_any_name_works(name: str, tmp_path: object) -> None:
 
 
 @pytest.mark.parametrize(
-    "verb", [lambda m: grafts.activate(m, "en"), grafts.detach, grafts.unmerge, lambda m: grafts.save(m, "en", "x")]
+    "verb",
+    [lambda m: grafts.activate(m, "en"), grafts.detach, grafts.unmerge, lambda m: grafts.save(m, "en", "x")],
 )
 def test_verbs_on_a_bare_model_say_that_it_has_no_adapters(verb: object) -> None:
     with pytest.raises(grafts.StateError, match="has no adapters"):
@@ -172,7 +175,9 @@ def test_base_can_be_saved_and_loaded_while_adapters_are_attached(model: nn.Modu
     model.save_pretrained(f"{tmp_path}/base")
     again = LlamaForCausalLM.from_pretrained(f"{tmp_path}/base")
     assert_rounded(LLAMA.output(again), bare)
-    assert {name.split(".grafts.")[0] for name in model.state_dict() if ".grafts." in name} <= set(dict(again.named_modules()))
+    assert {name.split(".grafts.")[0] for name in model.state_dict() if ".grafts." in name} <= set(
+        dict(again.named_modules())
+    )
 
 
 def test_backward_with_nothing_trainable_says_so_and_a_forward_alone_does_not() -> None:

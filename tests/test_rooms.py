@@ -16,6 +16,6 @@ def test_an_import_that_goes_up_is_found(tmp_path: Path) -> None:
     rooms = runpy.run_path(str(SCRIPT))
     low, high = tmp_path / "weights.py", tmp_path / "merge.py"
     low.write_text("def f():\n    from grafts.lifecycle.merge import merge\n")
-    high.write_text("from grafts.modules.weights import read\n")
+    high.write_text("from grafts.modules.weights import read_weights\n")
     paths = {"grafts.modules.weights": low, "grafts.lifecycle.merge": high}
     assert list(rooms["upwards"](paths)) == ["grafts.modules.weights imports grafts.lifecycle.merge"]

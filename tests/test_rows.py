@@ -16,7 +16,9 @@ from closeness import assert_rounded
 from conftest import randomise
 from grafts.methods import Method
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")  # a deprecated name
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*gradient_checkpointing.*:FutureWarning"
+)  # a deprecated name
 LLAMA, T5, GPT2 = BY_NAME["llama"], BY_NAME["t5"], BY_NAME["gpt2"]
 
 
@@ -38,7 +40,9 @@ def one_at_a_time(model: nn.Module, inputs: dict[str, torch.Tensor], names: list
 
 
 @pytest.mark.parametrize("base", BASES, ids=lambda base: base.name)
-def test_batch_equals_its_rows_run_one_at_a_time(method: Method, config: grafts.AdapterConfig, base: Base) -> None:
+def test_batch_equals_its_rows_run_one_at_a_time(
+    method: Method, config: grafts.AdapterConfig, base: Base
+) -> None:
     model = two(base, config)
     inputs = {key: torch.cat([x, x.flip(0)])[:4] for key, x in base.inputs().items()}
     names = ["en", "de", None, "en"]
@@ -50,7 +54,9 @@ def test_batch_equals_its_rows_run_one_at_a_time(method: Method, config: grafts.
     torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
     only = model(**inputs)
     again = model(**inputs, adapter_names=None)
-    for a, b in zip(torch.utils._pytree.tree_leaves(only), torch.utils._pytree.tree_leaves(again), strict=True):
+    for a, b in zip(
+        torch.utils._pytree.tree_leaves(only), torch.utils._pytree.tree_leaves(again), strict=True
+    ):
         assert not isinstance(a, torch.Tensor) or torch.equal(a, b)
 
 
@@ -72,10 +78,14 @@ def test_position_embeddings_that_have_one_row_for_all_are_chosen_by_row_too() -
     model = two(GPT2, grafts.LoraConfig(target_modules=["wpe", "wte", "c_attn"]))
     inputs = {"input_ids": GPT2.inputs()["input_ids"]}
     expected = one_at_a_time(model, inputs, ["de", "en"])
-    torch.testing.assert_close(model(**inputs, adapter_names=["de", "en"]).logits, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        model(**inputs, adapter_names=["de", "en"]).logits, expected, rtol=1e-5, atol=1e-5
+    )
 
 
-@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2}], ids=str
+)
 @pytest.mark.parametrize("base", [LLAMA, GPT2, T5], ids=lambda base: base.name)
 def test_generate_with_names_gives_each_row_its_adapter_and_its_beams(
     method: Method, config: grafts.AdapterConfig, base: Base, options: dict[str, int]
@@ -89,8 +99,12 @@ def test_generate_with_names_gives_each_row_its_adapter_and_its_beams(
     each = options.get("num_return_sequences", 1)
     for row, name in enumerate(names):
         grafts.activate(model, () if name is None else name)
-        assert torch.equal(result[row * each : (row + 1) * each], model.generate(prompt[row : row + 1], **fixed))
-    assert torch.equal(model.generate(input_ids=prompt, **fixed), type(model).generate(model, prompt, **fixed))
+        assert torch.equal(
+            result[row * each : (row + 1) * each], model.generate(prompt[row : row + 1], **fixed)
+        )
+    assert torch.equal(
+        model.generate(input_ids=prompt, **fixed), type(model).generate(model, prompt, **fixed)
+    )
 
 
 def test_gradients_go_to_the_adapters_of_the_rows() -> None:
@@ -124,7 +138,9 @@ def test_activation_checkpointing_is_refused_and_not_computed_wrongly(reentrant:
         (["en", 3], grafts.AdapterNameError, "a list with a name or None for each row"),
     ],
 )
-def test_names_that_cannot_be_are_refused_in_forward_and_generate(names: object, error: type[Exception], message: str) -> None:
+def test_names_that_cannot_be_are_refused_in_forward_and_generate(
+    names: object, error: type[Exception], message: str
+) -> None:
     model = two(LLAMA, grafts.LoraConfig())
     grafts.activate(model, "de")
     before = LLAMA.output(model)
@@ -165,13 +181,17 @@ def test_module_whose_first_dimension_is_not_the_batch_says_so() -> None:
             return self.linear(x.transpose(0, 1)).transpose(0, 1)
 
     model = grafts.add(TimeFirst(), grafts.LoraConfig(target_modules=["linear"]), name="en")
-    with pytest.raises(grafts.StateError, match="given for 2 rows, and a module with an adapter was called with 5"):
+    with pytest.raises(
+        grafts.StateError, match="given for 2 rows, and a module with an adapter was called with 5"
+    ):
         model(torch.ones(2, 5, 4), adapter_names=["en", None])
 
 
 def test_distances_inside_attention_have_no_rows_and_say_so() -> None:
     model = two(T5, grafts.LoraConfig(target_modules=["relative_attention_bias", "q"]))
-    with pytest.raises(grafts.StateError, match=r"'en' has a part at '.*relative_attention_bias', whose input has no rows"):
+    with pytest.raises(
+        grafts.StateError, match=r"'en' has a part at '.*relative_attention_bias', whose input has no rows"
+    ):
         model(**T5.inputs(), adapter_names=["en", None])
 
 
@@ -180,11 +200,15 @@ def test_method_that_declares_that_its_rows_cannot_choose_is_refused(monkeypatch
 
     monkeypatch.setitem(_registered, "ia3", dataclasses.replace(_registered["ia3"], routable=False))
     model = two(LLAMA, grafts.IA3Config())
-    with pytest.raises(grafts.StateError, match=r"'de' is \(IA\)3, which acts on all rows of a batch at once"):
+    with pytest.raises(
+        grafts.StateError, match=r"'de' is \(IA\)3, which acts on all rows of a batch at once"
+    ):
         model(**LLAMA.inputs(), adapter_names=[None, "de"])
 
 
-@pytest.mark.parametrize("how", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copied", "pickled"])
+@pytest.mark.parametrize(
+    "how", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copied", "pickled"]
+)
 def test_copies_route_on_their_own_and_detaching_leaves_generate_as_it_was(how: object) -> None:
     model = two(LLAMA, grafts.LoraConfig())
     names, fixed = ["de", None], {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}

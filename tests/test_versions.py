@@ -16,14 +16,29 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
 
 def pins(name: str) -> dict[str, Version]:
     lines = (ROOT / name).read_text("utf-8").splitlines()
-    return {line.partition("==")[0]: Version(line.partition("==")[2]) for line in lines if not line.startswith("#")}
+    return {
+        line.partition("==")[0]: Version(line.partition("==")[2])
+        for line in lines
+        if not line.startswith("#")
+    }
 
 
 def declared() -> dict[str, Version]:
     """The lower bound of everything that the package itself may need; not of what develops it."""
-    extras = {name: wanted for name, wanted in PROJECT["optional-dependencies"].items() if name not in ("dev", "docs")}
-    wanted = [Requirement(text) for text in (*PROJECT["dependencies"], *(text for texts in extras.values() for text in texts))]
-    return {r.name: Version(next(s.version for s in r.specifier if s.operator == ">=")) for r in wanted if r.name != "grafts"}
+    extras = {
+        name: wanted
+        for name, wanted in PROJECT["optional-dependencies"].items()
+        if name not in ("dev", "docs")
+    }
+    wanted = [
+        Requirement(text)
+        for text in (*PROJECT["dependencies"], *(text for texts in extras.values() for text in texts))
+    ]
+    return {
+        r.name: Version(next(s.version for s in r.specifier if s.operator == ">="))
+        for r in wanted
+        if r.name != "grafts"
+    }
 
 
 def test_oldest_pins_are_the_lower_bounds() -> None:

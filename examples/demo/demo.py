@@ -42,7 +42,9 @@ def main() -> None:
     """Run the demo; exit 1 with one sentence where it cannot be."""
     arguments = argparse.ArgumentParser(prog="python examples/demo/demo.py", description=__doc__)
     arguments.add_argument("--output-dir", default="demo-output", help="where adapter and report go")
-    arguments.add_argument("--epochs", type=float, default=3.0, help="how often to go through the training data")
+    arguments.add_argument(
+        "--epochs", type=float, default=3.0, help="how often to go through the training data"
+    )
     arguments.add_argument("--seed", type=int, default=0)
     given = arguments.parse_args()
     console = Console()
@@ -91,9 +93,13 @@ def demo(output_dir: str, epochs: float, seed: int, console: Console) -> None:
         f"same class for {agree} of {len(texts)}"
     )
     grafts.unmerge(saved.model)
-    console.print(f"unmerged again: {'bitwise as before' if torch.equal(_logits(saved, texts), first) else 'DIFFERENT'}")
+    console.print(
+        f"unmerged again: {'bitwise as before' if torch.equal(_logits(saved, texts), first) else 'DIFFERENT'}"
+    )
     console.rule("[bold]4  new lines", align="left")
-    for answer in saved.task.predict(saved.model, saved.tokenizer, [{"text": line} for line in LINES], saved.settings):
+    for answer in saved.task.predict(
+        saved.model, saved.tokenizer, [{"text": line} for line in LINES], saved.settings
+    ):
         console.print(f"  {answer['label']:<12} {answer['score']:.2f}  {answer['text']}", highlight=False)
     console.rule("[bold]5  figures on the test set, 16 classes", align="left")
     console.print(_figures(probe, metrics))
@@ -115,16 +121,26 @@ def encoder() -> Path:
 def _probe(settings: RunSettings, console: Console) -> Metrics:
     """Train the classifier alone, on what the frozen encoder makes of the texts once; its figures."""
     task = task_named(settings.task)
-    rows = {split: read_rows(file) for split, file in (("train", settings.train_file), ("test", settings.test_file)) if file}
+    rows = {
+        split: read_rows(file)
+        for split, file in (("train", settings.train_file), ("test", settings.test_file))
+        if file
+    }
     labels = task.labels(rows["train"], settings.train_file, settings) or []
     set_seed(settings.seed)
     model = load_base(settings.model, task, labels).requires_grad_(False)
     tokenizer = load_tokenizer(settings.model, model)
     started = time.monotonic()
-    features = {split: _features(model, tokenizer, list(some["text"]), settings) for split, some in rows.items()}
-    classes = {split: torch.tensor([labels.index(label) for label in some["label"]]) for split, some in rows.items()}
+    features = {
+        split: _features(model, tokenizer, list(some["text"]), settings) for split, some in rows.items()
+    }
+    classes = {
+        split: torch.tensor([labels.index(label) for label in some["label"]]) for split, some in rows.items()
+    }
     head = model.get_submodule("classifier").requires_grad_(True)
-    batches = DataLoader(TensorDataset(features["train"], classes["train"]), settings.batch_size, shuffle=True)
+    batches = DataLoader(
+        TensorDataset(features["train"], classes["train"]), settings.batch_size, shuffle=True
+    )
     steps = max(1, round(settings.epochs * len(batches)))
     optimizer = torch.optim.AdamW(head.parameters(), settings.learning_rate, weight_decay=0)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
@@ -136,19 +152,32 @@ def _probe(settings: RunSettings, console: Console) -> Metrics:
     choices = head(features["test"]).argmax(-1).numpy()
     test = task.metrics(choices, classes["test"].numpy(), labels)
     sizes = [sum(p.numel() for p in module.parameters()) for module in (head, model)]
-    console.print(f"{steps} steps; test: accuracy {test['accuracy']:.4f}, macro f1 {test['macro_f1']:.4f}", highlight=False)
-    return {"test": test, "parameters": {"trainable": sizes[0], "base": sizes[1]}, "seconds": time.monotonic() - started}
+    console.print(
+        f"{steps} steps; test: accuracy {test['accuracy']:.4f}, macro f1 {test['macro_f1']:.4f}",
+        highlight=False,
+    )
+    return {
+        "test": test,
+        "parameters": {"trainable": sizes[0], "base": sizes[1]},
+        "seconds": time.monotonic() - started,
+    }
 
 
 @torch.no_grad()
 def _features(model: nn.Module, tokenizer: Any, texts: list[str], settings: RunSettings) -> Tensor:
-    """The pooled output of the encoder for each text, ``(texts, hidden_size)``; texts of like length go together."""
+    """The pooled output of the encoder for each text, ``(texts, hidden_size)``; texts of like length go
+    together.
+    """
     order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
     found = [torch.empty(0)] * len(texts)
     for start in range(0, len(order), settings.eval_batch_size):
         some = order[start : start + settings.eval_batch_size]
         batch = tokenizer(
-            [texts[i] for i in some], truncation=True, max_length=settings.max_length, padding=True, return_tensors="pt"
+            [texts[i] for i in some],
+            truncation=True,
+            max_length=settings.max_length,
+            padding=True,
+            return_tensors="pt",
         )
         for index, row in zip(some, model.get_submodule("bert")(**batch).pooler_output, strict=True):
             found[index] = row

@@ -1,8 +1,9 @@
 """grafts: small trainable adapters on frozen PyTorch models.
 
-Verbs over any `nn.Module`, in place, each with its inverse: `add`/`delete`, `activate`/`deactivate`, `train_only`,
-`save`/`load`, `merge`/`unmerge`, and `detach`, which undoes everything; `plan` shows what `add` would do, `adapters` what
-is there. Configs of all methods are found here by their name, as in ``grafts.LoraConfig``.
+Verbs over any `nn.Module`, in place, each with its inverse: `add`/`delete`, `activate`/`deactivate`,
+`train_only`, `save`/`load`, `merge`/`unmerge`, and `detach`, which undoes everything; `plan` shows what `add`
+would do, `adapters` what is there. Configs of all methods are found here by their name, as in
+``grafts.LoraConfig``.
 """
 
 from __future__ import annotations

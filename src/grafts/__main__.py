@@ -1,4 +1,4 @@
-"""``python -m grafts`` is ``grafts``, for launchers that start a module (``torchrun -m grafts train ...``)."""
+"""``python -m grafts`` is ``grafts``: for launchers that start a module (``torchrun -m grafts train``)."""
 
 from grafts.cli.main import main
 

@@ -11,7 +11,8 @@
     |-- CheckpointError           files that cannot be read, or do not fit the model (also a ValueError)
     `-- RunError                  a command-line run that cannot go on (also a RuntimeError)
 
-Every message says what, what was found instead, and what to do. An operation that raises one of these has changed nothing.
+Every message says what, what was found instead, and what to do. An operation that raises one of these has
+changed nothing.
 """
 
 from __future__ import annotations
@@ -63,7 +64,9 @@ class RunError(GraftsError, RuntimeError):
 def nearest(word: str, known: Iterable[str], limit: int = 3) -> list[str]:
     """The known words that are most like ``word``, best first, compared without case; possibly none."""
     by_folded = {name.lower(): name for name in known}
-    return [by_folded[name] for name in difflib.get_close_matches(word.lower(), by_folded, n=limit, cutoff=0.5)]
+    return [
+        by_folded[name] for name in difflib.get_close_matches(word.lower(), by_folded, n=limit, cutoff=0.5)
+    ]
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

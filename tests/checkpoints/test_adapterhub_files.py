@@ -28,7 +28,9 @@ def base(case: str) -> tuple[nn.Module, dict[str, Tensor], Tensor]:
     from adapterhub_reference import model
 
     data = load_file(DATA / case / "case.safetensors")
-    inputs = {name.removeprefix("input."): tensor for name, tensor in data.items() if name.startswith("input.")}
+    inputs = {
+        name.removeprefix("input."): tensor for name, tensor in data.items() if name.startswith("input.")
+    }
     made = model(case)
     made.load_state_dict({n: t for n, t in data.items() if n != "output" and not n.startswith("input.")})
     return made.requires_grad_(False), inputs, data["output"]
@@ -44,7 +46,9 @@ def test_files_of_adapterhub_give_its_outputs(case: str, kernel: str) -> None:
     model.set_attn_implementation(kernel)
     bare = output(case, model, inputs)
     grafts.load(model, DATA / case / "adapter", name="any", allow_pickle=True)
-    real = inputs.get("attention_mask", torch.ones(expected.shape[:2])).bool()  # kernels differ in what padding becomes
+    real = inputs.get(
+        "attention_mask", torch.ones(expected.shape[:2])
+    ).bool()  # kernels differ in what padding becomes
     torch.testing.assert_close(output(case, model, inputs)[real], expected[real], rtol=1e-5, atol=1e-5)
     assert not torch.allclose(bare[real], expected[real], atol=1e-4)
 
@@ -81,13 +85,19 @@ def read_by_the_peer(folder: Path, case: str, expected: Tensor) -> None:
 def test_our_files_come_back_and_adapterhub_reads_them(case: str, tmp_path: Path) -> None:
     from adapterhub_reference import output
 
-    like = case if case in CASES else next(name for name in CASES if name.startswith(case.split("-", maxsplit=1)[0]))
+    like = (
+        case
+        if case in CASES
+        else next(name for name in CASES if name.startswith(case.split("-", maxsplit=1)[0]))
+    )
     model, inputs, _ = base(like)
     config: grafts.AdapterConfig = grafts.PrefixTuningConfig(
         num_virtual_tokens=4, count_positions=False, use_gating="gated" in case, prefix_projection=True
     )
     if "prompt" in case:
-        config = grafts.PromptTuningConfig(num_virtual_tokens=4, after_embeddings=True, after_first="bos" in case)
+        config = grafts.PromptTuningConfig(
+            num_virtual_tokens=4, after_embeddings=True, after_first="bos" in case
+        )
     grafts.add(model, config, name="en")
     randomise(model, "en")
     expected = output(like, model, inputs)
@@ -103,7 +113,9 @@ def test_our_files_come_back_and_adapterhub_reads_them(case: str, tmp_path: Path
 def test_the_interface_that_adapterhub_has_saved_is_used() -> None:
     model, _, _ = base("qwen2-seq_bn")
     report = grafts.load(model, DATA / "qwen2-seq_bn" / "adapter", allow_pickle=True)
-    theirs = json.loads((DATA / "qwen2-seq_bn" / "adapter" / "adapter_interface.json").read_text())["interface"]
+    theirs = json.loads((DATA / "qwen2-seq_bn" / "adapter" / "adapter_interface.json").read_text())[
+        "interface"
+    ]
     ours = report.plan.interface.to_dict()
     assert {name: ours[name] for name in theirs if name != "adapter_methods"} == {
         name: value for name, value in theirs.items() if name != "adapter_methods"
@@ -153,7 +165,10 @@ def test_files_that_cannot_be_read_say_why_and_touch_nothing(tmp_path: Path) -> 
     torch.save({"something.else": torch.zeros(2)}, folder / "pytorch_adapter.bin")
     with pytest.raises(grafts.CheckpointError, match=r"'something\.else' is no tensor of its method"):
         grafts.load(model, folder, allow_pickle=True)
-    save_file({"prefix_tuning.prefix_tunings.en.self_prefix.control_trans": torch.zeros(8)}, folder / "adapter.safetensors")
+    save_file(
+        {"prefix_tuning.prefix_tunings.en.self_prefix.control_trans": torch.zeros(8)},
+        folder / "adapter.safetensors",
+    )
     with pytest.raises(grafts.CheckpointError, match="a prefix of 8 numbers is none of 3 tokens"):
         grafts.load(model, folder)
     for name in ("pytorch_adapter.bin", "adapter.safetensors"):

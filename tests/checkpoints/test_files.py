@@ -25,7 +25,9 @@ STEPS = ["mkdtemp", "fsync", "open", "rename", "replace", "rmdir", "chmod"]
 def write(directory: Path, r: int) -> None:
     """A checkpoint whose config and tensors both say ``r``."""
     config = grafts.LoraConfig(r=r).to_dict() | {"peft_type": "LORA"}
-    files.write_all(directory, peft.files_of(config, {"m.lora_A.weight": torch.full((r, 3), float(r))}, "a card"))
+    files.write_all(
+        directory, peft.files_of(config, {"m.lora_A.weight": torch.full((r, 3), float(r))}, "a card")
+    )
 
 
 def whole(directory: Path) -> int:
@@ -132,7 +134,9 @@ def test_other_files_in_the_directory_stay(tmp_path: Path) -> None:
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
-def test_full_disk_leaves_the_old_checkpoint_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_leaves_the_old_checkpoint_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write(tmp_path, 2)
 
     def full(*args: object) -> None:
@@ -172,7 +176,10 @@ KEY = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
     ("edit", "message"),
     [
         (lambda t: t.pop(KEY), "missing 'model.layers.0.self_attn.q_proj.lora_A.weight'"),
-        (lambda t: t.update({KEY.replace("q_proj", "z_proj"): t[KEY].clone()}), "unexpected 'model.layers.0.self_attn.z_proj"),
+        (
+            lambda t: t.update({KEY.replace("q_proj", "z_proj"): t[KEY].clone()}),
+            "unexpected 'model.layers.0.self_attn.z_proj",
+        ),
         (lambda t: t.update({KEY: torch.zeros(3, 16)}), r"\(3, 16\) in the file and \(4, 16\) here"),
         (lambda t: t.update({"other.weight": torch.zeros(1)}), "names in this layout begin with"),
     ],

@@ -97,10 +97,15 @@ def test_adapter_of_a_repository_is_loaded_at_each_revision(hub: Hub) -> None:
 
 def test_only_files_of_an_adapter_are_fetched(hub: Hub) -> None:
     files, _ = adapter(1)
-    hub.add("someone/lora", files | {"optimizer.pt": b"x" * 1000, "code.py": b"print()", "model.safetensors": b"large"})
+    hub.add(
+        "someone/lora",
+        files | {"optimizer.pt": b"x" * 1000, "code.py": b"print()", "model.safetensors": b"large"},
+    )
     folder = grafts.fetch("someone/lora")
     assert {path.name for path in folder.iterdir()} == set(files)
-    assert not any("optimizer" in line or "code.py" in line or "/model.safetensors" in line for line in hub.asked)
+    assert not any(
+        "optimizer" in line or "code.py" in line or "/model.safetensors" in line for line in hub.asked
+    )
 
 
 def test_what_was_fetched_is_there_without_a_connection(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,7 +176,9 @@ def test_broken_file_is_an_error_and_the_model_stays_as_it_was(hub: Hub) -> None
     model.load_adapter("someone/lora")
 
 
-def test_slow_answer_is_waited_for_and_one_that_is_too_slow_is_an_error(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slow_answer_is_waited_for_and_one_that_is_too_slow_is_an_error(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
     files, expected = adapter(1)
     hub.add("someone/lora", files)
     hub.slow["adapter_config.json"] = 0.3
@@ -193,8 +200,12 @@ def test_pushed_adapter_has_a_card_and_loads_again(hub: Hub) -> None:
     model.config._name_or_path = "someone/base"
     model.add_adapter(grafts.LoraConfig(r=4, task_type="CAUSAL_LM"))
     randomise(model, "default")
-    about = grafts.About(data=("someone/data",), figures={"accuracy": 0.75}, license="apache-2.0", text="For tests.")
-    url = model.push_to_hub("someone/pushed", about=about, token=TOKEN, private=True, tags=["tiny"], commit_message="First")
+    about = grafts.About(
+        data=("someone/data",), figures={"accuracy": 0.75}, license="apache-2.0", text="For tests."
+    )
+    url = model.push_to_hub(
+        "someone/pushed", about=about, token=TOKEN, private=True, tags=["tiny"], commit_message="First"
+    )
     repository = hub.repositories["someone/pushed"]
     sha = repository.refs["main"]
     assert url == f"{hub.url}/someone/pushed/commit/{sha}"
@@ -215,7 +226,14 @@ def test_pushed_adapter_has_a_card_and_loads_again(hub: Hub) -> None:
     (result,) = facts["model-index"][0]["results"]
     assert result["metrics"] == [{"type": "accuracy", "name": "accuracy", "value": 0.75}]
     assert result["task"]["type"] == "text-generation"
-    for said in ("Hu et al. 2021", "someone/base", "someone/data", "| accuracy | 0.75 |", "For tests.", "`r=4`"):
+    for said in (
+        "Hu et al. 2021",
+        "someone/base",
+        "someone/data",
+        "| accuracy | 0.75 |",
+        "For tests.",
+        "`r=4`",
+    ):
         assert said in text
     from huggingface_hub import ModelCard
 
@@ -232,9 +250,9 @@ def test_verbs_push_to_a_branch_and_a_subfolder(hub: Hub) -> None:
     other = BY_NAME["llama"].model()
     grafts.load(other, folder)
     assert_rounded(logits(other), logits(model))
-    assert list(hub.repositories["someone/verbs"].commits[hub.repositories["someone/verbs"].refs["main"]]) == [
-        ".gitattributes"
-    ]
+    assert list(
+        hub.repositories["someone/verbs"].commits[hub.repositories["someone/verbs"].refs["main"]]
+    ) == [".gitattributes"]
     with pytest.raises(grafts.CheckpointError, match="could not be put into"):
         grafts.push(model, "small", "someone/verbs")
     with pytest.raises(grafts.AdapterNameError):
@@ -260,7 +278,9 @@ def test_base_and_adapter_come_in_one_call(hub: Hub, tmp_path: Path) -> None:
     repository = hub.add("someone/base", {})
     repository.refs["v2"] = repository.commit(content, "v2")
     model = ready()
-    model.add_adapter(grafts.PromptTuningConfig(num_virtual_tokens=4, base_model_name_or_path="someone/base", revision="v2"))
+    model.add_adapter(
+        grafts.PromptTuningConfig(num_virtual_tokens=4, base_model_name_or_path="someone/base", revision="v2")
+    )
     randomise(model, "default")
     hub.add("someone/prompt", checkpoint_files(model, "default"))
     whole = grafts.from_pretrained("someone/prompt")
@@ -276,7 +296,9 @@ def test_trainer_pushes_its_checkpoint(hub: Hub, tmp_path: Path) -> None:
     rows = [{"input_ids": row, "labels": row} for row in bases.ids(8, 6)]
     options = {"max_steps": 2, "report_to": [], "use_cpu": True, "disable_tqdm": True, "save_strategy": "no"}
     pushed = {"push_to_hub": True, "hub_model_id": "someone/trained", "hub_token": TOKEN}
-    trainer = Trainer(model, TrainingArguments(str(tmp_path / "run"), **options, **pushed), train_dataset=rows)
+    trainer = Trainer(
+        model, TrainingArguments(str(tmp_path / "run"), **options, **pushed), train_dataset=rows
+    )
     trainer.train()
     trainer.push_to_hub(token=TOKEN)
     held = hub.repositories["someone/trained"].commits[hub.repositories["someone/trained"].refs["main"]]
@@ -290,7 +312,9 @@ def test_trainer_pushes_its_checkpoint(hub: Hub, tmp_path: Path) -> None:
     assert_rounded(logits(other), logits(model))
 
 
-def test_saving_and_loading_a_folder_open_no_connection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_saving_and_loading_a_folder_open_no_connection(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("a connection was opened")
 

@@ -18,7 +18,9 @@ from conftest import randomise
 from peers import peft
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning"),  # `peft` asks for a deprecated name
+    pytest.mark.filterwarnings(
+        "ignore:.*gradient_checkpointing.*:FutureWarning"
+    ),  # `peft` asks for a deprecated name
     pytest.mark.filterwarnings("ignore::UserWarning:peft"),
     pytest.mark.filterwarnings("ignore:.*BOS.*|.*fan_in_fan_out.*:UserWarning"),
 ]
@@ -65,14 +67,20 @@ CASES = {
         BY_NAME["llama"],
         {"target_modules": ["q_proj", "up_proj"], "layers_to_transform": [1], "layers_pattern": "layers"},
     ),
-    "llama-excluded": (BY_NAME["llama"], {"target_modules": ["q_proj", "v_proj"], "exclude_modules": r".*\.0\..*"}),
+    "llama-excluded": (
+        BY_NAME["llama"],
+        {"target_modules": ["q_proj", "v_proj"], "exclude_modules": r".*\.0\..*"},
+    ),
     "llama-embedding": (BY_NAME["llama"], {"target_modules": ["embed_tokens", "q_proj"]}),
     "llama-head": (BY_NAME["llama"], {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
     "llama-head-and-embedding": (
         BY_NAME["llama"],
         {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "embed_tokens"]},
     ),
-    "llama-gaussian": (BY_NAME["llama"], {"init_lora_weights": "gaussian", "target_modules": ["o_proj", "up_proj"]}),
+    "llama-gaussian": (
+        BY_NAME["llama"],
+        {"init_lora_weights": "gaussian", "target_modules": ["o_proj", "up_proj"]},
+    ),
     "gpt2-default": (BY_NAME["gpt2"], {"task_type": "CAUSAL_LM"}),
     "gpt2-all-linear": (BY_NAME["gpt2"], {"target_modules": "all-linear"}),
     "gpt2-embedding": (BY_NAME["gpt2"], {"target_modules": ["wpe", "c_fc"]}),
@@ -90,7 +98,10 @@ CASES = {
     "dora-llama": (BY_NAME["llama"], {"use_dora": True, "target_modules": "all-linear"}),
     "dora-gpt2": (BY_NAME["gpt2"], {"use_dora": True, "target_modules": ["c_attn", "c_fc"]}),
     "dora-embedding": (BY_NAME["llama"], {"use_dora": True, "target_modules": ["embed_tokens", "q_proj"]}),
-    "dora-convolutions": (LAYERS, {"use_dora": True, "target_modules": ["conv1", "conv2", "conv3", "linear"]}),
+    "dora-convolutions": (
+        LAYERS,
+        {"use_dora": True, "target_modules": ["conv1", "conv2", "conv3", "linear"]},
+    ),
     "dora-rslora-bert": (BY_NAME["bert"], {"use_dora": True, "use_rslora": True, "task_type": "SEQ_CLS"}),
     "lora-bias": (BY_NAME["gpt2"], {"lora_bias": True, "target_modules": ["c_attn", "c_proj"]}),
     "convolutions": (LAYERS, {"target_modules": ["conv1", "conv2", "conv3"]}),
@@ -98,7 +109,10 @@ CASES = {
     "pissa": (BY_NAME["llama"], {"init_lora_weights": "pissa", "target_modules": ["q_proj", "down_proj"]}),
     "pissa-gpt2": (BY_NAME["gpt2"], {"init_lora_weights": "pissa", "target_modules": ["c_attn"]}),
     "olora": (BY_NAME["llama"], {"init_lora_weights": "olora", "target_modules": ["q_proj", "down_proj"]}),
-    "orthogonal": (BY_NAME["llama"], {"init_lora_weights": "orthogonal", "target_modules": ["q_proj", "down_proj"]}),
+    "orthogonal": (
+        BY_NAME["llama"],
+        {"init_lora_weights": "orthogonal", "target_modules": ["q_proj", "down_proj"]},
+    ),
     "tokens": (BY_NAME["llama"], {"trainable_token_indices": [4, 7], "target_modules": ["q_proj"]}),
     "tokens-tied": (TIED_LLAMA, {"trainable_token_indices": [4, 7], "target_modules": ["q_proj"]}),
     "tokens-gpt2": (BY_NAME["gpt2"], {"trainable_token_indices": [4, 7], "target_modules": ["c_attn"]}),
@@ -117,7 +131,11 @@ CASES = {
     "ia3-t5": (BY_NAME["t5"], {"task_type": "SEQ_2_SEQ_LM"}, "IA3Config"),
     "ia3-bert": (
         BY_NAME["bert"],
-        {"task_type": "SEQ_CLS", "target_modules": ["key", "value", "output.dense"], "feedforward_modules": ["output.dense"]},
+        {
+            "task_type": "SEQ_CLS",
+            "target_modules": ["key", "value", "output.dense"],
+            "feedforward_modules": ["output.dense"],
+        },
         "IA3Config",
     ),
     "ia3-regex": (
@@ -127,7 +145,11 @@ CASES = {
     ),
     "ia3-convolutions": (
         LAYERS,
-        {"target_modules": ["conv2", "conv3", "linear"], "feedforward_modules": ["conv3"], "modules_to_save": ["out"]},
+        {
+            "target_modules": ["conv2", "conv3", "linear"],
+            "feedforward_modules": ["conv3"],
+            "modules_to_save": ["out"],
+        },
         "IA3Config",
     ),
     "ia3-random": (
@@ -137,7 +159,11 @@ CASES = {
     ),
     "adalora-llama": (BY_NAME["llama"], {"task_type": "CAUSAL_LM", "total_step": 10}, "AdaLoraConfig"),
     "adalora-gpt2": (BY_NAME["gpt2"], {"init_r": 5, "target_r": 3, "total_step": 10}, "AdaLoraConfig"),
-    "adalora-t5": (BY_NAME["t5"], {"target_modules": ["q", "wo"], "lora_alpha": 3, "total_step": 10}, "AdaLoraConfig"),
+    "adalora-t5": (
+        BY_NAME["t5"],
+        {"target_modules": ["q", "wo"], "lora_alpha": 3, "total_step": 10},
+        "AdaLoraConfig",
+    ),
     "adalora-bert": (
         BY_NAME["bert"],
         {"task_type": "SEQ_CLS", "target_modules": "all-linear", "bias": "lora_only", "total_step": 10},
@@ -170,7 +196,9 @@ def randomised(model: nn.Module) -> nn.Module:
 
 
 def config_of(library: object, case: Case) -> object:
-    """The case's config of one library; a copy of its options, as `peft` writes into the lists that it is given."""
+    """The case's config of one library; a copy of its options, as `peft` writes into the lists that it is
+    given.
+    """
     _, options, kind = case
     return getattr(library, kind)(**(copy.deepcopy(options) | (SIZES if kind == "LoraConfig" else {})))
 
@@ -219,7 +247,9 @@ def test_keys_and_shapes_are_those_of_peft(case: Case, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("case", ATTENTION.values(), ids=ATTENTION.keys())
 def test_attention_module_from_peft_gives_the_output_of_the_formula(case: Case, tmp_path: Path) -> None:
-    """`peft` 0.21.2 is no reference there: it adds the output projection's update twice, and drops the input's lora_bias."""
+    """`peft` 0.21.2 is no reference there: it adds the output projection's update twice, and drops the
+    input's lora_bias.
+    """
     base = case[0]
     randomised(peft.get_peft_model(base.model(), config_of(peft, case))).save_pretrained(tmp_path)
     tensors = {
@@ -246,8 +276,12 @@ def test_attention_module_from_peft_gives_the_output_of_the_formula(case: Case, 
 
 
 @pytest.mark.parametrize("targets", [["q_proj"], ["q_proj", "embed_tokens"]], ids=["beside", "beneath"])
-def test_resized_embedding_that_peft_saves_beside_the_adapter_comes_along(targets: list[str], tmp_path: Path) -> None:
-    """`peft` writes the base's own embedding when the vocabulary has grown; its new rows differ in the next process."""
+def test_resized_embedding_that_peft_saves_beside_the_adapter_comes_along(
+    targets: list[str], tmp_path: Path
+) -> None:
+    """`peft` writes the base's own embedding when the vocabulary has grown; its new rows differ in the next
+    process.
+    """
     base = BY_NAME["llama"]
 
     def grown(seed: int) -> nn.Module:
@@ -259,7 +293,9 @@ def test_resized_embedding_that_peft_saves_beside_the_adapter_comes_along(target
             nn.init.normal_(model.lm_head.weight)
         return model
 
-    theirs = randomised(peft.get_peft_model(grown(1), peft.LoraConfig(**SIZES, target_modules=targets))).eval()
+    theirs = randomised(
+        peft.get_peft_model(grown(1), peft.LoraConfig(**SIZES, target_modules=targets))
+    ).eval()
     ids = {"input_ids": torch.tensor([[50, 51, 52, 3]])}
     expected = theirs(**ids).logits
     theirs.save_pretrained(tmp_path, save_embedding_layers=True)
@@ -282,7 +318,9 @@ def test_written_config_names_every_target_so_that_any_reader_finds_the_same(tmp
     assert data["auto_mapping"]["base_model_class"] == "LlamaForCausalLM"
 
 
-def test_layers_of_a_bare_model_are_written_as_names_because_peft_would_not_find_their_indices(tmp_path: Path) -> None:
+def test_layers_of_a_bare_model_are_written_as_names_because_peft_would_not_find_their_indices(
+    tmp_path: Path,
+) -> None:
     model = BY_NAME["llama"].model().model
     grafts.add(model, grafts.LoraConfig(target_modules=["q_proj"], layers_to_transform=1))
     grafts.save(model, "default", tmp_path)
@@ -293,18 +331,27 @@ def test_layers_of_a_bare_model_are_written_as_names_because_peft_would_not_find
 
 
 def test_default_head_for_classification_includes_all_of_it(tmp_path: Path) -> None:
-    """`peft` takes only modules called classifier or score; DistilBERT's pre_classifier stays random there."""
+    """`peft` takes only modules called classifier or score; DistilBERT's pre_classifier stays random
+    there.
+    """
     from transformers import DistilBertConfig, DistilBertForSequenceClassification
 
-    config = DistilBertConfig(vocab_size=50, dim=16, hidden_dim=24, n_layers=1, n_heads=2, max_position_embeddings=32)
+    config = DistilBertConfig(
+        vocab_size=50, dim=16, hidden_dim=24, n_layers=1, n_heads=2, max_position_embeddings=32
+    )
     model = DistilBertForSequenceClassification(config)
     made = grafts.plan(model, grafts.LoraConfig(task_type="SEQ_CLS"))
-    assert [target.path for target in made.targets if target.kind == "copy"] == ["pre_classifier", "classifier"]
+    assert [target.path for target in made.targets if target.kind == "copy"] == [
+        "pre_classifier",
+        "classifier",
+    ]
 
 
 def test_bin_file_is_refused_with_the_way_to_convert_and_read_on_request(tmp_path: Path) -> None:
     base = BY_NAME["llama"]
-    theirs = randomised(peft.get_peft_model(base.model(), peft.LoraConfig(**SIZES, target_modules=["q_proj"])))
+    theirs = randomised(
+        peft.get_peft_model(base.model(), peft.LoraConfig(**SIZES, target_modules=["q_proj"]))
+    )
     tensors = peft.get_peft_model_state_dict(theirs)
     theirs.peft_config["default"].save_pretrained(tmp_path)
     torch.save(tensors, tmp_path / "adapter_model.bin")
@@ -321,7 +368,9 @@ class Exploit:
         return (Path.touch, (Path("exploited"),))
 
 
-def test_bin_file_with_code_runs_none_even_on_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bin_file_with_code_runs_none_even_on_request(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     model = grafts.add(BY_NAME["llama"].model(), grafts.LoraConfig())
     grafts.save(model, "default", tmp_path)
@@ -341,7 +390,9 @@ def test_option_that_is_not_here_is_an_error_and_not_dropped(tmp_path: Path) -> 
         file.write_text(json.dumps(data | {name: value}))
         with pytest.raises(grafts.ConfigError, match=name):
             grafts.load(BY_NAME["llama"].model(), tmp_path)
-    file.write_text(json.dumps(data | {"use_quantum": None, "megatron_core": "megatron.core", "qalora_group_size": 16}))
+    file.write_text(
+        json.dumps(data | {"use_quantum": None, "megatron_core": "megatron.core", "qalora_group_size": 16})
+    )
     grafts.load(BY_NAME["llama"].model(), tmp_path)
 
 
@@ -354,7 +405,9 @@ def test_their_config_fields_are_all_known_or_unused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["bert", "llama", "gpt2"])
 def test_training_from_the_same_start_takes_the_course_of_peft(name: str, tmp_path: Path) -> None:
-    """Same data, same optimizer, same random numbers (the base has dropout): the same losses and the same adapter."""
+    """Same data, same optimizer, same random numbers (the base has dropout): the same losses and the same
+    adapter.
+    """
     base = BY_NAME[name]
     options = SIZES | {"target_modules": "all-linear"} | ({"task_type": "SEQ_CLS"} if name == "bert" else {})
     theirs = peft.get_peft_model(base.model(), peft.LoraConfig(**options))

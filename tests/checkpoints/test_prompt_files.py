@@ -1,4 +1,6 @@
-"""Files and outputs of adaption prompts, prefixes and virtual tokens against `peft` 0.21, in both directions, in float32."""
+"""Files and outputs of adaption prompts, prefixes and virtual tokens against `peft` 0.21, in both directions,
+in float32.
+"""
 
 from __future__ import annotations
 
@@ -29,14 +31,25 @@ pytestmark = [
 def mistral() -> nn.Module:
     from transformers import MistralConfig, MistralForCausalLM
 
-    sizes = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
-    return MistralForCausalLM(MistralConfig(**sizes, num_key_value_heads=2, max_position_embeddings=64, sliding_window=None))
+    sizes = {
+        "vocab_size": 50,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
+    return MistralForCausalLM(
+        MistralConfig(**sizes, num_key_value_heads=2, max_position_embeddings=64, sliding_window=None)
+    )
 
 
 LLAMA, GPT2, T5, BERT = (BY_NAME[name] for name in ("llama", "gpt2", "t5", "bert"))
 MISTRAL = Base("mistral", mistral, LLAMA.inputs)
 CAUSAL, SEQ2SEQ, CLASSES = "CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS"
-PROMPT, P_TUNING = (grafts.PromptTuningConfig, peft.PromptTuningConfig), (grafts.PromptEncoderConfig, peft.PromptEncoderConfig)
+PROMPT, P_TUNING = (
+    (grafts.PromptTuningConfig, peft.PromptTuningConfig),
+    (grafts.PromptEncoderConfig, peft.PromptEncoderConfig),
+)
 PREFIX, ADAPTION = (
     (grafts.PrefixTuningConfig, peft.PrefixTuningConfig),
     (grafts.AdaptionPromptConfig, peft.AdaptionPromptConfig),
@@ -48,7 +61,11 @@ CASES = {
         ("adaption-prompt", ADAPTION, {"adapter_len": 4, "adapter_layers": 1}),
         ("prefix", PREFIX, {"num_virtual_tokens": 4}),
         ("prefix-zero", PREFIX, {"num_virtual_tokens": 4, "init_weights": "zero"}),
-        ("prefix-projection", PREFIX, {"num_virtual_tokens": 4, "prefix_projection": True, "encoder_hidden_size": 8}),
+        (
+            "prefix-projection",
+            PREFIX,
+            {"num_virtual_tokens": 4, "prefix_projection": True, "encoder_hidden_size": 8},
+        ),
         ("prompt", PROMPT, {"num_virtual_tokens": 4}),
         ("p-tuning", P_TUNING, {"num_virtual_tokens": 4, "encoder_hidden_size": 8}),
         ("p-tuning-lstm", P_TUNING, {"num_virtual_tokens": 4, "encoder_reparameterization_type": "LSTM"}),
@@ -114,7 +131,9 @@ def test_peft_reads_our_files(base: Base, configs: tuple, values: dict, tmp_path
     if base is T5 and theirs["prompt_embeddings"].shape[0] == 8:  # rows for the decoder, which nobody uses
         theirs["prompt_embeddings"] = theirs["prompt_embeddings"][:4]
     assert {n: t.shape for n, t in ours.items() if n not in beside} == {n: t.shape for n, t in theirs.items()}
-    ours, theirs = (json.loads((tmp_path / name / "adapter_config.json").read_text()) for name in ("ours", "theirs"))
+    ours, theirs = (
+        json.loads((tmp_path / name / "adapter_config.json").read_text()) for name in ("ours", "theirs")
+    )
     unsaid = {"peft_version", "num_transformer_submodules", "modules_to_save"}
     assert {k: v for k, v in theirs.items() if ours.get(k, "missing") != v and k not in unsaid} == {}
     assert set(ours) - set(theirs) <= {"after_projection", "count_positions"}
@@ -152,7 +171,9 @@ def test_training_goes_on_from_a_file_as_if_it_had_not_stopped(
 
 
 def test_a_file_without_the_network_is_flat_and_says_so_when_it_is_written_again(tmp_path: Path) -> None:
-    _, expected = written_by_peft(LLAMA, peft.PromptEncoderConfig(num_virtual_tokens=4, task_type=CAUSAL), tmp_path)
+    _, expected = written_by_peft(
+        LLAMA, peft.PromptEncoderConfig(num_virtual_tokens=4, task_type=CAUSAL), tmp_path
+    )
     model = LLAMA.model()
     grafts.load(model, tmp_path, name="en", train=True)
     assert [n for n, p in model.named_parameters() if p.requires_grad] == ["model.grafts_model.en.prompt"]
@@ -182,7 +203,13 @@ def bart(layers: int = 2) -> nn.Module:
     from transformers import BartConfig, BartForConditionalGeneration
 
     sizes = {"d_model": 16, "encoder_layers": layers, "decoder_layers": layers, "encoder_attention_heads": 2}
-    sizes |= {"decoder_attention_heads": 2, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "vocab_size": 50, "pad_token_id": 0}
+    sizes |= {
+        "decoder_attention_heads": 2,
+        "encoder_ffn_dim": 24,
+        "decoder_ffn_dim": 24,
+        "vocab_size": 50,
+        "pad_token_id": 0,
+    }
     return BartForConditionalGeneration(BartConfig(**sizes, bos_token_id=1, eos_token_id=2, init_std=0.5))
 
 
@@ -196,7 +223,9 @@ def deep_t5() -> nn.Module:
 @torch.no_grad()
 @pytest.mark.parametrize("projection", [False, True])
 @pytest.mark.parametrize("build", [bart, lambda: bart(3), deep_t5], ids=["bart", "bart-3", "t5-3"])
-def test_prefixes_of_peft_for_encoder_decoders_give_its_outputs(build: object, projection: bool, tmp_path: Path) -> None:
+def test_prefixes_of_peft_for_encoder_decoders_give_its_outputs(
+    build: object, projection: bool, tmp_path: Path
+) -> None:
     base = Base("both", build, T5.inputs)  # type: ignore[arg-type]
     config = peft.PrefixTuningConfig(num_virtual_tokens=4, task_type=SEQ2SEQ, prefix_projection=projection)
     _, expected = written_by_peft(base, config, tmp_path)
@@ -211,10 +240,16 @@ def test_prefixes_of_peft_for_encoder_decoders_give_its_outputs(build: object, p
 
 
 def test_a_prefix_of_peft_for_another_encoder_decoder_is_told(tmp_path: Path) -> None:
-    written_by_peft(Base("t5", deep_t5, T5.inputs), peft.PrefixTuningConfig(num_virtual_tokens=4, task_type=SEQ2SEQ), tmp_path)
+    written_by_peft(
+        Base("t5", deep_t5, T5.inputs),
+        peft.PrefixTuningConfig(num_virtual_tokens=4, task_type=SEQ2SEQ),
+        tmp_path,
+    )
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"num_layers": 2}))
-    with pytest.raises(grafts.CheckpointError, match=r"\(4, 96\) in the file and \(4, 64\) for 2 layers here"):
+    with pytest.raises(
+        grafts.CheckpointError, match=r"\(4, 96\) in the file and \(4, 64\) for 2 layers here"
+    ):
         grafts.load(T5.model(), tmp_path)
 
 
@@ -225,7 +260,9 @@ def test_a_prefix_of_another_model_and_a_missing_one_are_told_apart(tmp_path: Pa
         grafts.load(GPT2.model(), tmp_path)
     file = tmp_path / "adapter_model.safetensors"
     save_file({"else": torch.zeros(2)}, file)
-    with pytest.raises(grafts.CheckpointError, match="missing 'prompt_embeddings' in the file; it holds else"):
+    with pytest.raises(
+        grafts.CheckpointError, match="missing 'prompt_embeddings' in the file; it holds else"
+    ):
         grafts.load(LLAMA.model(), tmp_path)
     save_file({"prompt_embeddings": torch.zeros(4, 32), "base_model.lm_head.weight": torch.zeros(2)}, file)
     fresh = LLAMA.model()
@@ -236,13 +273,21 @@ def test_a_prefix_of_another_model_and_a_missing_one_are_told_apart(tmp_path: Pa
 
 @torch.no_grad()
 def test_prefix_of_a_bare_encoder_and_its_head_in_the_file(tmp_path: Path) -> None:
-    config = grafts.PrefixTuningConfig(num_virtual_tokens=4, task_type=CLASSES, use_gating=True, count_positions=False)
+    config = grafts.PrefixTuningConfig(
+        num_virtual_tokens=4, task_type=CLASSES, use_gating=True, count_positions=False
+    )
     grafts.add(model := BERT.model(), config, name="en")
     randomise(model, "en")
     grafts.save(model, "en", tmp_path)
     names = set(load_file(tmp_path / "adapter_model.safetensors"))
-    gates = {f"base_model.bert.encoder.layer.{i}.attention.self.gate.{n}" for i in (0, 1) for n in ("weight", "bias")}
-    assert names == {"prompt_embeddings", "base_model.classifier.weight", "base_model.classifier.bias"} | gates
+    gates = {
+        f"base_model.bert.encoder.layer.{i}.attention.self.gate.{n}"
+        for i in (0, 1)
+        for n in ("weight", "bias")
+    }
+    assert (
+        names == {"prompt_embeddings", "base_model.classifier.weight", "base_model.classifier.bias"} | gates
+    )
     grafts.load(again := BERT.model(), tmp_path)
     assert_rounded(BERT.output(again), BERT.output(model))
 

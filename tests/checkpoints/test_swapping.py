@@ -1,4 +1,6 @@
-"""`grafts.hotswap`: another adapter in the tensors that are there, under `torch.compile` without compiling again."""
+"""`grafts.hotswap`: another adapter in the tensors that are there, under `torch.compile` without compiling
+again.
+"""
 
 from __future__ import annotations
 
@@ -72,7 +74,9 @@ def test_lora_of_another_rank_and_scaling_takes_the_place_without_compiling_agai
     options: list[dict[str, Any]], tmp_path: Path, graphs: list[torch.fx.GraphModule]
 ) -> None:
     usual = {"target_modules": ["q_proj", "v_proj", "down_proj"]}
-    several = [written(tmp_path, grafts.LoraConfig(**(usual | some)), seed) for seed, some in enumerate(options)]
+    several = [
+        written(tmp_path, grafts.LoraConfig(**(usual | some)), seed) for seed, some in enumerate(options)
+    ]
     model = ready()
     model.enable_peft_hotswap(target_rank=12)
     run = compiled(model, graphs)
@@ -92,7 +96,9 @@ def test_lora_of_another_rank_and_scaling_takes_the_place_without_compiling_agai
     assert model.active_adapters() == ["default"]
 
 
-def test_ia3_takes_the_place_without_compiling_again(tmp_path: Path, graphs: list[torch.fx.GraphModule]) -> None:
+def test_ia3_takes_the_place_without_compiling_again(
+    tmp_path: Path, graphs: list[torch.fx.GraphModule]
+) -> None:
     places = {"target_modules": ["k_proj", "v_proj", "down_proj"], "feedforward_modules": ["down_proj"]}
     several = [written(tmp_path, grafts.IA3Config(**places), seed) for seed in range(3)]
     model = ready()
@@ -113,7 +119,9 @@ def test_room_leaves_the_output_as_it_is_and_what_is_trained_in_it(tmp_path: Pat
     grafts.reserve(model, "default", 16)
     torch.testing.assert_close(logits(model), expected, atol=1e-6, rtol=1e-6)
     for one in (model, narrow):
-        optimizer = torch.optim.AdamW([p for p in one.parameters() if p.requires_grad], lr=0.05, weight_decay=0.1)
+        optimizer = torch.optim.AdamW(
+            [p for p in one.parameters() if p.requires_grad], lr=0.05, weight_decay=0.1
+        )
         for _ in range(3):
             optimizer.zero_grad()
             one(IDS, labels=IDS).loss.backward()

@@ -1,4 +1,6 @@
-"""The command line, on small models and files: what it leaves, what it prints, and one sentence for what is wrong."""
+"""The command line, on small models and files: what it leaves, what it prints, and one sentence for what is
+wrong.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ def tokenizer() -> PreTrainedTokenizerFast:
     vocabulary = {word: index for index, word in enumerate(["[PAD]", "[UNK]", "[EOS]", *WORDS])}
     inner = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     inner.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="[PAD]", unk_token="[UNK]", eos_token="[EOS]")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="[PAD]", unk_token="[UNK]", eos_token="[EOS]"
+    )
 
 
 @pytest.fixture(scope="session")
@@ -47,10 +51,23 @@ def rows(count: int = 24) -> list[dict[str, object]]:
     made = []
     for index in range(count):
         fast = index % 2
-        words = ["the", "fast" if fast else "slow", ("cat", "dog", "game")[index % 3], "runs" if fast else "sleeps"]
+        words = [
+            "the",
+            "fast" if fast else "slow",
+            ("cat", "dog", "game")[index % 3],
+            "runs" if fast else "sleeps",
+        ]
         tags = ["O", "SPEED", "THING", "O"]
         text, label = " ".join(words), "quick" if fast else "lazy"
-        made.append({"text": text, "label": label, "tokens": words, "tags": tags, "target": "fast" if fast else "slow"})
+        made.append(
+            {
+                "text": text,
+                "label": label,
+                "tokens": words,
+                "tags": tags,
+                "target": "fast" if fast else "slow",
+            }
+        )
     return made
 
 
@@ -68,7 +85,12 @@ def call(*arguments: object, status: int = 0) -> None:
 
 
 def train(
-    models: Path, data: Path, output: Path, *more: object, model: str = "bert", task: str = "sequence-classification"
+    models: Path,
+    data: Path,
+    output: Path,
+    *more: object,
+    model: str = "bert",
+    task: str = "sequence-classification",
 ) -> None:
     given = ["--model", models / model, "--task", task, "--train-file", data, "--output-dir", output]
     call("train", *given, "--max-length", 16, "--batch-size", 8, *more)
@@ -89,7 +111,13 @@ def printed(capsys: pytest.CaptureFixture[str]) -> str:
     ],
 )
 def test_train_leaves_everything_and_predict_uses_it(
-    model: str, task: str, figure: str, models: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    model: str,
+    task: str,
+    figure: str,
+    models: Path,
+    data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     output = tmp_path / "run"
     more = ["--validation-file", data, "--test-file", data, "--epochs", 8, "--learning-rate", 0.02, "--r", 4]
@@ -126,7 +154,17 @@ def test_train_leaves_everything_and_predict_uses_it(
 
 
 def test_run_yaml_makes_the_same_run_again(models: Path, data: Path, tmp_path: Path) -> None:
-    train(models, data, tmp_path / "one", "--max-steps", 4, "--rank-pattern", "{query: 2}", "--target-modules", "query,value")
+    train(
+        models,
+        data,
+        tmp_path / "one",
+        "--max-steps",
+        4,
+        "--rank-pattern",
+        "{query: 2}",
+        "--target-modules",
+        "query,value",
+    )
     call("train", "--config", tmp_path / "one" / "run.yaml", "--output-dir", tmp_path / "two")
     first, second = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("one", "two"))
     assert first == second
@@ -136,7 +174,15 @@ def test_run_yaml_makes_the_same_run_again(models: Path, data: Path, tmp_path: P
 def test_mixed_precision_checkpointing_accumulation_and_given_labels_work_together(
     models: Path, data: Path, tmp_path: Path
 ) -> None:
-    more = ["--precision", "bf16", "--gradient-checkpointing", "--gradient-accumulation-steps", 2, "--labels", "quick,lazy"]
+    more = [
+        "--precision",
+        "bf16",
+        "--gradient-checkpointing",
+        "--gradient-accumulation-steps",
+        2,
+        "--labels",
+        "quick,lazy",
+    ]
     train(models, data, tmp_path / "run", "--epochs", 2, "--dtype", "bfloat16", *more)
     assert yaml.safe_load((tmp_path / "run" / "run.yaml").read_text())["labels"] == ["quick", "lazy"]
 
@@ -158,7 +204,9 @@ def test_adapter_of_peft_is_used_with_the_base_and_labels_named(
     assert json.loads(capsys.readouterr().out)["label"] in {"a", "b", "c"}
 
 
-def test_every_method_trains_predicts_and_merges(method: Method, models: Path, data: Path, tmp_path: Path) -> None:
+def test_every_method_trains_predicts_and_merges(
+    method: Method, models: Path, data: Path, tmp_path: Path
+) -> None:
     chosen = method.name if method.members is None else "seq_bn[reduction_factor=4]|lora"
     train(models, data, tmp_path / "run", "--epochs", 4, "--method", chosen, "--learning-rate", 0.01)
     settings = yaml.safe_load((tmp_path / "run" / "run.yaml").read_text())
@@ -176,7 +224,13 @@ def test_every_method_trains_predicts_and_merges(method: Method, models: Path, d
     ids=["bert", "llama", "t5"],
 )
 def test_methods_inside_attention_and_in_front_of_the_input_serve_every_task(
-    name: str, model: str, task: str, models: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    name: str,
+    model: str,
+    task: str,
+    models: Path,
+    data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     more = ["--test-file", data, "--max-steps", 3, "--learning-rate", 0.02, "--method", name]
     train(models, data, tmp_path / "run", *more, model=model, task=task)
@@ -189,7 +243,9 @@ def test_trained_adapter_loads_from_python(models: Path, data: Path, tmp_path: P
     train(models, data, tmp_path / "run", "--max-steps", 2)
     from transformers import AutoModelForSequenceClassification
 
-    model = AutoModelForSequenceClassification.from_pretrained(models / "bert", num_labels=2, ignore_mismatched_sizes=True)
+    model = AutoModelForSequenceClassification.from_pretrained(
+        models / "bert", num_labels=2, ignore_mismatched_sizes=True
+    )
     assert grafts.load(model, tmp_path / "run").plan.parameters == sum(
         p.numel() for _, q in parts_of(model, "default") for p in q.parameters()
     )
@@ -222,7 +278,10 @@ def test_merge_writes_a_plain_model_with_the_same_answers(
     train(models, data, tmp_path / "run", "--epochs", 6, "--learning-rate", 0.02)
     call("merge", tmp_path / "run", tmp_path / "plain")
     classify = pipeline("text-classification", str(tmp_path / "plain"))
-    assert [answer["label"] for answer in classify(["the fast cat runs", "the slow dog sleeps"])] == ["quick", "lazy"]
+    assert [answer["label"] for answer in classify(["the fast cat runs", "the slow dog sleeps"])] == [
+        "quick",
+        "lazy",
+    ]
     call("merge", tmp_path / "run", tmp_path / "plain", status=1)
     assert "is there already" in printed(capsys)
 
@@ -288,7 +347,12 @@ def broken(tmp_path: Path, name: str, content: str) -> Path:
     ids=lambda value: "-".join(value).replace("--", "") if isinstance(value, list) else "",
 )
 def test_bad_input_gets_one_sentence_a_nonzero_exit_and_leaves_nothing(
-    arguments: list[str], message: str, models: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    arguments: list[str],
+    message: str,
+    models: Path,
+    data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     first = '{"text": "the cat", "label": "quick"}\n'
     made = {
@@ -351,19 +415,34 @@ def test_existing_run_is_kept_unless_overwriting(
 
 
 def test_disk_that_is_full_at_the_end_leaves_nothing(
-    models: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    models: Path,
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     def full(*args: object) -> None:
         raise OSError(28, "No space left on device")
 
-    given = ["--model", models / "bert", "--task", "sequence-classification", "--train-file", data, "--max-steps", 1]
+    given = [
+        "--model",
+        models / "bert",
+        "--task",
+        "sequence-classification",
+        "--train-file",
+        data,
+        "--max-steps",
+        1,
+    ]
     monkeypatch.setattr("grafts.checkpoints.atomic_write.os.fsync", full)
     call("train", *given, "--output-dir", tmp_path / "run", status=1)
     assert "No space left on device" in printed(capsys)
     assert not (tmp_path / "run").exists() or not list((tmp_path / "run").iterdir())
 
 
-def test_every_flag_is_documented(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_flag_is_documented(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     from grafts.cli.options import adapter_parameters, settings_parameters
     from grafts.cli.training.settings import RunSettings
 
@@ -378,7 +457,9 @@ def test_settings_from_flags_win_over_the_file() -> None:
 
     fields = {"model": "m", "task": "t", "train_file": "f", "output_dir": "o"}
     file = Path(os.environ.get("TMPDIR", "/tmp")) / f"grafts-{os.getpid()}.yaml"
-    file.write_text(yaml.safe_dump(fields | {"epochs": 2, "learning_rate": "3e-3", "adapter": {"r": 4, "bias": "all"}}))
+    file.write_text(
+        yaml.safe_dump(fields | {"epochs": 2, "learning_rate": "3e-3", "adapter": {"r": 4, "bias": "all"}})
+    )
     settings = RunSettings.combined(file, {"epochs": 5.0, "seed": None}, {"r": 16})
     file.unlink()
     assert (settings.epochs, settings.learning_rate, settings.seed) == (5.0, 3e-3, 0)
@@ -387,12 +468,46 @@ def test_settings_from_flags_win_over_the_file() -> None:
 
 def test_two_processes_train_the_same_command(models: Path, data: Path, tmp_path: Path) -> None:
     """`torchrun` with two `gloo` processes; the one that is first writes."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "grafts", "train"]
-    given = ["--model", models / "bert", "--task", "sequence-classification", "--train-file", data, "--test-file", data]
-    more = ["--output-dir", tmp_path / "run", "--max-steps", 3, "--batch-size", 4, "--max-length", 16, "--device", "cpu"]
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        "-m",
+        "grafts",
+        "train",
+    ]
+    given = [
+        "--model",
+        models / "bert",
+        "--task",
+        "sequence-classification",
+        "--train-file",
+        data,
+        "--test-file",
+        data,
+    ]
+    more = [
+        "--output-dir",
+        tmp_path / "run",
+        "--max-steps",
+        3,
+        "--batch-size",
+        4,
+        "--max-length",
+        16,
+        "--device",
+        "cpu",
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     done = subprocess.run(
-        [str(word) for word in [*launch, *given, *more]], env=environment, capture_output=True, text=True, check=False
+        [str(word) for word in [*launch, *given, *more]],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stderr.count("adapter and report are in") == 1

@@ -1,4 +1,6 @@
-"""Libraries on top of `transformers` with models of this one: TRL and sentence-transformers, on tiny models."""
+"""Libraries on top of `transformers` with models of this one: TRL and sentence-transformers, on tiny
+models.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,14 @@ from conftest import randomise
 from tokens import tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-QUIET = {"report_to": [], "use_cpu": True, "disable_tqdm": True, "save_strategy": "no", "logging_steps": 1, "seed": 0}
+QUIET = {
+    "report_to": [],
+    "use_cpu": True,
+    "disable_tqdm": True,
+    "save_strategy": "no",
+    "logging_steps": 1,
+    "seed": 0,
+}
 
 
 def words(seed: int, count: int = 6) -> str:
@@ -44,7 +53,12 @@ def test_sft_trainer_trains_saves_and_resumes_an_adapter(text: str, tmp_path: Pa
         torch.manual_seed(0)
         model.add_adapter(text)
         before, base = tensors(model), base_of(model)
-        options = QUIET | {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "per_device_train_batch_size": 4}
+        options = QUIET | {
+            "save_strategy": "steps",
+            "save_steps": 2,
+            "max_steps": 4,
+            "per_device_train_batch_size": 4,
+        }
         config = trl.SFTConfig(
             str(folder), **options, max_length=8, learning_rate=0.05, gradient_checkpointing=False, bf16=False
         )
@@ -64,7 +78,10 @@ def test_sft_trainer_trains_saves_and_resumes_an_adapter(text: str, tmp_path: Pa
 
 def test_dpo_trainer_takes_the_same_model_without_adapters_as_reference(tmp_path: Path) -> None:
     trl = pytest.importorskip("trl")
-    columns = {name: [words(17 * seed + at) for seed in range(8)] for at, name in enumerate(("prompt", "chosen", "rejected"))}
+    columns = {
+        name: [words(17 * seed + at) for seed in range(8)]
+        for at, name in enumerate(("prompt", "chosen", "rejected"))
+    }
     model: Any = grafts.init(BY_NAME["llama"].model())
     torch.manual_seed(0)
     model.add_adapter("lora")
@@ -122,10 +139,14 @@ def sentence_model(folder: Path) -> Any:
         tokenizer(folder)
     from sentence_transformers.models import Pooling, Transformer
 
-    return st.SentenceTransformer(modules=[Transformer(str(folder), max_seq_length=16), Pooling(16)], device="cpu")
+    return st.SentenceTransformer(
+        modules=[Transformer(str(folder), max_seq_length=16), Pooling(16)], device="cpu"
+    )
 
 
-@pytest.mark.parametrize("text", ["lora", "prompt_tuning[num_virtual_tokens=3]", "seq_bn[reduction_factor=4]"])
+@pytest.mark.parametrize(
+    "text", ["lora", "prompt_tuning[num_virtual_tokens=3]", "seq_bn[reduction_factor=4]"]
+)
 def test_sentence_transformer_has_trains_saves_and_loads_adapters(text: str, tmp_path: Path) -> None:
     st = pytest.importorskip("sentence_transformers")
     from sentence_transformers.losses import MultipleNegativesRankingLoss
@@ -137,7 +158,9 @@ def test_sentence_transformer_has_trains_saves_and_loads_adapters(text: str, tmp
     model.add_adapter(grafts.config_from(text))  # its own method, which asks the inner model
     assert model.active_adapters() == ["default"]
     rows = datasets.Dataset.from_dict({"anchor": sentences, "positive": sentences[::-1]})
-    arguments = st.SentenceTransformerTrainingArguments(str(tmp_path / "run"), **QUIET, max_steps=3, learning_rate=0.05)
+    arguments = st.SentenceTransformerTrainingArguments(
+        str(tmp_path / "run"), **QUIET, max_steps=3, learning_rate=0.05
+    )
     loss = MultipleNegativesRankingLoss(model)
     st.SentenceTransformerTrainer(model=model, args=arguments, train_dataset=rows, loss=loss).train()
     after = model.encode(sentences)

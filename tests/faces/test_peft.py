@@ -50,10 +50,18 @@ def test_set_adapter_makes_active_and_trainable_and_activate_only_active() -> No
     model = made()
     model.set_adapter("other")
     status = grafts.adapters(model.model)
-    assert (status["other"].active, status["other"].trainable, status["default"].trainable) == (True, True, False)
+    assert (status["other"].active, status["other"].trainable, status["default"].trainable) == (
+        True,
+        True,
+        False,
+    )
     grafts.activate(model.model, "default")
     status = grafts.adapters(model.model)
-    assert (status["default"].active, status["default"].trainable, status["other"].trainable) == (True, False, True)
+    assert (status["default"].active, status["default"].trainable, status["other"].trainable) == (
+        True,
+        False,
+        True,
+    )
     model.set_adapter("default", inference_mode=True)
     assert not any(p.requires_grad for p in model.parameters())
     with pytest.raises(grafts.AdapterNameError, match="did you mean 'other'"):
@@ -61,7 +69,9 @@ def test_set_adapter_makes_active_and_trainable_and_activate_only_active() -> No
 
 
 @pytest.mark.parametrize("weights", [[0.3, 0.7], [1.5, -0.5]], ids=str)
-def test_weighted_adapter_is_that_of_peft_and_the_geometric_mean_a_stated_option(weights: list[float]) -> None:
+def test_weighted_adapter_is_that_of_peft_and_the_geometric_mean_a_stated_option(
+    weights: list[float],
+) -> None:
     model = made()
     model.add_weighted_adapter(["default", "other"], weights, "sum")
     targets, last = ["k_proj", "v_proj", "down_proj"], ["down_proj"]
@@ -80,7 +90,9 @@ def test_weighted_adapter_is_that_of_peft_and_the_geometric_mean_a_stated_option
             for _, part in parts_of(model.model, name):
                 part.ia3_l.abs_().add_(0.1)
     model.add_weighted_adapter(["default", "other"], [0.3, 0.7], "mean", combination_type="geometric")
-    for (_, a), (_, b), (_, mean) in zip(*(parts_of(model.model, name) for name in ("default", "other", "mean")), strict=True):
+    for (_, a), (_, b), (_, mean) in zip(
+        *(parts_of(model.model, name) for name in ("default", "other", "mean")), strict=True
+    ):
         torch.testing.assert_close(mean.ia3_l, (0.3 * a.ia3_l.log() + 0.7 * b.ia3_l.log()).exp())
     with pytest.raises(grafts.AdapterNameError, match="called 'sum' already"):
         model.add_weighted_adapter(["default", "other"], [0.5, 0.5], "sum")

@@ -1,4 +1,6 @@
-"""A base and its adapter in one call, by this library's own function and, with the integration on, by `transformers`'."""
+"""A base and its adapter in one call, by this library's own function and, with the integration on, by
+`transformers`'.
+"""
 
 from __future__ import annotations
 
@@ -106,7 +108,9 @@ def test_without_peft_transformers_opens_adapters_with_the_integration_alone(tmp
         print(model(ids).logits.sum().item())
         print(grafts.from_pretrained({str(tmp_path / "adapter")!r})(ids).logits.sum().item())
     """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True
+    )
     refused, *sums = done.stdout.split()
     assert refused == "refused"
     assert [float(value) for value in sums] == pytest.approx([expected, expected], rel=1e-4)
@@ -134,7 +138,9 @@ def test_class_and_head_of_the_model_come_from_the_adapter(task: str | None, tmp
     config.num_labels = 5 if task in ("SEQ_CLS", "TOKEN_CLS") else 2
     body = transformers.BertModel(config) if base == "bert" else cls(config)
     body.save_pretrained(tmp_path / "base")
-    model = grafts.init(cls.from_pretrained(tmp_path / "base", num_labels=config.num_labels).requires_grad_(False))
+    model = grafts.init(
+        cls.from_pretrained(tmp_path / "base", num_labels=config.num_labels).requires_grad_(False)
+    )
     model.add_adapter(grafts.LoraConfig(task_type=task))
     randomise(model, "default")
     model.save_pretrained(tmp_path / "adapter")

@@ -1,4 +1,6 @@
-"""Trainer and Seq2SeqTrainer: checkpoints of the adapter alone, resuming, the best model, and their options."""
+"""Trainer and Seq2SeqTrainer: checkpoints of the adapter alone, resuming, the best model, and their
+options.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,12 @@ def fresh(config: grafts.AdapterConfig | str = "lora", base: str = "llama") -> n
 def arguments(folder: Path, cls: str = "TrainingArguments", **options: Any) -> Any:
     import transformers
 
-    usual = {"per_device_train_batch_size": 4, "max_steps": STEPS, "save_steps": STEPS // 2, "logging_steps": STEPS // 2}
+    usual = {
+        "per_device_train_batch_size": 4,
+        "max_steps": STEPS,
+        "save_steps": STEPS // 2,
+        "logging_steps": STEPS // 2,
+    }
     usual |= {"learning_rate": 1e-2, "seed": 0, "report_to": [], "use_cpu": True, "disable_tqdm": True}
     return getattr(transformers, cls)(str(folder), **(usual | options))
 
@@ -74,7 +81,9 @@ def trainable(method: Method) -> grafts.AdapterConfig:
     return any_config(method)
 
 
-def test_training_resumed_from_a_checkpoint_ends_where_the_uninterrupted_one_does(method: Method, tmp_path: Path) -> None:
+def test_training_resumed_from_a_checkpoint_ends_where_the_uninterrupted_one_does(
+    method: Method, tmp_path: Path
+) -> None:
     whole, resumed = fresh(trainable(method)), fresh(trainable(method))
     before = tensors(whole)
     trained(whole, tmp_path / "whole")
@@ -114,7 +123,9 @@ def test_checkpoint_does_not_load_as_a_model_where_there_is_no_adapter_library(
     config = BY_NAME["llama"].model().config
     for load in (AutoModelForCausalLM.from_pretrained, LlamaForCausalLM.from_pretrained):
         for options in ({}, {"config": config}):
-            with pytest.raises((OSError, ValueError, TypeError, AttributeError)):  # of 4.57 the last two, of its own making
+            with pytest.raises(
+                (OSError, ValueError, TypeError, AttributeError)
+            ):  # of 4.57 the last two, of its own making
                 load(tmp_path / f"checkpoint-{STEPS}", **options)
 
 
@@ -206,7 +217,9 @@ def test_option_of_the_trainer_trains_the_adapter_and_leaves_no_hook(
     for name, module in model.named_modules():
         assert not module._forward_hooks, name
         assert not module._forward_pre_hooks, name
-    output = type(bare).forward(model.eval(), bases.ids())  # `accelerate` leaves its autocast around the model's own forward
+    output = type(bare).forward(
+        model.eval(), bases.ids()
+    )  # `accelerate` leaves its autocast around the model's own forward
     assert_rounded(output.logits, bare(bases.ids()).logits)
 
 
@@ -224,7 +237,9 @@ def test_seq2seq_trainer_generates_and_resumes(tmp_path: Path) -> None:
     from transformers import Seq2SeqTrainer
 
     def run(model: nn.Module, folder: Path, resume: Path | None = None) -> Any:
-        made = arguments(folder, "Seq2SeqTrainingArguments", predict_with_generate=True, generation_max_length=9)
+        made = arguments(
+            folder, "Seq2SeqTrainingArguments", predict_with_generate=True, generation_max_length=9
+        )
         trainer = Seq2SeqTrainer(model, made, train_dataset=rows(), eval_dataset=rows(8))
         trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
         return trainer
@@ -243,7 +258,9 @@ def test_training_with_nothing_trainable_says_so(tmp_path: Path) -> None:
     model.load_adapter(tmp_path / "adapter")
     with pytest.raises(grafts.StateError, match="nothing is trainable"):
         trained(model, tmp_path / "run")
-    with pytest.raises(grafts.StateError, match="nothing is trainable"):  # though the inputs want gradients here
+    with pytest.raises(
+        grafts.StateError, match="nothing is trainable"
+    ):  # though the inputs want gradients here
         trained(model, tmp_path / "run", gradient_checkpointing=True)
     model.gradient_checkpointing_disable()
     model.add_adapter("ia3", "idle")

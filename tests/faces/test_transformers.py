@@ -1,4 +1,6 @@
-"""`grafts.init`: the methods of `transformers`' adapter mixin, beside that mixin itself where `peft` is installed."""
+"""`grafts.init`: the methods of `transformers`' adapter mixin, beside that mixin itself where `peft` is
+installed.
+"""
 
 from __future__ import annotations
 
@@ -113,16 +115,25 @@ def test_signatures_are_those_that_users_know() -> None:
 
     for name in ("add_adapter", "set_adapter", "get_adapter_state_dict", "enable_peft_hotswap"):
         if hasattr(Theirs, name):
-            wanted = [(p.name, p.default) for p in inspect.signature(getattr(Theirs, name)).parameters.values()]
-            ours = [(p.name, p.default) for p in inspect.signature(getattr(grafts.PeftAdapterMixin, name)).parameters.values()]
+            wanted = [
+                (p.name, p.default) for p in inspect.signature(getattr(Theirs, name)).parameters.values()
+            ]
+            ours = [
+                (p.name, p.default)
+                for p in inspect.signature(getattr(grafts.PeftAdapterMixin, name)).parameters.values()
+            ]
             assert ours == wanted, name
     load = inspect.signature(grafts.PeftAdapterMixin.load_adapter).parameters
     theirs = inspect.signature(Theirs.load_adapter).parameters
     for name, parameter in theirs.items():
         if parameter.kind is not parameter.VAR_KEYWORD:
             assert load[name].default == parameter.default, name
-    order = "peft_model_id adapter_name revision token device_map max_memory offload_folder offload_index peft_config"
-    assert list(load)[1:14] == f"{order} adapter_state_dict low_cpu_mem_usage is_trainable adapter_kwargs".split()
+    order = "peft_model_id adapter_name revision token device_map max_memory offload_folder offload_index"
+    order += " peft_config"
+    assert (
+        list(load)[1:14]
+        == f"{order} adapter_state_dict low_cpu_mem_usage is_trainable adapter_kwargs".split()
+    )
 
 
 def no_hotswap() -> None:
@@ -139,7 +150,9 @@ def script(model: Any, config: Any, folder: Path) -> list[Any]:
             result = step()
             seen.append(result if show and isinstance(result, (list, type(None))) else "done")
         except Exception as error:
-            seen.append([kind.__name__ for kind in (ValueError, TypeError, RuntimeError) if isinstance(error, kind)])
+            seen.append(
+                [kind.__name__ for kind in (ValueError, TypeError, RuntimeError) if isinstance(error, kind)]
+            )
 
     note(model.active_adapters)
     note(lambda: model.set_adapter("en"))
@@ -177,7 +190,9 @@ def script(model: Any, config: Any, folder: Path) -> list[Any]:
     return seen
 
 
-def test_session_goes_as_with_the_mixin_of_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_session_goes_as_with_the_mixin_of_transformers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     peft = peft_of_the_mixin(monkeypatch)
     model = ready()
     model.add_adapter(grafts.LoraConfig(r=4), "en")
@@ -189,7 +204,9 @@ def test_session_goes_as_with_the_mixin_of_transformers(tmp_path: Path, monkeypa
     assert script(ours, grafts.LoraConfig(r=4), tmp_path) == expected
 
 
-def test_adapter_from_a_folder_is_frozen_and_active_and_computes_the_same(saved: tuple[Path, torch.Tensor]) -> None:
+def test_adapter_from_a_folder_is_frozen_and_active_and_computes_the_same(
+    saved: tuple[Path, torch.Tensor],
+) -> None:
     folder, expected = saved
     model = ready()
     report = model.load_adapter(folder, "en")
@@ -233,7 +250,9 @@ def test_state_dict_of_the_model_gives_the_tensors(saved: tuple[Path, torch.Tens
     whole = {f"module.{name}": tensor + 1 for name, tensor in model.state_dict().items()}
     got = model.get_adapter_state_dict("en", state_dict=whole)
     assert got.keys() == model.get_adapter_state_dict("en").keys()
-    assert any(not torch.equal(got[name], tensor) for name, tensor in model.get_adapter_state_dict("en").items())
+    assert any(
+        not torch.equal(got[name], tensor) for name, tensor in model.get_adapter_state_dict("en").items()
+    )
     with pytest.raises(grafts.StateError, match="does not hold"):
         model.get_adapter_state_dict("en", state_dict={})
 
@@ -241,10 +260,16 @@ def test_state_dict_of_the_model_gives_the_tensors(saved: tuple[Path, torch.Tens
 def test_tensor_names_are_those_of_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
     peft = peft_of_the_mixin(monkeypatch)
     ours, theirs = ready(), plain()
-    theirs.add_adapter(peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], modules_to_save=["lm_head"]))
-    ours.add_adapter(peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], modules_to_save=["lm_head"]))
+    theirs.add_adapter(
+        peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], modules_to_save=["lm_head"])
+    )
+    ours.add_adapter(
+        peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], modules_to_save=["lm_head"])
+    )
     expected = theirs.get_adapter_state_dict()
-    assert {n: t.shape for n, t in ours.get_adapter_state_dict().items()} == {n: t.shape for n, t in expected.items()}
+    assert {n: t.shape for n, t in ours.get_adapter_state_dict().items()} == {
+        n: t.shape for n, t in expected.items()
+    }
     ours.delete_adapter("default")
     ours.load_adapter(peft_config=theirs.peft_config["default"], adapter_state_dict=expected)
     assert_rounded(logits(ours), logits(theirs))
@@ -298,7 +323,9 @@ def test_merged_model_is_saved_as_a_plain_one(base: str, tmp_path: Path) -> None
             and m.get_output_embeddings().weight is m.get_input_embeddings().weight)
         print(shared(model), model.config.tie_word_embeddings)
     """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True
+    )
     state = torch.load(tmp_path / "state.pt")
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     tied = head is not None and head.weight is model.get_input_embeddings().weight
@@ -321,7 +348,13 @@ def test_added_adapters_are_trainable_when_they_are_set_and_loaded_ones_are_not(
     def trained() -> list[str]:
         return [name for name, status in grafts.adapters(model).items() if status.trainable]
 
-    for names, expected in (("a", ["a"]), ("b", ["b"]), ("frozen", []), (["a", "frozen"], ["a"]), (["a", "b"], ["a", "b"])):
+    for names, expected in (
+        ("a", ["a"]),
+        ("b", ["b"]),
+        ("frozen", []),
+        (["a", "frozen"], ["a"]),
+        (["a", "b"], ["a", "b"]),
+    ):
         model.set_adapter(names)
         assert trained() == expected
     model.train_adapter("frozen")
@@ -402,7 +435,9 @@ def test_rows_of_a_batch_and_of_generate_choose_adapters() -> None:
     for row, name in enumerate(("a", "b")):
         model.set_adapter(name)
         torch.testing.assert_close(model(IDS[row : row + 1]).logits[0], together[row])
-        assert torch.equal(model.generate(IDS[row : row + 1], max_new_tokens=3, do_sample=False)[0], generated[row])
+        assert torch.equal(
+            model.generate(IDS[row : row + 1], max_new_tokens=3, do_sample=False)[0], generated[row]
+        )
 
 
 def test_wrong_arguments_say_what_is_wrong_and_change_nothing(tmp_path: Path) -> None:
@@ -490,7 +525,10 @@ def test_adapter_of_a_model_whose_modules_had_other_names_is_loaded(tmp_path: Pa
     model.delete_adapter("default")
     file = tmp_path / "adapter_model.safetensors"
     today = load_file(file)
-    renamed = {name.replace("model.model.language_model.", "model.language_model.model."): t for name, t in today.items()}
+    renamed = {
+        name.replace("model.model.language_model.", "model.language_model.model."): t
+        for name, t in today.items()
+    }
     assert renamed.keys() != today.keys()
     save_file(renamed, file)
     model.load_adapter(tmp_path)

@@ -1,4 +1,6 @@
-"""Every registered method and its variants, beside every kind of layer that it claims, in every storage format."""
+"""Every registered method and its variants, beside every kind of layer that it claims, in every storage
+format.
+"""
 
 from __future__ import annotations
 
@@ -76,7 +78,9 @@ LAYERS = {
     "conv2d-dilated-circular": Case(
         lambda: nn.Conv2d(8, 12, 3, dilation=2, padding=2, padding_mode="circular"), lambda: noise(3, 8, 7, 6)
     ),
-    "conv2d-same-no-bias": Case(lambda: nn.Conv2d(8, 12, 3, padding="same", bias=False), lambda: noise(3, 8, 7, 6)),
+    "conv2d-same-no-bias": Case(
+        lambda: nn.Conv2d(8, 12, 3, padding="same", bias=False), lambda: noise(3, 8, 7, 6)
+    ),
     "conv2d-groups": Case(lambda: nn.Conv2d(8, 12, 3, groups=4), lambda: noise(3, 8, 7, 6)),
     "conv2d-depthwise": Case(lambda: nn.Conv2d(8, 16, 3, groups=8), lambda: noise(3, 8, 7, 6)),
     "conv3d": Case(lambda: nn.Conv3d(4, 6, 2), lambda: noise(3, 4, 3, 4, 5)),
@@ -116,7 +120,9 @@ def cases() -> list[object]:
             for options in VARIANTS.get(known.name, [{}]):
                 impossible = options.get("lora_bias") and (kind_of(case) == "embedding" or "no-bias" in layer)
                 if not impossible:
-                    name = "-".join([known.name, layer, *(f"{key}={value}" for key, value in options.items())])
+                    name = "-".join(
+                        [known.name, layer, *(f"{key}={value}" for key, value in options.items())]
+                    )
                     found.append(pytest.param(known, case, options, id=name))
     return found
 
@@ -124,7 +130,9 @@ def cases() -> list[object]:
 each_case = pytest.mark.parametrize(("known", "case", "options"), cases())
 
 
-def adapted(known: Method, case: Case, options: dict[str, object], dtype: torch.dtype = torch.float32) -> nn.Module:
+def adapted(
+    known: Method, case: Case, options: dict[str, object], dtype: torch.dtype = torch.float32
+) -> nn.Module:
     model = case.model(dtype)
     small = {"r": 4} if known.name == "lora" else {}
     grafts.add(model, known.config(target_modules=[case.target], **(small | options)), name="en")
@@ -143,7 +151,9 @@ def test_fresh_adapter_leaves_the_output_alone(
     if options.get("init_ia3_weights", True) is False:
         assert not torch.equal(output, expected)
     elif counted_from_the_base:
-        torch.testing.assert_close(output, expected, **({} if dtype == torch.float32 else {"rtol": 0.02, "atol": 0.03}))
+        torch.testing.assert_close(
+            output, expected, **({} if dtype == torch.float32 else {"rtol": 0.02, "atol": 0.03})
+        )
     elif case.target == "0.attention":  # through its weights, which need no rounding where nothing is added
         torch.testing.assert_close(output, expected)
     else:
@@ -189,7 +199,9 @@ def test_saved_and_loaded_adapter_has_the_same_tensors_bitwise(
 
 
 @each_case
-def test_every_parameter_gets_a_gradient_and_the_base_none(known: Method, case: Case, options: dict[str, object]) -> None:
+def test_every_parameter_gets_a_gradient_and_the_base_none(
+    known: Method, case: Case, options: dict[str, object]
+) -> None:
     model = adapted(known, case, options)
     randomise(model, "en")
     case.output(model.train()).square().mean().backward()
@@ -219,12 +231,16 @@ def test_rows_choose_as_if_run_one_at_a_time_or_say_that_they_cannot(
 
 
 @each_case
-def test_the_identity_combination_gives_that_adapter(known: Method, case: Case, options: dict[str, object]) -> None:
+def test_the_identity_combination_gives_that_adapter(
+    known: Method, case: Case, options: dict[str, object]
+) -> None:
     model = adapted(known, case, options)
     randomise(model, "en")
     expected = case.output(model)
     for way in known.combinations:
         density = {"density": 1.0} if any(word in way for word in ("ties", "dare", "prune")) else {}
         grafts.combine(model, ["en"], [1.0], way, method=way, **density)
-        torch.testing.assert_close(case.output(model), expected, rtol=1e-4, atol=1e-4, msg=lambda m, way=way: f"{way}: {m}")
+        torch.testing.assert_close(
+            case.output(model), expected, rtol=1e-4, atol=1e-4, msg=lambda m, way=way: f"{way}: {m}"
+        )
         assert not any(p.requires_grad for _, part in parts_of(model, way) for p in part.parameters())

@@ -28,11 +28,15 @@ each_transformer = pytest.mark.parametrize("base", TRANSFORMERS, ids=lambda base
 
 
 def identity(model: nn.Module) -> dict[str, object]:
-    """Everything about a model that attaching and detaching must leave alone, by identity where there is one."""
+    """Everything about a model that attaching and detaching must leave alone, by identity where there is
+    one.
+    """
     return {
         "class": type(model),
         "types": {path: type(module) for path, module in model.named_modules()},
-        "tensors": {name: id(p) for name, p in itertools.chain(model.named_parameters(), model.named_buffers())},
+        "tensors": {
+            name: id(p) for name, p in itertools.chain(model.named_parameters(), model.named_buffers())
+        },
         "storage": {name: p.data_ptr() for name, p in model.named_parameters()},
         "values": {name: p.detach().clone() for name, p in model.state_dict().items()},
         "keys": list(model.state_dict()),
@@ -65,7 +69,9 @@ def test_fresh_adapter_of_inert_method_leaves_output_bitwise(
     before = base.output(model)
     grafts.add(model, config, name="en")
     equal = torch.equal(base.output(model), before)
-    assert equal if method.inert else (not equal or dtype != torch.float32)  # small starts may be lost in half precision
+    assert (
+        equal if method.inert else (not equal or dtype != torch.float32)
+    )  # small starts may be lost in half precision
     assert base.output(model).dtype == before.dtype
 
 
@@ -82,7 +88,9 @@ def test_deactivated_and_deleted_adapter_leaves_output_bitwise(
     assert torch.equal(base.output(grafts.delete(model, "en")), before)
 
 
-def test_detach_restores_everything_by_identity(model: nn.Module, base: Base, config: grafts.AdapterConfig) -> None:
+def test_detach_restores_everything_by_identity(
+    model: nn.Module, base: Base, config: grafts.AdapterConfig
+) -> None:
     model.requires_grad_(True)
     next(model.parameters()).requires_grad_(False)
     before = identity(model)
@@ -95,7 +103,9 @@ def test_detach_restores_everything_by_identity(model: nn.Module, base: Base, co
     assert grafts.adapters(model) == {}
 
 
-def test_deleting_the_last_adapter_restores_everything(model: nn.Module, config: grafts.AdapterConfig) -> None:
+def test_deleting_the_last_adapter_restores_everything(
+    model: nn.Module, config: grafts.AdapterConfig
+) -> None:
     before = identity(model)
     grafts.add(model, config, name="a")
     grafts.add(model, config, name="b")
@@ -103,7 +113,9 @@ def test_deleting_the_last_adapter_restores_everything(model: nn.Module, config:
     assert_same(before, identity(model))
 
 
-def test_base_parameter_names_and_tensors_stay_while_attached(model: nn.Module, config: grafts.AdapterConfig) -> None:
+def test_base_parameter_names_and_tensors_stay_while_attached(
+    model: nn.Module, config: grafts.AdapterConfig
+) -> None:
     names = {name: id(p) for name, p in model.named_parameters()}
     keys = set(model.state_dict())
     types = {path: type(module) for path, module in model.named_modules()}
@@ -240,7 +252,9 @@ def test_compiled_in_one_graph_a_setup_and_none_again_on_switching_back(
     assert len(graphs) == len(setups)
 
 
-def test_activation_checkpointing_of_both_kinds_gives_the_same_gradients(config: grafts.AdapterConfig) -> None:
+def test_activation_checkpointing_of_both_kinds_gives_the_same_gradients(
+    config: grafts.AdapterConfig,
+) -> None:
     base = BY_NAME["llama"]
 
     def gradients(reentrant: bool | None) -> list[torch.Tensor]:
@@ -306,7 +320,9 @@ def test_a_failing_add_leaves_the_model_untouched(
     before = identity(model)
     with pytest.raises(grafts.UnmatchedTargetError, match="no_such_module"):
         grafts.add(model, any_config(method, target_modules=["no_such_module"]), name="en")
-    monkeypatch.setattr("grafts.lifecycle.build.build_part", _out_of_memory_at(len(grafts.plan(model, config).targets)))
+    monkeypatch.setattr(
+        "grafts.lifecycle.build.build_part", _out_of_memory_at(len(grafts.plan(model, config).targets))
+    )
     with pytest.raises(MemoryError):
         grafts.add(model, config, name="en")
     assert_same(before, identity(model))
@@ -327,12 +343,16 @@ def _out_of_memory_at(number: int) -> Callable[..., object]:
 
 
 @pytest.mark.parametrize("base", [BY_NAME["llama"]], ids=["llama"])
-def test_adding_to_a_model_on_the_meta_device_plans_without_memory(base: Base, config: grafts.AdapterConfig) -> None:
+def test_adding_to_a_model_on_the_meta_device_plans_without_memory(
+    base: Base, config: grafts.AdapterConfig
+) -> None:
     with torch.device("meta"):
         model = base.build()
     made = grafts.plan(model, config)
     assert made.parameters == sum(
-        p.numel() for _, part in parts_of(grafts.add(base.model(), config), "default") for p in part.parameters()
+        p.numel()
+        for _, part in parts_of(grafts.add(base.model(), config), "default")
+        for p in part.parameters()
     )
     grafts.add(model, config, name="en")
     assert {p.device.type for p in model.parameters()} == {"meta"}

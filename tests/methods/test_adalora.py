@@ -25,13 +25,17 @@ SCHEDULE = {"init_r": 4, "target_r": 2, "tinit": 3, "tfinal": 4, "total_step": 1
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning"),
     pytest.mark.filterwarnings("ignore::UserWarning:peft"),
-    pytest.mark.filterwarnings("ignore:.*rank_pattern keys did not match.*:RuntimeWarning"),  # of AdaLoRA's own files
+    pytest.mark.filterwarnings(
+        "ignore:.*rank_pattern keys did not match.*:RuntimeWarning"
+    ),  # of AdaLoRA's own files
 ]
 
 
 def adapted(**options: object) -> nn.Module:
     torch.manual_seed(3)
-    config = grafts.AdaLoraConfig(**(SCHEDULE | {"target_modules": ["q_proj", "v_proj", "down_proj"]} | options))
+    config = grafts.AdaLoraConfig(
+        **(SCHEDULE | {"target_modules": ["q_proj", "v_proj", "down_proj"]} | options)
+    )
     return grafts.add(LLAMA.model(), config, name="en")
 
 
@@ -54,12 +58,16 @@ def train(model: nn.Module, steps: int = 14, micro: int = 1) -> list[int]:
 
 def tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     return {
-        f"{path}.{name}": p.detach().clone() for path, part in parts_of(model, "en") for name, p in part.named_parameters()
+        f"{path}.{name}": p.detach().clone()
+        for path, part in parts_of(model, "en")
+        for name, p in part.named_parameters()
     }
 
 
 def test_training_takes_the_course_of_peft(tmp_path: Path) -> None:
-    """Same start, same data: `peft` with its penalty in the loss and its call after each step, and we with neither."""
+    """Same start, same data: `peft` with its penalty in the loss and its call after each step, and we with
+    neither.
+    """
     options = SCHEDULE | {"target_modules": ["q_proj", "v_proj", "down_proj"], "task_type": "CAUSAL_LM"}
     theirs = peft.get_peft_model(LLAMA.model(), peft.AdaLoraConfig(**options))
     theirs.save_pretrained(tmp_path / "start")
@@ -80,7 +88,10 @@ def test_training_takes_the_course_of_peft(tmp_path: Path) -> None:
     assert {key: x.shape for key, x in a.items()} == {key: x.shape for key, x in b.items()}
     for key in a:
         torch.testing.assert_close(a[key], b[key], rtol=1e-3, atol=1e-4)
-    masks = [json.loads((tmp_path / who / "adapter_config.json").read_text())["rank_pattern"] for who in ("ours", "theirs")]
+    masks = [
+        json.loads((tmp_path / who / "adapter_config.json").read_text())["rank_pattern"]
+        for who in ("ours", "theirs")
+    ]
     assert masks[0] == masks[1]
     assert left[:3] == [24] * 3
     assert left[-1] == 12
@@ -92,7 +103,10 @@ def test_penalty_is_the_gradient_of_its_formula() -> None:
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
     parts = [part for _, part in parts_of(model, "en")]
     matrices = [p for part in parts for p in (part.lora_A, part.lora_B)]
-    norms = [(m @ m.T - torch.eye(4)).norm() if m.shape[0] == 4 else (m.T @ m - torch.eye(4)).norm() for m in matrices]
+    norms = [
+        (m @ m.T - torch.eye(4)).norm() if m.shape[0] == 4 else (m.T @ m - torch.eye(4)).norm()
+        for m in matrices
+    ]
     wanted = torch.autograd.grad(0.7 * sum(norms) / len(norms), matrices)
     for p in matrices:
         p.grad = torch.zeros_like(p)
@@ -110,7 +124,9 @@ def test_budget_falls_cubically_between_the_two_ends() -> None:
     assert [allocator.budget(step) for step in (10, 14, 99)] == [12, 12, 12]
 
 
-def test_pruned_file_loads_at_its_size_with_the_same_output_and_can_be_trained_further(tmp_path: Path) -> None:
+def test_pruned_file_loads_at_its_size_with_the_same_output_and_can_be_trained_further(
+    tmp_path: Path,
+) -> None:
     model = adapted()
     train(model)
     expected = LLAMA.output(model)
@@ -201,7 +217,9 @@ def test_optimizers_of_others_are_left_alone() -> None:
         grafts.rank_allocator(model, "de")
 
 
-@pytest.mark.parametrize("how", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copied", "pickled"])
+@pytest.mark.parametrize(
+    "how", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copied", "pickled"]
+)
 def test_a_copy_in_the_middle_of_training_goes_on_as_the_first(how: object) -> None:
     model = adapted()
     train(model, steps=6)
@@ -211,7 +229,9 @@ def test_a_copy_in_the_middle_of_training_goes_on_as_the_first(how: object) -> N
 
 
 @pytest.mark.parametrize("fused", [False, True])
-def test_scaled_loss_of_mixed_precision_changes_nothing_and_a_skipped_step_does_not_count(fused: bool) -> None:
+def test_scaled_loss_of_mixed_precision_changes_nothing_and_a_skipped_step_does_not_count(
+    fused: bool,
+) -> None:
     plain, scaled = adapted(), adapted()
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=1000)
     optimizers = [
@@ -271,7 +291,12 @@ def trainer(model: nn.Module, folder: Path, **options: object) -> object:
     from transformers import Trainer, TrainingArguments
 
     arguments = TrainingArguments(
-        output_dir=str(folder), per_device_train_batch_size=4, report_to=[], save_strategy="no", use_cpu=True, **options
+        output_dir=str(folder),
+        per_device_train_batch_size=4,
+        report_to=[],
+        save_strategy="no",
+        use_cpu=True,
+        **options,
     )
     return Trainer(model=model, args=arguments, train_dataset=TextData())
 
@@ -297,7 +322,9 @@ def test_trainer_that_is_too_short_is_an_error_before_training(tmp_path: Path) -
 def _worker(rank: int, folder: str) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "RANK": str(rank), "WORLD_SIZE": "2"}
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
+    )
     model = adapted()
     wrapped = nn.parallel.DistributedDataParallel(model)
     optimizer = optimizer_of(model)
@@ -308,7 +335,9 @@ def _worker(rank: int, folder: str) -> None:
         optimizer.zero_grad()
     torch.save(tensors(model), f"{folder}/{rank}.pt")
     torch.distributed.barrier()
-    os._exit(0)  # taking the group down can wait for ever for a thread of its own that wants the interpreter's lock
+    os._exit(
+        0
+    )  # taking the group down can wait for ever for a thread of its own that wants the interpreter's lock
 
 
 def test_two_processes_take_the_same_course_as_one(tmp_path: Path) -> None:

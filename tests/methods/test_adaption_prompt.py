@@ -36,7 +36,9 @@ def test_the_top_layers_are_taken_and_more_than_there_are_is_an_error_with_both_
     assert [target.path for target in made.targets] == [f"model.layers.{i}.self_attn" for i in (1, 2, 3)]
     assert made.parameters == 3 * (5 * 16 + 1)
     named = grafts.AdaptionPromptConfig(adapter_layers=1, target_modules="self_attn")
-    assert [target.path for target in grafts.plan(DEEP.model(), named).targets] == ["model.layers.3.self_attn"]
+    assert [target.path for target in grafts.plan(DEEP.model(), named).targets] == [
+        "model.layers.3.self_attn"
+    ]
     with pytest.raises(grafts.ConfigError, match=r"adapter_layers is 5, and there are 4 attention modules"):
         grafts.add(DEEP.model(), grafts.AdaptionPromptConfig(adapter_layers=5))
     with pytest.raises(grafts.UnsupportedTargetError, match=r"takes attending layers: 'model\.layers"):
@@ -83,7 +85,9 @@ def test_image_features_move_the_prompts_of_their_own_row() -> None:
     assert torch.equal(model(input_ids=tokens, prompt_bias=None).logits, plain)
 
 
-@pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"num_beams": 2, "num_return_sequences": 2}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"num_beams": 2}, {"num_beams": 2, "num_return_sequences": 2}], ids=str
+)
 def test_generation_and_rows_go_together_with_image_features(options: dict[str, int]) -> None:
     model = LLAMA.model()
     for seed, name in enumerate(("en", "de")):
@@ -108,7 +112,9 @@ def test_prompts_go_through_what_other_methods_make_of_the_projections() -> None
     randomise(model, "lora")
     grafts.activate(model, ["prompt", "lora"])
     expected = LLAMA.output(model)
-    values = [(part.adaption_prompt.clone(), part.adaption_gate.clone()) for _, part in parts_of(model, "prompt")]
+    values = [
+        (part.adaption_prompt.clone(), part.adaption_gate.clone()) for _, part in parts_of(model, "prompt")
+    ]
     merged = grafts.merge(model, "lora")
     grafts.detach(merged, keep_merged=True)
     grafts.add(merged, grafts.AdaptionPromptConfig(adapter_len=4), name="prompt")
@@ -156,7 +162,9 @@ def test_a_prompt_bias_of_another_size_is_an_error_of_pytorch_and_leaves_nothing
 
 
 def face() -> grafts.AdaptionPromptModel:
-    model = grafts.AdaptionPromptModel(LLAMA.model(), {"one": grafts.AdaptionPromptConfig(adapter_len=4)}, "one")
+    model = grafts.AdaptionPromptModel(
+        LLAMA.model(), {"one": grafts.AdaptionPromptConfig(adapter_len=4)}, "one"
+    )
     model.add_adapter("two", grafts.AdaptionPromptConfig(adapter_len=6, adapter_layers=1))
     for seed, name in enumerate(("one", "two")):
         randomise(model.model, name, seed=seed)

@@ -46,7 +46,9 @@ def test_convolution_is_scaled_by_channel(groups: int, feedforward: list[str]) -
     torch.testing.assert_close(grafts.merge(model)(x), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("base", [b for b in BASES if b.attention and b.name != "vit"], ids=lambda base: base.name)
+@pytest.mark.parametrize(
+    "base", [b for b in BASES if b.attention and b.name != "vit"], ids=lambda base: base.name
+)
 def test_default_targets_are_keys_values_and_the_end_of_feedforwards(base: bases.Base) -> None:
     made = grafts.plan(base.model(), grafts.IA3Config())
     last = {target.path.rpartition(".")[2] for target in made.targets}
@@ -65,15 +67,23 @@ def test_default_targets_are_keys_values_and_the_end_of_feedforwards(base: bases
 
 
 def test_structure_that_is_not_understood_lists_the_candidates() -> None:
-    with pytest.raises(grafts.UnmatchedTargetError, match=r"recognised as key or .*candidates: 'body\.\*' \(2\), 'out'"):
+    with pytest.raises(
+        grafts.UnmatchedTargetError, match=r"recognised as key or .*candidates: 'body\.\*' \(2\), 'out'"
+    ):
         grafts.plan(BY_NAME["mlp"].model(), grafts.IA3Config())
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"target_modules": ["k_proj"], "feedforward_modules": ["down_proj"]}, "feedforward_modules='down_proj' matches none"),
-        ({"target_modules": ["k_proj"], "feedforward_modules": ".*down_proj"}, r"feedforward_modules='.\*down_proj'"),
+        (
+            {"target_modules": ["k_proj"], "feedforward_modules": ["down_proj"]},
+            "feedforward_modules='down_proj' matches none",
+        ),
+        (
+            {"target_modules": ["k_proj"], "feedforward_modules": ".*down_proj"},
+            r"feedforward_modules='.\*down_proj'",
+        ),
         ({"target_modules": ["k_prj"]}, "nearest names: 'k_proj'"),
         ({"target_modules": ["embed_tokens"], "feedforward_modules": []}, "is a Embedding, which"),
     ],
@@ -98,8 +108,8 @@ def test_config_that_cannot_be_is_refused(options: dict[str, object], message: s
 
 
 def test_config_has_the_fields_of_peft_and_takes_its_type() -> None:
-    fields = "task_type auto_mapping base_model_name_or_path revision inference_mode target_modules exclude_modules"
-    fields += " feedforward_modules fan_in_fan_out modules_to_save init_ia3_weights"
+    fields = "task_type auto_mapping base_model_name_or_path revision inference_mode target_modules"
+    fields += " exclude_modules feedforward_modules fan_in_fan_out modules_to_save init_ia3_weights"
     assert set(fields.split()) == set(grafts.IA3Config.field_names()) - grafts.IA3Config.own_fields
     assert grafts.IA3Config(peft_type="IA3", feedforward_modules={"b", "a"}).feedforward_modules == ("a", "b")
 
@@ -114,5 +124,7 @@ def test_scaling_near_one_is_not_lost_to_rounding(dtype: torch.dtype) -> None:
     error = ((scaled(y, factor).double() - wanted).abs() / wanted.abs())[normal]
     assert error.max() <= 1.01 * torch.finfo(dtype).eps / 2
     if dtype == torch.bfloat16:
-        assert ((y * factor.to(dtype)).double() - wanted).abs().div(wanted.abs())[normal].max() > 1.5 * error.max()
+        assert ((y * factor.to(dtype)).double() - wanted).abs().div(wanted.abs())[
+            normal
+        ].max() > 1.5 * error.max()
     assert torch.equal(scaled(y, torch.ones(64)), y)

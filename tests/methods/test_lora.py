@@ -74,7 +74,9 @@ def test_gradients_equal_those_of_the_plain_formula() -> None:
     wanted = (x @ layer.weight.T + layer.bias + 2.0 * (x @ part.lora_A.T @ part.lora_B.T)).square().sum()
     part.scaling = 2.0
     inputs = (x, part.lora_A, part.lora_B)
-    torch.testing.assert_close(torch.autograd.grad(layer(x).square().sum(), inputs), torch.autograd.grad(wanted, inputs))
+    torch.testing.assert_close(
+        torch.autograd.grad(layer(x).square().sum(), inputs), torch.autograd.grad(wanted, inputs)
+    )
 
 
 def test_dropout_acts_on_the_update_only_and_only_in_training() -> None:
@@ -92,14 +94,18 @@ def test_dropout_acts_on_the_update_only_and_only_in_training() -> None:
     assert 0.4 < dropped < 0.6
     kept = update[:, :5].abs() > 1e-6
     torch.testing.assert_close(update[:, :5][kept], (2 * x)[kept], rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(layer.eval()(x) - before, torch.nn.functional.pad(x, (0, 2)), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        layer.eval()(x) - before, torch.nn.functional.pad(x, (0, 2)), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_initialisation_follows_the_option() -> None:
     def made(value: object) -> nn.Module:
         torch.manual_seed(0)
         layer = nn.Linear(4000, 30)
-        return part_of(grafts.add(layer, grafts.LoraConfig(r=10, init_lora_weights=value, target_modules="all-linear")))
+        return part_of(
+            grafts.add(layer, grafts.LoraConfig(r=10, init_lora_weights=value, target_modules="all-linear"))
+        )
 
     kaiming, gaussian, both = made(True), made("gaussian"), made(False)
     bound = math.sqrt(6 / ((1 + 5) * 4000))
@@ -136,7 +142,9 @@ def test_patterns_give_ranks_and_alphas_by_the_end_of_the_name() -> None:
         ({"layers_pattern": "h"}, "unless layers_to_transform"),
     ],
 )
-def test_config_that_cannot_be_is_refused_with_field_and_value(options: dict[str, object], message: str) -> None:
+def test_config_that_cannot_be_is_refused_with_field_and_value(
+    options: dict[str, object], message: str
+) -> None:
     with pytest.raises(grafts.ConfigError, match=message):
         grafts.LoraConfig(**options)
 
@@ -165,7 +173,10 @@ def dora_formula(model: nn.Module, host: nn.Module, scaling: float) -> torch.Ten
 def test_dora_is_the_formula_of_the_paper_with_its_gradients(rslora: bool, bias: bool) -> None:
     """Norms without a gradient, the bias not scaled, the scaling inside."""
     layer, x = nn.Linear(5, 7, bias=bias), torch.randn(3, 5, requires_grad=True)
-    grafts.add(layer, grafts.LoraConfig(r=4, lora_alpha=6, use_dora=True, use_rslora=rslora, target_modules="all-linear"))
+    grafts.add(
+        layer,
+        grafts.LoraConfig(r=4, lora_alpha=6, use_dora=True, use_rslora=rslora, target_modules="all-linear"),
+    )
     randomise(layer, "default")
     part = part_of(layer)
     scaling = 6 / math.sqrt(4) if rslora else 6 / 4
@@ -173,7 +184,8 @@ def test_dora_is_the_formula_of_the_paper_with_its_gradients(rslora: bool, bias:
     torch.testing.assert_close(layer(x), wanted)
     inputs = (x, part.lora_A, part.lora_B, part.magnitude)
     torch.testing.assert_close(
-        torch.autograd.grad(layer(x).square().sum(), inputs), torch.autograd.grad(wanted.square().sum(), inputs)
+        torch.autograd.grad(layer(x).square().sum(), inputs),
+        torch.autograd.grad(wanted.square().sum(), inputs),
     )
 
 
@@ -182,7 +194,9 @@ def test_dora_row_norms_are_those_of_the_whole_matrix() -> None:
     grafts.add(layer, grafts.LoraConfig(r=4, use_dora=True, target_modules="all-linear"))
     randomise(layer, "default")
     part = part_of(layer)
-    expected = (layer.weight.double() + part.scaling * part.lora_B.double() @ part.lora_A.double()).norm(dim=1)
+    expected = (layer.weight.double() + part.scaling * part.lora_B.double() @ part.lora_A.double()).norm(
+        dim=1
+    )
     torch.testing.assert_close(part.row_norms(layer).double(), expected.detach(), rtol=1e-5, atol=1e-6)
 
 
@@ -200,13 +214,17 @@ def test_dora_beside_a_weight_of_zeros_stays_finite() -> None:
 def test_start_from_the_base_holds_its_principal_part_and_leaves_base_and_output(init: str) -> None:
     layer, x = nn.Linear(20, 12), torch.randn(4, 20)
     before, weight = layer(x), layer.weight.clone()
-    grafts.add(layer, grafts.LoraConfig(r=3, lora_alpha=6, init_lora_weights=init, target_modules="all-linear"))
+    grafts.add(
+        layer, grafts.LoraConfig(r=3, lora_alpha=6, init_lora_weights=init, target_modules="all-linear")
+    )
     part = part_of(layer)
     assert torch.equal(layer.weight, weight)
     torch.testing.assert_close(layer(x), before, rtol=1e-5, atol=1e-5)
     if init == "pissa":
         u, s, vh = torch.linalg.svd(weight, full_matrices=False)
-        torch.testing.assert_close(2 * (part.lora_B @ part.lora_A).detach(), (u[:, :3] * s[:3]) @ vh[:3], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            2 * (part.lora_B @ part.lora_A).detach(), (u[:, :3] * s[:3]) @ vh[:3], rtol=1e-4, atol=1e-5
+        )
         torch.testing.assert_close(part.lora_A.norm(dim=1), part.lora_B.norm(dim=0))
     else:
         q, r = torch.linalg.qr(weight)
@@ -224,8 +242,12 @@ def test_iterative_pissa_comes_near_the_exact_one_and_repeats() -> None:
     twin = copy.deepcopy(layer)
     config = grafts.LoraConfig(r=1, init_lora_weights="pissa_niter_8", target_modules="all-linear")
     a = part_of(grafts.add(layer, config))
-    b = part_of(grafts.add(twin, grafts.LoraConfig(r=1, init_lora_weights="pissa", target_modules="all-linear")))
-    torch.testing.assert_close((a.lora_B @ a.lora_A).detach(), (b.lora_B @ b.lora_A).detach(), rtol=1e-3, atol=1e-3)
+    b = part_of(
+        grafts.add(twin, grafts.LoraConfig(r=1, init_lora_weights="pissa", target_modules="all-linear"))
+    )
+    torch.testing.assert_close(
+        (a.lora_B @ a.lora_A).detach(), (b.lora_B @ b.lora_A).detach(), rtol=1e-3, atol=1e-3
+    )
     again = part_of(grafts.add(grafts.detach(layer), config))
     assert_rounded(a.lora_A, again.lora_A)
 
@@ -248,7 +270,9 @@ def test_orthogonal_start_has_no_update_and_orthogonal_factors() -> None:
         ({"target_modules": ["2"], "lora_dropout": 0.1}, "no place for dropout"),
     ],
 )
-def test_option_that_a_target_cannot_honour_is_refused_with_its_name(options: dict[str, object], message: str) -> None:
+def test_option_that_a_target_cannot_honour_is_refused_with_its_name(
+    options: dict[str, object], message: str
+) -> None:
     model = nn.Sequential(nn.Linear(5, 7), nn.Embedding(3, 4), nn.MultiheadAttention(8, 2))
     with pytest.raises(grafts.ConfigError, match=message):
         grafts.add(model, grafts.LoraConfig(**({"r": 4, "target_modules": ["0"]} | options)))
@@ -257,7 +281,9 @@ def test_option_that_a_target_cannot_honour_is_refused_with_its_name(options: di
 
 def test_attention_with_other_sizes_of_keys_is_refused() -> None:
     with pytest.raises(grafts.UnsupportedTargetError, match="no fused projection"):
-        grafts.add(nn.Sequential(nn.MultiheadAttention(8, 2, kdim=4)), grafts.LoraConfig(target_modules=["0"]))
+        grafts.add(
+            nn.Sequential(nn.MultiheadAttention(8, 2, kdim=4)), grafts.LoraConfig(target_modules=["0"])
+        )
 
 
 @pytest.mark.parametrize("grad", [True, False])

@@ -137,7 +137,9 @@ def test_reft_counts_real_tokens_as_a_slow_loop_does(side: str) -> None:
         mask[0, 4:] = 0 if side == "right" else 1
     [part] = parts_named(model, "ReftPart")
     states: list[Tensor] = []
-    model.model.layers[1].register_forward_hook(lambda m, args, out: states.append(out if isinstance(out, Tensor) else out[0]))
+    model.model.layers[1].register_forward_hook(
+        lambda m, args, out: states.append(out if isinstance(out, Tensor) else out[0])
+    )
     model(input_ids=ids(), attention_mask=mask)
     model(input_ids=ids(), attention_mask=mask) if not states else None
     grafts.deactivate(model)
@@ -155,7 +157,10 @@ def test_reft_counts_real_tokens_as_a_slow_loop_does(side: str) -> None:
 @torch.no_grad()
 def test_reft_passes_over_virtual_tokens_of_another_adapter() -> None:
     model = LLAMA.model()
-    for name, config in (("prompt", "prompt_tuning[num_virtual_tokens=3]"), ("en", "loreft[prefix_positions=1]")):
+    for name, config in (
+        ("prompt", "prompt_tuning[num_virtual_tokens=3]"),
+        ("en", "loreft[prefix_positions=1]"),
+    ):
         grafts.add(model, config, name=name)
         randomise(model, name)
     [first, *_] = parts_named(model, "ReftPart")
@@ -193,7 +198,9 @@ def test_a_bottleneck_by_the_names_of_modules_stands_there_alone() -> None:
     model = LLAMA.model()
     plan = grafts.plan(model, "seq_bn|lora")
     assert len(plan.members) == 2
-    some = grafts.plan(model, grafts.BnConfig(mh_adapter=True, target_modules=["o_proj"], original_ln_before=True))
+    some = grafts.plan(
+        model, grafts.BnConfig(mh_adapter=True, target_modules=["o_proj"], original_ln_before=True)
+    )
     with_tensors = {target.path.rpartition(".")[2] for target in some.targets if target.parameters}
     assert with_tensors == {"o_proj"}
     left = grafts.plan(model, grafts.BnConfig(mh_adapter=True, exclude_modules=["o_proj"]))
@@ -203,7 +210,9 @@ def test_a_bottleneck_by_the_names_of_modules_stands_there_alone() -> None:
 def test_members_of_a_union_may_stand_at_one_module_and_are_saved_apart(tmp_path: Path) -> None:
     model = LLAMA.model()
     grafts.add(
-        model, "double_seq_bn[reduction_factor=4]|lora[target_roles=['o', 'output']]|lora[r=2, target_roles=['o']]", name="en"
+        model,
+        "double_seq_bn[reduction_factor=4]|lora[target_roles=['o', 'output']]|lora[r=2, target_roles=['o']]",
+        name="en",
     )
     randomise(model, "en")
     expected = LLAMA.output(model)

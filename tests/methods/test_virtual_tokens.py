@@ -22,10 +22,22 @@ LLAMA, T5, BERT, VIT = (BY_NAME[name] for name in ("llama", "t5", "bert", "vit")
 @pytest.mark.parametrize(
     ("config", "values", "message"),
     [
-        (grafts.PromptTuningConfig, {"num_virtual_tokens": 0}, "num_virtual_tokens is 0; it must be a positive number"),
+        (
+            grafts.PromptTuningConfig,
+            {"num_virtual_tokens": 0},
+            "num_virtual_tokens is 0; it must be a positive number",
+        ),
         (grafts.PromptTuningConfig, {"prompt_tuning_init": "WORDS"}, "one of RANDOM, TEXT, SAMPLE_VOCAB"),
-        (grafts.PromptTuningConfig, {"prompt_tuning_init": "TEXT"}, "given where prompt_tuning_init is 'TEXT'"),
-        (grafts.PromptTuningConfig, {"tokenizer_kwargs": {"trust_remote_code": True}}, "would run code of the tokenizer"),
+        (
+            grafts.PromptTuningConfig,
+            {"prompt_tuning_init": "TEXT"},
+            "given where prompt_tuning_init is 'TEXT'",
+        ),
+        (
+            grafts.PromptTuningConfig,
+            {"tokenizer_kwargs": {"trust_remote_code": True}},
+            "would run code of the tokenizer",
+        ),
         (grafts.PromptTuningConfig, {"num_transformer_submodules": 3}, "it must be 1 or 2"),
         (grafts.PromptEncoderConfig, {"encoder_reparameterization_type": "GRU"}, "'MLP' or 'LSTM'"),
         (grafts.PromptEncoderConfig, {"encoder_dropout": 1.0}, "at least 0 and below 1"),
@@ -90,7 +102,9 @@ def test_a_tokenizer_or_a_text_that_is_not_there_is_named(tokenizer: Path) -> No
 
 def test_a_prompt_starts_with_tokens_of_the_vocabulary() -> None:
     model = LLAMA.model()
-    grafts.add(model, grafts.PromptTuningConfig(num_virtual_tokens=6, prompt_tuning_init="SAMPLE_VOCAB"), name="en")
+    grafts.add(
+        model, grafts.PromptTuningConfig(num_virtual_tokens=6, prompt_tuning_init="SAMPLE_VOCAB"), name="en"
+    )
     [(_, part)] = parts_of(model, "en")
     rows = model.get_input_embeddings().weight
     assert all((rows == token).all(-1).any() for token in part.prompt)
@@ -111,9 +125,15 @@ def test_where_positions_are_counted_and_where_they_cannot_be() -> None:
     assert [target.path for target in counted.targets if target.role == "input"] == ["model"]
     alone = grafts.plan(LLAMA.model(), grafts.PrefixTuningConfig(count_positions=False))
     assert {target.role for target in alone.targets} == {"self-attention"}
-    assert {target.role for target in grafts.plan(T5.model(), grafts.PrefixTuningConfig()).targets} == {"self-attention"}
-    assert {target.role for target in grafts.plan(VIT.model(), grafts.PrefixTuningConfig()).targets} == {"self-attention"}
-    counted = grafts.plan(T5.model(), grafts.PrefixTuningConfig(count_positions=True))  # by distance, in the scores
+    assert {target.role for target in grafts.plan(T5.model(), grafts.PrefixTuningConfig()).targets} == {
+        "self-attention"
+    }
+    assert {target.role for target in grafts.plan(VIT.model(), grafts.PrefixTuningConfig()).targets} == {
+        "self-attention"
+    }
+    counted = grafts.plan(
+        T5.model(), grafts.PrefixTuningConfig(count_positions=True)
+    )  # by distance, in the scores
     assert {target.role for target in counted.targets} == {"self-attention"}
     with pytest.raises(grafts.ConfigError, match="takes no position_ids"):
         grafts.add(VIT.model(), grafts.PrefixTuningConfig(count_positions=True))
@@ -127,7 +147,9 @@ def test_a_counted_prefix_moves_positions_as_a_cache_of_its_length_would() -> No
     randomise(model, "en")
     result = model(input_ids=ids()).logits
     twin, cache = LLAMA.model(), DynamicCache()
-    for layer, (_, part) in enumerate((path, part) for path, part in parts_of(model, "en") if "self_attn" in path):
+    for layer, (_, part) in enumerate(
+        (path, part) for path, part in parts_of(model, "en") if "self_attn" in path
+    ):
         keys, values = (x.detach().expand(2, -1, -1, -1) for x in part.as_heads(2))
         cache.update(keys, values, layer)
     torch.testing.assert_close(twin(input_ids=ids(), **going_on(cache)).logits, result, rtol=1e-5, atol=1e-5)
@@ -136,11 +158,13 @@ def test_a_counted_prefix_moves_positions_as_a_cache_of_its_length_would() -> No
 @pytest.mark.parametrize("kind", ["MLP", "LSTM"])
 def test_the_network_of_p_tuning_learns_and_serves_both_stacks(kind: str) -> None:
     model = T5.model()
-    config = grafts.PromptEncoderConfig(num_virtual_tokens=3, encoder_reparameterization_type=kind, decoder_tokens=True)
+    config = grafts.PromptEncoderConfig(
+        num_virtual_tokens=3, encoder_reparameterization_type=kind, decoder_tokens=True
+    )
     grafts.add(model, config, name="en")
     encoder, decoder = (part for _, part in parts_of(model, "en"))
     assert decoder.encoder is None
-    assert torch.equal(torch.cat([encoder.virtual(), decoder.virtual()]), encoder.encoder())
+    assert torch.equal(torch.cat([encoder.virtual_tokens(), decoder.virtual_tokens()]), encoder.encoder())
     T5.output(model).square().mean().backward()
     assert all(p.grad is not None and p.grad.any() for p in encoder.encoder.parameters())
 
@@ -174,9 +198,13 @@ def test_a_module_that_attends_with_other_heads_than_planned_says_so() -> None:
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             q, k, v = (w(x)[..., :4].unflatten(-1, (2, 2)).transpose(1, 2) for w in (self.q, self.k, self.v))
-            return nn.functional.pad(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2), (0, 4))
+            return nn.functional.pad(
+                nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2), (0, 4)
+            )
 
     model = nn.Sequential(Odd())
     grafts.add(model, grafts.PrefixTuningConfig(), name="en")
-    with pytest.raises(grafts.StateError, match="has 2 heads of keys of size 2, and its prefix was made for 8"):
+    with pytest.raises(
+        grafts.StateError, match="has 2 heads of keys of size 2, and its prefix was made for 8"
+    ):
         model(torch.zeros(1, 3, 8))

@@ -36,7 +36,12 @@ def started(program: list[str], folder: Path, **more: str) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **more}
     done = subprocess.run(
-        [sys.executable, *program, str(folder)], capture_output=True, text=True, timeout=300, check=False, env=environment
+        [sys.executable, *program, str(folder)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        env=environment,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads((folder / "result.json").read_text())
@@ -56,15 +61,22 @@ def test_two_processes_train_as_one_and_go_on_from_the_file(
     alone, expected = single
     got = started([*TORCHRUN, str(HERE / "train.py"), how], tmp_path)
     for name, losses in expected.items():
-        assert got[name] == pytest.approx(losses, abs=1e-5), name  # sums of two halves, over some steps of training
+        assert got[name] == pytest.approx(losses, abs=1e-5), (
+            name
+        )  # sums of two halves, over some steps of training
         assert len(set(losses)) == len(losses)
     for folder in sorted(path for path in tmp_path.iterdir() if path.is_dir()):
         for part in ("middle", "end", "resumed"):
-            here, there = (load_file(root / folder.name / part / "adapter_model.safetensors") for root in (tmp_path, alone))
+            here, there = (
+                load_file(root / folder.name / part / "adapter_model.safetensors")
+                for root in (tmp_path, alone)
+            )
             assert here.keys() == there.keys()
             for name, tensor in there.items():
                 torch.testing.assert_close(here[name], tensor, atol=1e-5, rtol=1e-4)
-        texts = [(root / folder.name / "end" / "adapter_config.json").read_text() for root in (tmp_path, alone)]
+        texts = [
+            (root / folder.name / "end" / "adapter_config.json").read_text() for root in (tmp_path, alone)
+        ]
         assert texts[0] == texts[1]
         model = BY_NAME["llama"].model()
         grafts.load(model, folder / "end")
@@ -76,11 +88,15 @@ def test_two_processes_train_as_one_and_go_on_from_the_file(
 
 
 @pytest.mark.parametrize("launcher", [TORCHRUN, ACCELERATE], ids=["torchrun", "accelerate launch"])
-def test_trainer_on_two_processes_saves_resumes_and_trains_as_on_one(launcher: list[str], tmp_path: Path) -> None:
+def test_trainer_on_two_processes_saves_resumes_and_trains_as_on_one(
+    launcher: list[str], tmp_path: Path
+) -> None:
     expected = started([str(HERE / "trainer.py")], tmp_path / "one")
     got = started([*launcher, str(HERE / "trainer.py")], tmp_path / "two")
     for name, losses in expected.items():
-        assert got[name] == pytest.approx(losses, abs=1e-5), name  # sums of two halves, over some steps of training
+        assert got[name] == pytest.approx(losses, abs=1e-5), (
+            name
+        )  # sums of two halves, over some steps of training
     for name in ("lora", "prefix_tuning"):
         first, second = (
             load_file(tmp_path / "two" / folder / "checkpoint-4" / "adapter_model.safetensors")
@@ -93,11 +109,17 @@ def test_trainer_on_two_processes_saves_resumes_and_trains_as_on_one(launcher: l
 def test_deepspeed_saves_whole_adapters_resumes_and_trains_as_one_process(stage: str, tmp_path: Path) -> None:
     pytest.importorskip("deepspeed")  # not among what the tests install: it has to be built beside PyTorch
     expected = started([str(HERE / "trainer.py")], tmp_path / "one")
-    got = started([*TORCHRUN, str(HERE / "trainer.py")], tmp_path / "two", ZERO_STAGE=stage, DS_ACCELERATOR="cpu")
+    got = started(
+        [*TORCHRUN, str(HERE / "trainer.py")], tmp_path / "two", ZERO_STAGE=stage, DS_ACCELERATOR="cpu"
+    )
     for name, losses in expected.items():
-        assert got[name] == pytest.approx(losses, abs=1e-5), name  # sums of two halves, over some steps of training
+        assert got[name] == pytest.approx(losses, abs=1e-5), (
+            name
+        )  # sums of two halves, over some steps of training
         if "resumed" not in name:
-            files = (tmp_path / run / name / "checkpoint-4" / "adapter_model.safetensors" for run in ("one", "two"))
+            files = (
+                tmp_path / run / name / "checkpoint-4" / "adapter_model.safetensors" for run in ("one", "two")
+            )
             here, there = map(load_file, files)
             assert here.keys() == there.keys()
             for key, tensor in here.items():

@@ -25,7 +25,9 @@ STEPS = 4
 CONFIGS = {
     "lora": grafts.LoraConfig(r=4, target_modules="all-linear"),
     "ia3": grafts.IA3Config(),
-    "bottleneck": grafts.BnConfig(mh_adapter=True, output_adapter=True, reduction_factor=4, non_linearity="relu"),
+    "bottleneck": grafts.BnConfig(
+        mh_adapter=True, output_adapter=True, reduction_factor=4, non_linearity="relu"
+    ),
     "prefix_tuning": grafts.PrefixTuningConfig(num_virtual_tokens=4),
     "lora with a head": grafts.LoraConfig(r=4, modules_to_save=["lm_head"]),
 }

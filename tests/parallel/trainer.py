@@ -1,4 +1,6 @@
-"""A Trainer on several processes that saves and resumes; started by `test_parallel`. ZERO_STAGE=2 or 3 has DeepSpeed do it."""
+"""A Trainer on several processes that saves and resumes; started by `test_parallel`. ZERO_STAGE=2 or 3 has
+DeepSpeed do it.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,12 @@ import grafts
 from grafts.lifecycle.sharding import is_main_process
 
 torch.set_num_threads(1)
-TEXTS = {"lora": "lora", "ia3": "ia3", "bottleneck": "seq_bn[reduction_factor=4]", "prefix_tuning": "prefix_tuning"}
+TEXTS = {
+    "lora": "lora",
+    "ia3": "ia3",
+    "bottleneck": "seq_bn[reduction_factor=4]",
+    "prefix_tuning": "prefix_tuning",
+}
 
 
 def rows() -> list[dict[str, torch.Tensor]]:
@@ -31,12 +38,31 @@ def run(text: str, folder: Path, resume: Path | None = None) -> list[float]:
     torch.manual_seed(3)
     model.add_adapter(text)
     batch = 8 // int(os.environ.get("WORLD_SIZE", "1"))
-    options = {"max_steps": 4, "save_steps": 2, "logging_steps": 1, "per_device_train_batch_size": batch, "optim": "sgd"}
-    options |= {"learning_rate": 1.0, "report_to": [], "use_cpu": True, "disable_tqdm": True, "max_grad_norm": 0.0}
+    options = {
+        "max_steps": 4,
+        "save_steps": 2,
+        "logging_steps": 1,
+        "per_device_train_batch_size": batch,
+        "optim": "sgd",
+    }
+    options |= {
+        "learning_rate": 1.0,
+        "report_to": [],
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "max_grad_norm": 0.0,
+    }
     if stage := os.environ.get("ZERO_STAGE"):
         zero = {"stage": int(stage), "stage3_gather_16bit_weights_on_model_save": True}
-        plan = {"zero_optimization": zero, "train_micro_batch_size_per_gpu": batch, "gradient_accumulation_steps": 1}
-        options["deepspeed"] = plan | {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
+        plan = {
+            "zero_optimization": zero,
+            "train_micro_batch_size_per_gpu": batch,
+            "gradient_accumulation_steps": 1,
+        }
+        options["deepspeed"] = plan | {
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+        }
     trainer = Trainer(model, TrainingArguments(str(folder), **options), train_dataset=rows())
     trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]

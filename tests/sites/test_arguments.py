@@ -21,9 +21,10 @@ from conftest import randomise
 from grafts.lifecycle.registry import parts_of
 from grafts.sites import arguments
 from grafts.sites.arguments import CallSignature, Kind, could_be_cache
-from grafts.sites.input import ModelSite
+from grafts.sites.input import InputSite
 
-# every way of acting at a model's input: putting tokens in, counting them, needing all of them, moving their positions
+# every way of acting at a model's input: putting tokens in, counting them, needing all of them, moving their
+# positions
 ACTING: dict[str, Any] = {
     "prompt": "prompt_tuning[num_virtual_tokens=3]",
     "p-tuning": "p_tuning[num_virtual_tokens=3]",
@@ -33,8 +34,12 @@ ACTING: dict[str, Any] = {
     "counted prefix": grafts.PrefixTuningConfig(num_virtual_tokens=3),
     "gated prefix": grafts.PrefixTuningConfig(num_virtual_tokens=3, use_gating=True, count_positions=False),
 }
-AT_INPUT = {name: text for name, text in ACTING.items() if name != "gated prefix"}  # that one acts in attention alone
-COUNTING = {name: text for name, text in ACTING.items() if not name.startswith("gated")}  # they go on from a cache
+AT_INPUT = {
+    name: text for name, text in ACTING.items() if name != "gated prefix"
+}  # that one acts in attention alone
+COUNTING = {
+    name: text for name, text in ACTING.items() if not name.startswith("gated")
+}  # they go on from a cache
 every_at_input = pytest.mark.parametrize("text", AT_INPUT.values(), ids=AT_INPUT)
 every_counting = pytest.mark.parametrize("text", COUNTING.values(), ids=COUNTING)
 
@@ -96,7 +101,10 @@ def test_cache_under_a_third_name_is_known_by_its_protocol(text: str) -> None:
     whole = model(input_ids=tokens, use_cache=False).last_hidden_state
     cache = new_cache(model)
     begun = model(input_ids=tokens[:, :4], memory=cache, use_cache=True).last_hidden_state
-    steps = [model(input_ids=tokens[:, i : i + 1], memory=cache, use_cache=True).last_hidden_state for i in range(4, 7)]
+    steps = [
+        model(input_ids=tokens[:, i : i + 1], memory=cache, use_cache=True).last_hidden_state
+        for i in range(4, 7)
+    ]
     # other shapes, other kernels: equal within the rounding of float32
     torch.testing.assert_close(torch.cat([begun, *steps], 1), whole, rtol=1e-4, atol=1e-5)
 
@@ -135,7 +143,9 @@ def test_old_and_new_spelling_and_position_go_on_from_a_cache(text: str, how: st
     begun = model(input_ids=tokens[:, :-1], use_cache=True)
     cache = cache_of(begun)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*is deprecated", FutureWarning)  # the old name, of the version that renamed it
+        warnings.filterwarnings(
+            "ignore", ".*is deprecated", FutureWarning
+        )  # the old name, of the version that renamed it
         if how == "by position":
             last = model(tokens[:, -1:], None, None, cache)
         else:
@@ -148,7 +158,9 @@ def test_old_and_new_spelling_and_position_go_on_from_a_cache(text: str, how: st
 @pytest.mark.parametrize("how", two_spellings())
 def test_generate_goes_on_from_a_cache_by_both_spellings(text: str, how: str) -> None:
     torch.manual_seed(0)
-    model: Any = adapted(bases.llama(initializer_range=0.3, eos_token_id=None).eval().requires_grad_(False), text)
+    model: Any = adapted(
+        bases.llama(initializer_range=0.3, eos_token_id=None).eval().requires_grad_(False), text
+    )
     tokens = ids()
     whole = model.generate(tokens, max_new_tokens=6, do_sample=False)
     begun = model.generate(tokens, max_new_tokens=2, do_sample=False, return_dict_in_generate=True)
@@ -224,7 +236,9 @@ class Keeper(nn.Module):
     def get_input_embeddings(self) -> nn.Module:
         return self.inner.get_input_embeddings()
 
-    def forward(self, input_ids: Tensor | None = None, inputs_embeds: Tensor | None = None, attention_mask: Any = None) -> Any:
+    def forward(
+        self, input_ids: Tensor | None = None, inputs_embeds: Tensor | None = None, attention_mask: Any = None
+    ) -> Any:
         return self.inner(
             input_ids=input_ids,
             inputs_embeds=inputs_embeds,
@@ -247,13 +261,17 @@ def test_cache_that_comes_by_a_back_door_is_noticed_at_the_first_step(name: str)
     model.kept = new_cache(model.inner)
     randomise(model, "en")
     model(input_ids=ids())
-    with pytest.raises(grafts.StateError, match=r"holds \d+ positions .* counted \d+.*use_cache=False.*transformers \d"):
+    with pytest.raises(
+        grafts.StateError, match=r"holds \d+ positions .* counted \d+.*use_cache=False.*transformers \d"
+    ):
         model(input_ids=ids()[:, :1])
 
 
 @torch.no_grad()
 @every_counting
-def test_what_the_cache_holds_is_looked_at_once_a_generation(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_cache_holds_is_looked_at_once_a_generation(
+    text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import grafts.sites.input as site
 
     torch.manual_seed(0)
@@ -273,7 +291,8 @@ def test_what_the_cache_holds_is_looked_at_once_a_generation(text: str, monkeypa
     model.model.register_forward_pre_hook(listening, with_kwargs=True, prepend=True)
     for _ in range(2):
         model.generate(ids(), max_new_tokens=6, do_sample=False)
-    # Positions that are given make the cache no matter to a counted prefix; to transformers 5.1 generate counts for all.
+    # Positions that are given make the cache no matter to a counted prefix; to transformers 5.1 generate
+    # counts for all.
     nothing_to_doubt = text is ACTING["counted prefix"] or all(said)
     assert len(looked) == (0 if nothing_to_doubt else 2)
 
@@ -349,7 +368,13 @@ def test_an_argument_that_the_module_does_not_take_is_not_made_up() -> None:
 
 
 PLAIN = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.just(torch.float32) | st.just(torch.ones(2, 3)),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text()
+    | st.just(torch.float32)
+    | st.just(torch.ones(2, 3)),
     lambda inner: st.dictionaries(st.text(), inner, max_size=3),
     max_leaves=6,
 )
@@ -366,7 +391,7 @@ def test_plain_data_is_no_cache_and_pairs_of_tensors_are(value: Any, layers: int
 
 def test_input_site_knows_the_signature_of_its_module() -> None:
     model = adapted(llama(), ACTING["prompt"])
-    site = model._modules[ModelSite.child]
+    site = model._modules[InputSite.child]
     assert site.signature.parameter(Kind.CACHE) == CACHE
     assert site.signature.takes(Kind.POSITIONS)
 
@@ -393,7 +418,11 @@ def test_what_attention_attends_to_under_a_third_name_is_refused() -> None:
     torch.manual_seed(0)
     model = nn.Sequential()
     model.add_module("cross", CrossAttention().eval())
-    grafts.add(model, grafts.AdaptionPromptConfig(adapter_len=3, target_modules=["cross"], adapter_layers=1), name="en")
+    grafts.add(
+        model,
+        grafts.AdaptionPromptConfig(adapter_len=3, target_modules=["cross"], adapter_layers=1),
+        name="en",
+    )
     randomise(model, "en")
     x, other = torch.randn(2, 5, 16), torch.randn(2, 7, 16)
     model.cross(x)
@@ -405,7 +434,13 @@ def test_what_attention_attends_to_under_a_third_name_is_refused() -> None:
 def test_another_input_may_have_as_many_items_as_there_are_tokens() -> None:
     from transformers import LxmertConfig, LxmertModel
 
-    sizes = {"vocab_size": 50, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 24, "visual_feat_dim": 6}
+    sizes = {
+        "vocab_size": 50,
+        "hidden_size": 16,
+        "num_attention_heads": 2,
+        "intermediate_size": 24,
+        "visual_feat_dim": 6,
+    }
     model = LxmertModel(LxmertConfig(**sizes, l_layers=1, x_layers=1, r_layers=1)).eval()
     grafts.add(model, ACTING["prompt"], name="en")
     for items in (4, 7):
@@ -416,7 +451,10 @@ class Labelled(Keeper):
     """A decoder without a mask that is given labels."""
 
     def forward(  # type: ignore[override]
-        self, input_ids: Tensor | None = None, inputs_embeds: Tensor | None = None, labels: Tensor | None = None
+        self,
+        input_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
     ) -> Any:
         return self.inner(input_ids=input_ids, inputs_embeds=inputs_embeds, use_cache=False)
 
@@ -452,9 +490,25 @@ def test_tokens_that_go_behind_others_need_a_cache_that_is_known() -> None:
 def test_token_ids_that_are_more_than_embeddings_are_not_replaced() -> None:
     from transformers import Gemma3nForCausalLM, Gemma3nTextConfig
 
-    sizes = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
-    sizes |= {"num_key_value_heads": 1, "head_dim": 8, "vocab_size_per_layer_input": 50, "hidden_size_per_layer_input": 8}
-    more = {"laurel_rank": 4, "num_kv_shared_layers": 0, "activation_sparsity_pattern": [0.0, 0.0], "altup_num_inputs": 2}
+    sizes = {
+        "vocab_size": 50,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
+    sizes |= {
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+        "vocab_size_per_layer_input": 50,
+        "hidden_size_per_layer_input": 8,
+    }
+    more = {
+        "laurel_rank": 4,
+        "num_kv_shared_layers": 0,
+        "activation_sparsity_pattern": [0.0, 0.0],
+        "altup_num_inputs": 2,
+    }
     kinds = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8, "pad_token_id": 0}
     model = Gemma3nForCausalLM(Gemma3nTextConfig(**sizes, **more, **kinds)).eval()
     grafts.add(model, ACTING["prompt"], name="en")
@@ -466,14 +520,22 @@ def test_token_ids_that_are_more_than_embeddings_are_not_replaced() -> None:
 def test_positions_in_several_dimensions_follow_virtual_tokens() -> None:
     from transformers import Qwen2VLTextConfig, Qwen2VLTextModel
 
-    sizes = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes = {
+        "vocab_size": 50,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
     rope = {"rope_type": "default", "mrope_section": [1, 1, 2]}
     config = Qwen2VLTextConfig(**sizes, num_key_value_heads=1, rope_scaling=rope, pad_token_id=0)
     torch.manual_seed(0)
     model: Any = Qwen2VLTextModel(config).eval().requires_grad_(False)
     tokens, virtual = ids(), torch.randn(3, 16)
     embeds = torch.cat([virtual.expand(2, -1, -1), model.get_input_embeddings()(tokens)], 1)
-    expected = model(inputs_embeds=embeds, position_ids=torch.arange(10).expand(3, 2, 10), use_cache=False).last_hidden_state
+    expected = model(
+        inputs_embeds=embeds, position_ids=torch.arange(10).expand(3, 2, 10), use_cache=False
+    ).last_hidden_state
     grafts.add(model, ACTING["prompt"], name="en")
     for _, part in parts_of(model, "en"):
         part.prompt.copy_(virtual)
@@ -490,17 +552,33 @@ def test_positions_in_several_dimensions_follow_virtual_tokens() -> None:
 def test_token_types_of_several_kinds_follow_virtual_tokens() -> None:
     from transformers import TapasConfig, TapasModel
 
-    sizes = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
-    model = TapasModel(TapasConfig(**sizes, max_position_embeddings=32, type_vocab_sizes=[3, 4, 4, 2, 4, 4, 4])).eval()
+    sizes = {
+        "vocab_size": 50,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    model = TapasModel(
+        TapasConfig(**sizes, max_position_embeddings=32, type_vocab_sizes=[3, 4, 4, 2, 4, 4, 4])
+    ).eval()
     grafts.add(model, ACTING["prompt"], name="en")
-    assert model(input_ids=ids(), token_type_ids=torch.zeros(2, 7, 7, dtype=torch.long)).last_hidden_state.shape == (2, 7, 16)
+    assert model(
+        input_ids=ids(), token_type_ids=torch.zeros(2, 7, 7, dtype=torch.long)
+    ).last_hidden_state.shape == (2, 7, 16)
 
 
 @torch.no_grad()
 def test_module_that_changes_how_many_positions_there_are_is_refused() -> None:
     from transformers import VisualBertConfig, VisualBertModel
 
-    sizes = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes = {
+        "vocab_size": 50,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
     model = VisualBertModel(VisualBertConfig(**sizes, visual_embedding_dim=6)).eval()
     grafts.add(model, ACTING["prompt"], name="en")
     model(input_ids=ids())
@@ -511,13 +589,23 @@ def test_module_that_changes_how_many_positions_there_are_is_refused() -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("window", [None, 6])
 @pytest.mark.parametrize("after_first", [False, True])
-def test_chunks_of_nothing_but_padding_give_the_same_tokens_or_are_refused(window: int | None, after_first: bool) -> None:
+def test_chunks_of_nothing_but_padding_give_the_same_tokens_or_are_refused(
+    window: int | None, after_first: bool
+) -> None:
     from transformers import MistralConfig, MistralForCausalLM
 
-    sizes = {"vocab_size": 60, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes = {
+        "vocab_size": 60,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
     special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
     torch.manual_seed(0)
-    config = MistralConfig(**sizes, **special, num_key_value_heads=2, initializer_range=0.3, sliding_window=window)
+    config = MistralConfig(
+        **sizes, **special, num_key_value_heads=2, initializer_range=0.3, sliding_window=window
+    )
     model: Any = MistralForCausalLM(config).eval().requires_grad_(False)
     tokens = torch.tensor([[0, 0, 5, 6, 7], [9, 8, 5, 4, 3]])
     settings = {"attention_mask": (tokens != 0).long(), "max_new_tokens": 6, "do_sample": False}

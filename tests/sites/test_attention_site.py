@@ -1,4 +1,6 @@
-"""The attention site: prompts and prefixes on every kind of attention, against slow formulas; it stays out of the way."""
+"""The attention site: prompts and prefixes on every kind of attention, against slow formulas; it stays out of
+the way.
+"""
 
 from __future__ import annotations
 
@@ -77,7 +79,9 @@ def test_adaption_prompt_is_the_formula_on_every_architecture(
     slow_prompts(monkeypatch, prompts_of(architecture, twin, parts))
     assert close(result, output(architecture, twin))
     assert not torch.equal(result, bare)
-    assert len(parts) == (4 if architecture.base.name == "clip" else 1 if architecture.base.name == "roberta" else 2)
+    assert len(parts) == (
+        4 if architecture.base.name == "clip" else 1 if architecture.base.name == "roberta" else 2
+    )
 
 
 @torch.no_grad()
@@ -98,23 +102,32 @@ def test_prefix_is_more_keys_and_values_on_every_architecture(
     bare = output(architecture, grafts.deactivate(model))
     twin = architecture.base.model()
     twin.set_attn_implementation("eager")
-    slow_prefixes(monkeypatch, {twin.get_submodule(path): part.prefix for path, part in parts_of(model, "en")})
+    slow_prefixes(
+        monkeypatch, {twin.get_submodule(path): part.prefix for path, part in parts_of(model, "en")}
+    )
     assert close(result, output(architecture, twin))
     assert not torch.equal(result, bare)
 
 
 @pytest.mark.parametrize("attention", ["self", "cross", "both", "encoder"])
-def test_an_encoder_decoder_is_adapted_where_the_config_says(attention: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_encoder_decoder_is_adapted_where_the_config_says(
+    attention: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for architecture in [a for a in ARCHITECTURES if a.base.name in ("t5", "bart", "whisper")]:
         with monkeypatch.context() as patch:
-            model = adapted(architecture, grafts.AdaptionPromptConfig(adapter_len=3, attention=attention), "sdpa")
+            model = adapted(
+                architecture, grafts.AdaptionPromptConfig(adapter_len=3, attention=attention), "sdpa"
+            )
             result = output(architecture, model)
             twin = architecture.base.model()
             twin.set_attn_implementation("eager")
             hosts = prompts_of(architecture, twin, parts_of(model, "en"))
             slow_prompts(patch, hosts)
             assert close(result, output(architecture, twin))
-            stacks = {path.split(".layers")[0].split(".block")[0].rpartition(".")[2] for path, _ in parts_of(model, "en")}
+            stacks = {
+                path.split(".layers")[0].split(".block")[0].rpartition(".")[2]
+                for path, _ in parts_of(model, "en")
+            }
             assert stacks == ({"encoder"} if attention == "encoder" else {"decoder"})
             assert len(hosts) == (4 if attention == "both" else 2)
 
@@ -129,14 +142,19 @@ def test_prefix_over_encoder_self_and_cross_attention_together(monkeypatch: pyte
             result = output(architecture, model)
             twin = architecture.base.model()
             twin.set_attn_implementation("eager")
-            slow_prefixes(patch, {twin.get_submodule(path): part.prefix for path, part in parts_of(model, "en")})
+            slow_prefixes(
+                patch, {twin.get_submodule(path): part.prefix for path, part in parts_of(model, "en")}
+            )
             assert close(result, output(architecture, twin))
             assert len(parts_of(model, "en")) == 6
 
 
 def test_a_module_that_calls_the_kernel_itself_is_reached(monkeypatch: pytest.MonkeyPatch) -> None:
     real = F.scaled_dot_product_attention
-    for config in (grafts.AdaptionPromptConfig(adapter_len=3), grafts.PrefixTuningConfig(num_virtual_tokens=3)):
+    for config in (
+        grafts.AdaptionPromptConfig(adapter_len=3),
+        grafts.PrefixTuningConfig(num_virtual_tokens=3),
+    ):
         model = CUSTOM.base.model()
         bare = CUSTOM.base.output(model)
         grafts.add(model, config, name="en")
@@ -148,7 +166,11 @@ def test_a_module_that_calls_the_kernel_itself_is_reached(monkeypatch: pytest.Mo
         def slow(query, key, value, is_causal, config=config, parts=parts, twin=twin):  # type: ignore[no-untyped-def]
             path, part = next(parts)
             if isinstance(config, grafts.PrefixTuningConfig):
-                keys, values = part.prefix.unflatten(-1, (2, 2, -1)).permute(1, 2, 0, 3)[:, None].expand(-1, 2, -1, -1, -1)
+                keys, values = (
+                    part.prefix.unflatten(-1, (2, 2, -1))
+                    .permute(1, 2, 0, 3)[:, None]
+                    .expand(-1, 2, -1, -1, -1)
+                )
                 scores = query @ torch.cat([keys, key], 2).mT / query.shape[-1] ** 0.5
                 causal = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool).tril()
                 scores = scores.masked_fill(~F.pad(causal, (3, 0), value=True), -torch.inf)
@@ -246,7 +268,9 @@ def test_configs_are_views_while_attached_and_themselves_again_after() -> None:
     assert top.config is config
 
 
-def test_another_kernel_can_be_chosen_afterwards_and_is_the_one_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_kernel_can_be_chosen_afterwards_and_is_the_one_that_runs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     from transformers.models.llama import modeling_llama
 
     model = LLAMA.model()
@@ -344,7 +368,11 @@ def test_a_third_partys_part_acts_there_like_those_of_this_library() -> None:
 def test_gates_scale_keys_and_values_and_refuse_a_cache() -> None:
     model = BY_NAME["bert"].model()
     bare = BY_NAME["bert"].output(model)
-    grafts.add(model, grafts.PrefixTuningConfig(num_virtual_tokens=3, use_gating=True, count_positions=False), name="en")
+    grafts.add(
+        model,
+        grafts.PrefixTuningConfig(num_virtual_tokens=3, use_gating=True, count_positions=False),
+        name="en",
+    )
     randomise(model, "en")
     open_, path = BY_NAME["bert"].output(model), "bert.encoder.layer.0.attention.self"
     part = dict(parts_of(model, "en"))[path]
@@ -394,7 +422,8 @@ def test_the_softmax_over_the_prompt_is_made_in_float32_in_half_precision_too(dt
 
     call = Given(None, None, query, 2, 0.5, query, None)  # type: ignore[arg-type]
     wide = read_prompt(query.float(), (keys[:1].float(), values[:1].float()), 0.5, torch.ones(1))
-    # one rounding of weights and one of the sum at most: what a softmax in the narrow format would lose is several times that
+    # one rounding of weights and one of the sum at most: what a softmax in the narrow format would lose is
+    # several times that
     assert (part.beside(call).float() - wide).abs().max() <= 2 * torch.finfo(dtype).eps * wide.abs().max()
 
 
@@ -404,9 +433,12 @@ def test_a_model_saved_whole_runs_in_another_process(tmp_path: Path) -> None:
     randomise(model, "en")
     torch.save((model, LLAMA.inputs(), LLAMA.output(model)), tmp_path / "model.pt")
     code = (
-        f"import torch; model, inputs, expected = torch.load({str(tmp_path / 'model.pt')!r}, weights_only=False); "
-        "assert (model(**inputs).logits - expected).abs().max() < 1e-5; print('the same')"  # tensors that lie elsewhere
+        f"import torch; model, inputs, expected = torch.load({str(tmp_path / 'model.pt')!r}, "
+        "weights_only=False); assert (model(**inputs).logits - expected).abs().max() < 1e-5; print('the "
+        "same')"  # tensors that lie elsewhere
     )
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+    )
     assert done.stdout == "the same\n", done.stderr[-2000:]

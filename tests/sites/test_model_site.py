@@ -27,7 +27,7 @@ def prompted(model: nn.Module, config: grafts.AdapterConfig = PROMPT, name: str 
 
 
 def prompt_of(model: nn.Module, name: str = "en") -> Tensor:
-    return torch.cat([part.virtual() for _, part in parts_of(model, name) if part.length]).detach()
+    return torch.cat([part.virtual_tokens() for _, part in parts_of(model, name) if part.length]).detach()
 
 
 def bart() -> nn.Module:
@@ -53,8 +53,12 @@ def test_decoder_logits_and_loss_are_those_of_embeddings_put_in_by_hand(base: Ba
     labels = tokens.masked_fill(mask == 0, -100)
     embeds = torch.cat([virtual, twin.get_input_embeddings()(tokens)], 1)
     longer = torch.cat([torch.ones(2, 3, dtype=torch.long), mask], 1)
-    expected = twin(inputs_embeds=embeds, attention_mask=longer, labels=torch.cat([torch.full((2, 3), -100), labels], 1))
-    result = model(input_ids=tokens, attention_mask=mask if masked else None, labels=labels, output_hidden_states=True)
+    expected = twin(
+        inputs_embeds=embeds, attention_mask=longer, labels=torch.cat([torch.full((2, 3), -100), labels], 1)
+    )
+    result = model(
+        input_ids=tokens, attention_mask=mask if masked else None, labels=labels, output_hidden_states=True
+    )
     torch.testing.assert_close(result.logits, expected.logits[:, 3:], rtol=1e-5, atol=1e-5)
     assert all(hidden.shape == (2, 7, 16) for hidden in result.hidden_states)
     own = nn.functional.cross_entropy(expected.logits[:, 3:-1].flatten(0, 1), labels[:, 1:].flatten())
@@ -101,7 +105,9 @@ def test_encoders_give_what_embeddings_put_in_by_hand_give(name: str, shape: tup
     result = model(input_ids=tokens, attention_mask=mask, token_type_ids=types)
     body = twin.base_model
     by_hand = body(
-        inputs_embeds=torch.cat([prompt_of(model)[None].expand(2, -1, -1), body.embeddings.word_embeddings(tokens)], 1),
+        inputs_embeds=torch.cat(
+            [prompt_of(model)[None].expand(2, -1, -1), body.embeddings.word_embeddings(tokens)], 1
+        ),
         attention_mask=torch.cat([torch.ones(2, 3, dtype=torch.long), mask], 1),
         token_type_ids=torch.cat([torch.zeros(2, 3, dtype=torch.long), types], 1),
     )
@@ -136,14 +142,24 @@ def test_question_answering_points_at_tokens() -> None:
 def test_a_classifier_of_a_decoder_reads_its_last_token_and_not_the_padding() -> None:
     from transformers import LlamaConfig, LlamaForSequenceClassification
 
-    sizes = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
-    base = Base("score", lambda: LlamaForSequenceClassification(LlamaConfig(**sizes, pad_token_id=0)), LLAMA.inputs)
+    sizes = {
+        "vocab_size": 50,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
+    base = Base(
+        "score", lambda: LlamaForSequenceClassification(LlamaConfig(**sizes, pad_token_id=0)), LLAMA.inputs
+    )
     model = prompted(base.model())
     tokens = ids(length=5)
     alone = model(input_ids=tokens[:1]).logits
     padded = torch.cat([torch.cat([tokens[:1], torch.zeros(1, 2, dtype=torch.long)], 1), ids(rows=1)])
     # `peft` gives the model embeddings only, and so reads the padding here
-    assert torch.allclose(model(input_ids=padded, attention_mask=(padded != 0).long()).logits[:1], alone, atol=1e-6)
+    assert torch.allclose(
+        model(input_ids=padded, attention_mask=(padded != 0).long()).logits[:1], alone, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("both", [False, True])
@@ -158,7 +174,9 @@ def test_encoder_decoders_have_tokens_in_front_of_both_or_of_the_encoder(base: B
     assert len(virtual) == (6 if both else 3)
     encoder, decoder = twin.get_encoder(), twin.get_decoder()
     longer = torch.cat([torch.ones(2, 3, dtype=torch.long), mask], 1)
-    embeds = torch.cat([virtual[None, :3].expand(2, -1, -1), encoder.get_input_embeddings()(inputs["input_ids"])], 1)
+    embeds = torch.cat(
+        [virtual[None, :3].expand(2, -1, -1), encoder.get_input_embeddings()(inputs["input_ids"])], 1
+    )
     decoded = decoder.get_input_embeddings()(inputs["decoder_input_ids"])
     if both:
         decoded = torch.cat([virtual[None, 3:].expand(2, -1, -1), decoded], 1)
@@ -179,7 +197,9 @@ def test_tokens_after_the_first_stand_behind_each_rows_own() -> None:
     torch.testing.assert_close(model(input_ids=tokens).logits, expected, rtol=1e-5, atol=1e-5)
     padded = torch.cat([torch.zeros(1, 2, dtype=torch.long), tokens], 1)
     mask = (padded != 0).long()
-    result = model(input_ids=padded, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp_min(0)).logits[:, 2:]
+    result = model(
+        input_ids=padded, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp_min(0)
+    ).logits[:, 2:]
     torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
     prompted(model, PROMPT, "front")
     grafts.activate(model, ["en", "front"])
@@ -251,7 +271,9 @@ def test_a_model_of_ones_own_that_takes_embeddings_is_served() -> None:
     torch.manual_seed(0)
     model = prompted(Own().eval())
     assert model(ids()).shape == (2, 7, 50)
-    expected = grafts.deactivate(model)(inputs_embeds=torch.cat([prompt_of(model)[None], model.embed(ids(rows=1))], 1))[:, 3:]
+    expected = grafts.deactivate(model)(
+        inputs_embeds=torch.cat([prompt_of(model)[None], model.embed(ids(rows=1))], 1)
+    )[:, 3:]
     torch.testing.assert_close(grafts.activate(model, "en")(ids(rows=1)), expected)
 
 
@@ -286,8 +308,16 @@ def test_tokens_behind_the_embeddings_have_no_positions_and_no_norm_of_their_own
 def test_a_stack_that_the_head_calls_past_its_base_gets_virtual_tokens() -> None:
     from transformers import OPTConfig, OPTForCausalLM
 
-    sizes = {"vocab_size": 50, "hidden_size": 16, "word_embed_proj_dim": 16, "ffn_dim": 24, "num_hidden_layers": 2}
-    model = OPTForCausalLM(OPTConfig(**sizes, num_attention_heads=2, max_position_embeddings=32, pad_token_id=1)).eval()
+    sizes = {
+        "vocab_size": 50,
+        "hidden_size": 16,
+        "word_embed_proj_dim": 16,
+        "ffn_dim": 24,
+        "num_hidden_layers": 2,
+    }
+    model = OPTForCausalLM(
+        OPTConfig(**sizes, num_attention_heads=2, max_position_embeddings=32, pad_token_id=1)
+    ).eval()
     bare = model(input_ids=ids()).logits
     grafts.add(model, grafts.PromptTuningConfig(num_virtual_tokens=3), name="en")
     assert model(input_ids=ids()).logits.shape == bare.shape
@@ -302,7 +332,10 @@ def test_sequences_packed_in_one_row_are_refused_by_what_has_to_find_their_begin
     grafts.add(model, text, name="en")
     randomise(model, "en")
     tokens, positions = ids().view(1, -1), torch.arange(7).repeat(2)[None]
-    for packed in ({"position_ids": positions}, {"cu_seq_lens_q": torch.tensor([0, 7, 14], dtype=torch.int32)}):
+    for packed in (
+        {"position_ids": positions},
+        {"cu_seq_lens_q": torch.tensor([0, 7, 14], dtype=torch.int32)},
+    ):
         with pytest.raises(grafts.StateError, match="these lie packed in one row"):
             model(tokens, use_cache=False, **packed)
     model(tokens, position_ids=torch.arange(14)[None], use_cache=False)

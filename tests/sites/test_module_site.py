@@ -55,7 +55,9 @@ def test_hooks_of_others_go_on_and_stay(when: str) -> None:
     seen: list[Tensor] = []
     if when == "after":
         adapted(model)
-    hook = model.model.layers[0].self_attn.q_proj.register_forward_hook(lambda m, args, y: seen.append(y.clone()))
+    hook = model.model.layers[0].self_attn.q_proj.register_forward_hook(
+        lambda m, args, y: seen.append(y.clone())
+    )
     if when == "before":
         adapted(model)
     LLAMA.output(model)
@@ -152,7 +154,9 @@ def test_second_copy_starts_from_the_base_and_not_from_the_first() -> None:
     trained = bert.output(model)
     grafts.add(model, grafts.LoraConfig(task_type="SEQ_CLS"), name="de")
     assert torch.equal(bert.output(model), before)
-    assert not any(".grafts." in name for name, _ in model.classifier.grafts.parts("de")[0].module.named_modules())
+    assert not any(
+        ".grafts." in name for name, _ in model.classifier.grafts.parts("de")[0].module.named_modules()
+    )
     assert torch.equal(bert.output(grafts.activate(model, "en")), trained)
 
 
@@ -166,12 +170,16 @@ def test_bias_of_a_module_that_may_not_add_it_is_refused() -> None:
             return x * self.bias
 
     model = nn.Sequential(nn.Linear(4, 4), Odd())
-    with pytest.raises(grafts.UnsupportedTargetError, match=r"adapter 'en': '1'.*Odd is not known to add its bias"):
+    with pytest.raises(
+        grafts.UnsupportedTargetError, match=r"adapter 'en': '1'.*Odd is not known to add its bias"
+    ):
         grafts.add(model, grafts.LoraConfig(target_modules=["0"], bias="all"), name="en")
 
 
 def test_output_is_written_into_only_where_nobody_else_holds_it() -> None:
-    """A hook that came first, an instance-level forward or a class of its own may keep the output: then it stays."""
+    """A hook that came first, an instance-level forward or a class of its own may keep the output: then it
+    stays.
+    """
 
     class Keeping(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:
@@ -187,7 +195,9 @@ def test_output_is_written_into_only_where_nobody_else_holds_it() -> None:
         if how == "hook":
             hooks.append(layer.register_forward_hook(lambda m, args, y, held=held: held.append(y)))
         if how == "global hook":
-            hooks.append(nn.modules.module.register_module_forward_hook(lambda m, args, y, held=held: held.append(y)))
+            hooks.append(
+                nn.modules.module.register_module_forward_hook(lambda m, args, y, held=held: held.append(y))
+            )
         if how == "instance":
             original = layer.forward
 
@@ -211,7 +221,9 @@ def test_output_is_written_into_only_where_nobody_else_holds_it() -> None:
 
 @pytest.mark.filterwarnings("ignore")
 def test_fused_encoder_of_pytorch_does_not_pass_the_adapter_by() -> None:
-    """In evaluation without gradients `nn.TransformerEncoder` reads weights and calls no linear, unless there are hooks."""
+    """In evaluation without gradients `nn.TransformerEncoder` reads weights and calls no linear, unless there
+    are hooks.
+    """
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0)
     model, x = nn.TransformerEncoder(layer, 2).eval(), torch.randn(2, 5, 8)
     with torch.no_grad():

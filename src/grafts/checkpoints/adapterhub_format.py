@@ -1,7 +1,8 @@
 """The layout of AdapterHub.
 
-``adapter_config.json`` holds the method's config under ``config``; the tensors lie in ``pytorch_adapter.bin``, a pickle, or
-``adapter.safetensors``. How each method's config and tensors are named there is in `grafts.checkpoints.adapterhub_layouts`.
+``adapter_config.json`` holds the method's config under ``config``; the tensors lie in
+``pytorch_adapter.bin``, a pickle, or ``adapter.safetensors``. How each method's config and tensors are named
+there is in `grafts.checkpoints.adapterhub_layouts`.
 """
 
 from __future__ import annotations
@@ -27,13 +28,15 @@ from grafts.methods._registry import Parts
 from grafts.methods.union import UnionConfig
 from grafts.structure.infer import inferred
 from grafts.structure.interface import AdapterModelInterface
-from grafts.structure.roles import Anatomy, anatomy
+from grafts.structure.roles import ModelView, look_at
 
 PICKLE_FILE, TENSOR_FILE = "pytorch_adapter.bin", "adapter.safetensors"
 
 
 def _methods() -> Any:
-    """How each method is written; it knows all of them, and so comes only where a file of this layout does."""
+    """How each method is written; it knows all of them, and so comes only where a file of this layout
+    does.
+    """
     return importlib.import_module("grafts.checkpoints.adapterhub_layouts")
 
 
@@ -90,12 +93,13 @@ def _config(values: Mapping[str, Any]) -> AdapterConfig:
 
 
 def fitted(
-    checkpoint: Checkpoint, body: Anatomy, interface: AdapterModelInterface | None
+    checkpoint: Checkpoint, view: ModelView, interface: AdapterModelInterface | None
 ) -> tuple[Checkpoint, AdapterModelInterface | None]:
-    """The checkpoint with the tensors' names and the config of this library's own files, and the interface that it holds for.
+    """The checkpoint with the tensors' names and the config of this library's own files, and the interface
+    that it holds for.
 
-    Where no interface is given, a model that library has written itself has its invertible adapter behind the whole module
-    of embeddings.
+    Where no interface is given, a model that library has written itself has its invertible adapter behind the
+    whole module of embeddings.
 
     Raises:
         CheckpointError: a tensor is none of the adapter's method, or lies where this model has nothing.
@@ -103,11 +107,17 @@ def fitted(
     """
 
     coupled = any(".invertible_adapters." in f".{name}" for name in checkpoint.tensors)
-    if interface is None and coupled and isinstance(getattr(body.modules[body.base], "embeddings", None), nn.Module):
-        interface = replace(inferred(body), model_embeddings="embeddings")
-    there = _methods().Model(body, interface)
+    if (
+        interface is None
+        and coupled
+        and isinstance(getattr(view.modules[view.base], "embeddings", None), nn.Module)
+    ):
+        interface = replace(inferred(view), model_embeddings="embeddings")
+    there = _methods().Model(view, interface)
     union = isinstance(checkpoint.config, UnionConfig)
-    configs = checkpoint.config.configs if isinstance(checkpoint.config, UnionConfig) else (checkpoint.config,)
+    configs = (
+        checkpoint.config.configs if isinstance(checkpoint.config, UnionConfig) else (checkpoint.config,)
+    )
     left = dict(checkpoint.tensors)
     made: list[AdapterConfig] = []
     tensors: dict[str, Tensor] = {}
@@ -120,10 +130,14 @@ def fitted(
         tensors |= {(f"{number}." if union else "") + name: tensor for name, tensor in own.items()}
     if left:
         raise CheckpointError(f"{str(checkpoint.path)!r}: {next(iter(left))!r} is no tensor of its method")
-    return replace(checkpoint, config=UnionConfig.from_configs(made) if union else made[0], tensors=tensors), interface
+    return replace(
+        checkpoint, config=UnionConfig.from_configs(made) if union else made[0], tensors=tensors
+    ), interface
 
 
-def files_of(model: nn.Module, name: str, plan: Plan, parts: Sequence[Parts], others: Sequence[str]) -> dict[str, bytes]:
+def files_of(
+    model: nn.Module, name: str, plan: Plan, parts: Sequence[Parts], others: Sequence[str]
+) -> dict[str, bytes]:
     """The files of an adapter's checkpoint, by name.
 
     Args:
@@ -138,10 +152,11 @@ def files_of(model: nn.Module, name: str, plan: Plan, parts: Sequence[Parts], ot
     """
     if others:
         raise ConfigError(
-            f"adapter {name!r} has parts of its own elsewhere ({others[0]!r}), which have no place in that layout"
+            f"adapter {name!r} has parts of its own elsewhere ({others[0]!r}), which have no place in that "
+            f"layout"
         )
     interface = plan.interface
-    there = _methods().Model(anatomy(model), interface)
+    there = _methods().Model(look_at(model), interface)
     values: list[dict[str, Any]] = []
     tensors: dict[str, Tensor] = {}
     for one, own in zip(plan.each(), parts, strict=True):
@@ -158,7 +173,9 @@ def files_of(model: nn.Module, name: str, plan: Plan, parts: Sequence[Parts], ot
     return {**_files(model, name, config, tensors), **more}
 
 
-def _files(model: nn.Module, name: str, values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, bytes]:
+def _files(
+    model: nn.Module, name: str, values: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> dict[str, bytes]:
     """The files that hold a config and tensors."""
     own_config = getattr(model, "config", None)
     about = {
@@ -172,4 +189,7 @@ def _files(model: nn.Module, name: str, values: Mapping[str, Any], tensors: Mapp
     }
     buffer = io.BytesIO()
     torch.save({key: tensor.detach().cpu().clone() for key, tensor in tensors.items()}, buffer)
-    return {PICKLE_FILE: buffer.getvalue(), CONFIG_FILE: (json.dumps(about, indent=2, sort_keys=True) + "\n").encode()}
+    return {
+        PICKLE_FILE: buffer.getvalue(),
+        CONFIG_FILE: (json.dumps(about, indent=2, sort_keys=True) + "\n").encode(),
+    }

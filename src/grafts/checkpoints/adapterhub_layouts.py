@@ -27,14 +27,15 @@ from grafts.methods.shared.virtual_tokens import PREFIX, PROMPT
 from grafts.structure.infer import inferred
 from grafts.structure.interface import AdapterModelInterface
 from grafts.structure.residual_stream import Stream, StreamLayer, Sublayer
-from grafts.structure.roles import FFN_IN, FFN_OUT, FUSED, KEY, QUERY, VALUE, Anatomy
+from grafts.structure.roles import FFN_IN, FFN_OUT, FUSED, KEY, QUERY, VALUE, ModelView
 
 OURS = "base_model.model."
 # models whose layers that library has written itself, with the adapters in the modules of the output
 _BERT_LIKE = ("bert", "roberta", "xlm-roberta", "electra", "bert-generation", "xmod", "camembert")
 
 
-# and those whose feed-forward's linears it has the other way round: "intermediate" is the one that gives the output
+# and those whose feed-forward's linears it has the other way round: "intermediate" is the one that gives the
+# output
 _SWAPPED = ("llama", "mistral")
 
 
@@ -42,18 +43,18 @@ class Model:
     """A model that files are read for or written from.
 
     Attributes:
-        body: how it is built.
+        view: how it is built.
         root: the path of its base model.
     """
 
-    def __init__(self, body: Anatomy, interface: AdapterModelInterface | None) -> None:
-        self.body, self.root, self.model = body, body.base, body.modules[""]
+    def __init__(self, view: ModelView, interface: AdapterModelInterface | None) -> None:
+        self.view, self.root, self.model = view, view.base, view.modules[""]
         self._interface = interface
 
     @cached_property
     def stream(self) -> Stream:
         """Its residual stream, by the interface or what is worked out."""
-        return (self._interface or inferred(self.body)).resolve(self.body)
+        return (self._interface or inferred(self.view)).resolve(self.view)
 
     @property
     def kind(self) -> str | None:
@@ -61,11 +62,13 @@ class Model:
         return getattr(getattr(self.model, "config", None), "model_type", None)
 
     def here(self, path: str) -> str | None:
-        """The path of a module in this model, where the file was saved from the model within it, or one around it."""
-        if path in self.body.modules:
+        """The path of a module in this model, where the file was saved from the model within it, or one
+        around it.
+        """
+        if path in self.view.modules:
             return path
-        inner = [p for p in self.body.modules if p and path.endswith(f".{p}")]
-        outer = [p for p in self.body.modules if p.endswith(f".{path}")]
+        inner = [p for p in self.view.modules if p and path.endswith(f".{p}")]
+        outer = [p for p in self.view.modules if p.endswith(f".{path}")]
         return max(inner, key=len) if inner else min(outer, key=len) if outer else None
 
     def layer(self, name: str) -> tuple[StreamLayer, str] | None:
@@ -94,7 +97,8 @@ class Layout(Protocol):
         """
 
     def read(self, config: Any, left: MutableMapping[str, Tensor], there: Model) -> Read:
-        """The config and the tensors as this library's own files have them; what is used is taken out of ``left``.
+        """The config and the tensors as this library's own files have them; what is used is taken out of
+        ``left``.
 
         Raises:
             CheckpointError: a tensor lies where this model has nothing.
@@ -117,8 +121,9 @@ def layout_for(values: Mapping[str, Any]) -> Layout:
     architecture = values.get("architecture")
     if architecture not in _BY_ARCHITECTURE:
         raise ConfigError(
-            f"an adapter of AdapterHub with architecture {architecture!r} cannot be honoured here; of that layout this "
-            f"version reads {', '.join(str(name) for name in _BY_ARCHITECTURE if name)}, union and bottlenecks"
+            f"an adapter of AdapterHub with architecture {architecture!r} cannot be honoured here; of that "
+            f"layout this version reads {', '.join(str(name) for name in _BY_ARCHITECTURE if name)}, union "
+            "and bottlenecks"
         )
     if architecture == "lora" and values.get("composition_mode") == "scale":
         return _Ia3()
@@ -151,15 +156,19 @@ def _refuse(values: Mapping[str, Any], **may_be: Any) -> None:
 
 def _plain(config: AdapterConfig) -> Values:
     """The fields that are the method's own."""
-    own = {field.name for field in dataclasses.fields(config)} - {field.name for field in dataclasses.fields(AdapterConfig)}
+    own = {field.name for field in dataclasses.fields(config)} - {
+        field.name for field in dataclasses.fields(AdapterConfig)
+    }
     return {name: value for name, value in config.to_dict().items() if name in own}
 
 
 class _Bottleneck:
     """Bottlenecks, with an invertible adapter or without."""
 
-    renames: ClassVar = ((r"(adapter_(?:down\.\d+|up))\.(W|W_left|W_right)", r"\1.weight.\2"),
-                         (r"(adapter_(?:down\.\d+|up))\.(phm_rule\w*)", r"\1.rule.\2"))  # fmt: skip
+    renames: ClassVar = (
+        (r"(adapter_(?:down\.\d+|up))\.(W|W_left|W_right)", r"\1.weight.\2"),
+        (r"(adapter_(?:down\.\d+|up))\.(phm_rule\w*)", r"\1.rule.\2"),
+    )
 
     def config(self, values: Mapping[str, Any]) -> BnConfig:
         return BnConfig.from_dict({name: value for name, value in values.items() if name != "architecture"})
@@ -189,16 +198,18 @@ class _Bottleneck:
         """
         found = there.layer(name)
         if found is None:
-            raise CheckpointError(f"{name!r} lies in no layer of this {there.body.name}")
+            raise CheckpointError(f"{name!r} lies in no layer of this {there.view.name}")
         layer, rest = found
         within = [s for s in layer.sublayers if rest and s.out.startswith(f"{layer.path}.{rest}.")]
         kind = "cross" if "cross" in rest else "self" if "attention" in rest else "ffn"
         chosen = within if len(within) == 1 else [s for s in layer.sublayers if s.kind == kind]
         if not chosen:
-            raise CheckpointError(f"layer {layer.number} of this {there.body.name} has no place for {rest!r}")
+            raise CheckpointError(f"layer {layer.number} of this {there.view.name} has no place for {rest!r}")
         return chosen[0].out
 
-    def write(self, config: BnConfig, parts: Parts, there: Model, name: str) -> tuple[Values, dict[str, Tensor]]:
+    def write(
+        self, config: BnConfig, parts: Parts, there: Model, name: str
+    ) -> tuple[Values, dict[str, Tensor]]:
         layers = {layer.number: layer.path for layer in there.stream.layers}
         tensors: dict[str, Tensor] = {}
         for part in parts.values():
@@ -206,7 +217,9 @@ class _Bottleneck:
                 for key, parameter in part.block.named_parameters():
                     network, linear, kind = key.split(".")
                     step = {"first": 0, "last": 2}[linear]
-                    tensors[f"{there.root}.invertible_adapters.{name}.{network}.{step}.{kind}".lstrip(".")] = parameter
+                    tensors[
+                        f"{there.root}.invertible_adapters.{name}.{network}.{step}.{kind}".lstrip(".")
+                    ] = parameter
             if not isinstance(part, BottleneckPart):
                 continue
             layer = layers[part.sublayer.layer]
@@ -228,10 +241,14 @@ class _Bottleneck:
     def _place(self, sublayer: Sublayer, there: Model, layer: str) -> str:
         """What an adapter's owner in a layer is called there."""
         if there.kind in _BERT_LIKE:
-            return {"self": "attention.output", "cross": "crossattention.output", "ffn": "output"}[sublayer.kind]
+            return {"self": "attention.output", "cross": "crossattention.output", "ffn": "output"}[
+                sublayer.kind
+            ]
         if there.kind in ("t5", "mt5"):  # the step of the block, ``layer.2``
             return ".".join(sublayer.out[len(layer) + 1 :].split(".")[:2])
-        return {"self": "attention_adapters", "cross": "cross_attention_adapters", "ffn": "output_adapters"}[sublayer.kind]
+        return {"self": "attention_adapters", "cross": "cross_attention_adapters", "ffn": "output_adapters"}[
+            sublayer.kind
+        ]
 
 
 class _Lora:
@@ -240,8 +257,8 @@ class _Lora:
     def config(self, values: Mapping[str, Any]) -> LoraConfig:
         if values.get("use_dora") or values.get("vera_d") is not None or values.get("vera_b") is not None:
             raise ConfigError(
-                "DoRA and VeRA of AdapterHub cannot be honoured: its DoRA scales the bias and leaves alpha / r out of the "
-                "norm, its VeRA has dense matrices where the paper has vectors"
+                "DoRA and VeRA of AdapterHub cannot be honoured: its DoRA scales the bias and leaves alpha / "
+                "r out of the norm, its VeRA has dense matrices where the paper has vectors"
             )
         return LoraConfig.from_dict(
             {
@@ -257,8 +274,8 @@ class _Lora:
         groups: dict[str, dict[str, Tensor]] = defaultdict(dict)
         for match, tensor in _taken(left, r"(.+)\.loras\.[^.]+\.(lora_A|lora_B|gate\.weight|gate\.bias)"):
             path = there.here(match[1])
-            if path is None or path not in there.body.layers:
-                raise CheckpointError(f"{match[1]!r} is no linear of this {there.body.name}")
+            if path is None or path not in there.view.layers:
+                raise CheckpointError(f"{match[1]!r} is no linear of this {there.view.name}")
             groups[path][match[2]] = tensor
         result: dict[str, Tensor] = {}
         ranks, alphas = {}, {}
@@ -266,8 +283,11 @@ class _Lora:
             a, b = tensors.pop("lora_A"), tensors.pop("lora_B")
             count = a.shape[0] // config.r
             if count > 1:  # one factor for each of queries, keys and values in one linear
-                ranks[f"^{re.escape(path)}"], alphas[f"^{re.escape(path)}"] = a.shape[0], config.lora_alpha * count
-                b = self._blocks(b, count, there.body.layers[path].out_features, config.r)
+                ranks[f"^{re.escape(path)}"], alphas[f"^{re.escape(path)}"] = (
+                    a.shape[0],
+                    config.lora_alpha * count,
+                )
+                b = self._blocks(b, count, there.view.layers[path].out_features, config.r)
             result |= {f"{OURS}{path}.lora_A.weight": a, f"{OURS}{path}.lora_B.weight": b}
             result |= {f"{OURS}{path}.{key}": tensor for key, tensor in tensors.items()}
         made = replace(config, target_modules=tuple(groups), rank_pattern=ranks, alpha_pattern=alphas)
@@ -283,22 +303,34 @@ class _Lora:
             )
         whole = b.new_zeros(out, rank * count)
         for at, place in enumerate(wanted):
-            whole[place * third : (place + 1) * third, at * rank : (at + 1) * rank] = b[at * third : (at + 1) * third]
+            whole[place * third : (place + 1) * third, at * rank : (at + 1) * rank] = b[
+                at * third : (at + 1) * third
+            ]
         return whole
 
-    def write(self, config: LoraConfig, parts: Parts, there: Model, name: str) -> tuple[Values, dict[str, Tensor]]:
+    def write(
+        self, config: LoraConfig, parts: Parts, there: Model, name: str
+    ) -> tuple[Values, dict[str, Tensor]]:
         own = {path: part for path, part in parts.items() if isinstance(part, LoraPart)}
-        plain = not (config.use_dora or config.use_rslora or config.lora_bias or config.rank_pattern or config.alpha_pattern)
+        plain = not (
+            config.use_dora
+            or config.use_rslora
+            or config.lora_bias
+            or config.rank_pattern
+            or config.alpha_pattern
+        )
         starts = all(part.start is None for part in own.values())
         if not plain or not starts or config.bias != "none":
             raise ConfigError(
-                "AdapterHub has LoRA with one rank and one alpha, without biases, rsLoRA, DoRA and starts of the base's"
+                "AdapterHub has LoRA with one rank and one alpha, without biases, rsLoRA, DoRA and starts of "
+                "the base's"
             )
         names = {QUERY: "q", KEY: "k", VALUE: "v"}
-        roles = {there.body.roles[path] for path in own}
+        roles = {there.view.roles[path] for path in own}
         if strange := roles - {*names, FFN_IN, FFN_OUT}:
             raise ConfigError(
-                f"AdapterHub has no LoRA at {', '.join(sorted(strange))}" + (" of ours" if FUSED in strange else "")
+                f"AdapterHub has no LoRA at {', '.join(sorted(strange))}"
+                + (" of ours" if FUSED in strange else "")
             )
         tensors: dict[str, Tensor] = {}
         for path, part in own.items():
@@ -307,20 +339,37 @@ class _Lora:
             gate = getattr(part, "gate", None)
             for key, tensor in gate.named_parameters() if gate is not None else ():
                 tensors[f"{path}.loras.{name}.gate.{key}"] = tensor
-        values = _lora_values(config.r, config.lora_alpha, config.lora_dropout, roles, names, use_gating=config.use_gating)
+        values = _lora_values(
+            config.r, config.lora_alpha, config.lora_dropout, roles, names, use_gating=config.use_gating
+        )
         if there.kind in _SWAPPED:
             values |= {"intermediate_lora": FFN_OUT in roles, "output_lora": FFN_IN in roles}
         return values, tensors
 
 
-def _lora_values(r: int, alpha: float, dropout: float, roles: set[str], names: Mapping[str, str], **more: Any) -> Values:
+def _lora_values(
+    r: int, alpha: float, dropout: float, roles: set[str], names: Mapping[str, str], **more: Any
+) -> Values:
     attention = [short for role, short in names.items() if role in roles]
     values: Values = {
-        "architecture": "lora", "selfattn_lora": bool(attention), "intermediate_lora": FFN_IN in roles,
-        "output_lora": FFN_OUT in roles, "leave_out": [], "r": r, "alpha": alpha, "dropout": dropout,
-        "attn_matrices": attention, "composition_mode": "add", "init_weights": "lora", "init_weights_seed": None,
-        "use_gating": False, "use_dora": False, "vera_d": None, "vera_b": None, "dtype": None,
-    }  # fmt: skip
+        "architecture": "lora",
+        "selfattn_lora": bool(attention),
+        "intermediate_lora": FFN_IN in roles,
+        "output_lora": FFN_OUT in roles,
+        "leave_out": [],
+        "r": r,
+        "alpha": alpha,
+        "dropout": dropout,
+        "attn_matrices": attention,
+        "composition_mode": "add",
+        "init_weights": "lora",
+        "init_weights_seed": None,
+        "use_gating": False,
+        "use_dora": False,
+        "vera_d": None,
+        "vera_b": None,
+        "dtype": None,
+    }
     return values | more
 
 
@@ -336,18 +385,21 @@ class _Ia3:
         for match, tensor in _taken(left, r"(.+)\.loras\.[^.]+\.lora_B"):
             path = there.here(match[1])
             if path is None:
-                raise CheckpointError(f"{match[1]!r} is no linear of this {there.body.name}")
+                raise CheckpointError(f"{match[1]!r} is no linear of this {there.view.name}")
             paths.append(path)
             result[f"{OURS}{path}.ia3_l"] = tensor
         return replace(config, target_modules=tuple(paths)), result
 
-    def write(self, config: IA3Config, parts: Parts, there: Model, name: str) -> tuple[Values, dict[str, Tensor]]:
+    def write(
+        self, config: IA3Config, parts: Parts, there: Model, name: str
+    ) -> tuple[Values, dict[str, Tensor]]:
         own = {path: part for path, part in parts.items() if isinstance(part, IA3Part)}
         names = {QUERY: "q", KEY: "k", VALUE: "v"}
-        roles = {there.body.roles[path] for path in own}
+        roles = {there.view.roles[path] for path in own}
         if any(part.when == "before" for part in own.values()) or roles - {*names, FFN_IN, FFN_OUT}:
             raise ConfigError(
-                "AdapterHub's (IA)3 scales outputs, of queries, keys, values and the feed-forward's linears only"
+                "AdapterHub's (IA)3 scales outputs, of queries, keys, values and the feed-forward's linears "
+                "only"
             )
         tensors: dict[str, Tensor] = {f"{path}.loras.{name}.lora_B": part.ia3_l for path, part in own.items()}
         return _lora_values(1, 1, 0.0, roles, names, composition_mode="scale", init_weights="ia3"), tensors
@@ -368,7 +420,7 @@ class _Reft:
         for match, tensor in _taken(left, r"(.+)\.reft_layer\.refts\.[^.]+\.units\.(\d)\.(.+)"):
             found = there.layer(match[1])
             if found is None:
-                raise CheckpointError(f"{match[1]!r} is no layer of this {there.body.name}")
+                raise CheckpointError(f"{match[1]!r} is no layer of this {there.view.name}")
             unit = names.get(int(match[2]), "")
             if unit != "both" and not getattr(config, f"{unit}_positions"):
                 continue  # made, and never used
@@ -379,17 +431,23 @@ class _Reft:
                 result[f"{base}.{match[3]}"] = tensor
         for base, tensors in rotations.items():
             rotation = tensors["weight"] if "weight" in tensors else _rotation(tensors)
-            if config.orthogonality and not torch.allclose(rotation @ rotation.T, torch.eye(config.r), atol=1e-4):
+            if config.orthogonality and not torch.allclose(
+                rotation @ rotation.T, torch.eye(config.r), atol=1e-4
+            ):
                 raise CheckpointError(
-                    f"the projection of {base.removeprefix(OURS)!r} is not orthonormal (that library's is rounded to zero "
-                    "when weight decay touches it), so the adapter does nothing there"
+                    f"the projection of {base.removeprefix(OURS)!r} is not orthonormal (that library's is "
+                    "rounded to zero when weight decay touches it), so the adapter does nothing there"
                 )
             result[f"{base}.projection"] = rotation
         return config, result
 
-    def write(self, config: ReftConfig, parts: Parts, there: Model, name: str) -> tuple[Values, dict[str, Tensor]]:
+    def write(
+        self, config: ReftConfig, parts: Parts, there: Model, name: str
+    ) -> tuple[Values, dict[str, Tensor]]:
         if not config.subtract_projection:
-            raise ConfigError("AdapterHub's files do not say that R h is left out (DiReFT): it would read a NoReFT")
+            raise ConfigError(
+                "AdapterHub's files do not say that R h is left out (DiReFT): it would read a NoReFT"
+            )
         tensors: dict[str, Tensor] = {}
         for path, part in parts.items():
             if not isinstance(part, ReftPart):
@@ -405,7 +463,9 @@ class _Reft:
                 tensors[f"{place}.learned_source.weight"] = unit.learned_source.weight  # type: ignore[union-attr, assignment]
                 tensors[f"{place}.learned_source.bias"] = unit.learned_source.bias  # type: ignore[union-attr, assignment]
                 rotation = unit.rotation()  # type: ignore[operator]
-                for key, tensor in (_parametrised(rotation) if config.orthogonality else {"weight": rotation}).items():
+                for key, tensor in (
+                    _parametrised(rotation) if config.orthogonality else {"weight": rotation}
+                ).items():
                     tensors[f"{place}.projection.{key}"] = tensor
         values = {n: v for n, v in _plain(config).items() if n != "subtract_projection"}
         return {**values, "architecture": "reft", "output_reft": True, "dtype": None}, tensors
@@ -447,7 +507,9 @@ class _Prefix:
         refuse_relative(there.model)
         _taken(left, r".*\.pool\..*")
         pools: dict[str, dict[str, Tensor]] = defaultdict(dict)
-        for match, tensor in _taken(left, r"(?:.*\.)?prefix_tuning\.prefix_tunings\.[^.]+\.(\w+)_prefix\.(.+)"):
+        for match, tensor in _taken(
+            left, r"(?:.*\.)?prefix_tuning\.prefix_tunings\.[^.]+\.(\w+)_prefix\.(.+)"
+        ):
             pools[match[1]][match[2]] = tensor
         result: dict[str, Tensor] = {}
         for match, tensor in _taken(left, r"(.+)\.prefix_tuning\.prefix_gates\.[^.]+\.(weight|bias)"):
@@ -460,7 +522,7 @@ class _Prefix:
     def _attending(self, path: str, there: Model) -> str:
         here = there.here(path)
         if here is None:
-            raise CheckpointError(f"{path!r} is no attention of this {there.body.name}")
+            raise CheckpointError(f"{path!r} is no attention of this {there.view.name}")
         return here
 
     def _numbers(self, pool: Mapping[str, Tensor], length: int) -> Tensor:
@@ -474,27 +536,41 @@ class _Prefix:
         first, first_bias, last, last_bias = weights
         return torch.tanh(pool["wte.weight"] @ first.T + first_bias) @ last.T + last_bias
 
-    def write(self, config: PrefixTuningConfig, parts: Parts, there: Model, name: str) -> tuple[Values, dict[str, Tensor]]:
+    def write(
+        self, config: PrefixTuningConfig, parts: Parts, there: Model, name: str
+    ) -> tuple[Values, dict[str, Tensor]]:
         refuse_relative(there.model)
         own = {path: part for path, part in parts.items() if isinstance(part, PrefixPart)}
         if len(own) < len(parts):
-            raise ConfigError("it counts positions or has parts of its own elsewhere, which AdapterHub does not")
+            raise ConfigError(
+                "it counts positions or has parts of its own elsewhere, which AdapterHub does not"
+            )
         pool = f"{there.root}.prefix_tuning.prefix_tunings.{name}".lstrip(".")
         numbers: dict[str, list[Tensor]] = defaultdict(list)
         tensors: dict[str, Tensor] = {}
         for path, part in own.items():
-            location = next(location for location, role in LOCATIONS.items() if role == there.body.roles[path])
+            location = next(
+                location for location, role in LOCATIONS.items() if role == there.view.roles[path]
+            )
             numbers[location].append(part.numbers())
             for kind, gate in part.gate.named_parameters() if part.gate is not None else ():
                 tensors[f"{path}.prefix_tuning.prefix_gates.{name}.{kind}"] = gate
         for location, some in numbers.items():
             tensors[f"{pool}.{location}_prefix.control_trans"] = torch.cat(some, 1).flatten()
         values = {
-            "architecture": "prefix_tuning", "bottleneck_size": config.encoder_hidden_size or 512,
-            "cross_prefix": "cross" in numbers, "dropout": 0.0, "encoder_prefix": "encoder" in numbers, "flat": True,
-            "init_weights_seed": None, "leave_out": [], "non_linearity": "tanh", "prefix_length": config.num_virtual_tokens,
-            "shared_gating": False, "use_gating": config.use_gating,
-        }  # fmt: skip
+            "architecture": "prefix_tuning",
+            "bottleneck_size": config.encoder_hidden_size or 512,
+            "cross_prefix": "cross" in numbers,
+            "dropout": 0.0,
+            "encoder_prefix": "encoder" in numbers,
+            "flat": True,
+            "init_weights_seed": None,
+            "leave_out": [],
+            "non_linearity": "tanh",
+            "prefix_length": config.num_virtual_tokens,
+            "shared_gating": False,
+            "use_gating": config.use_gating,
+        }
         return values, tensors
 
 
@@ -515,17 +591,22 @@ class _Prompt:
         found = _taken(left, r"(?:.*\.)?prompt_tuning\.prompt_tunings\.[^.]+\.prompt_embedding\.weight")
         return config, dict.fromkeys([PROMPT], found[0][1]) if found else {}
 
-    def write(self, config: PromptTuningConfig, parts: Parts, there: Model, name: str) -> tuple[Values, dict[str, Tensor]]:
+    def write(
+        self, config: PromptTuningConfig, parts: Parts, there: Model, name: str
+    ) -> tuple[Values, dict[str, Tensor]]:
         if not config.after_embeddings:
             raise ConfigError("AdapterHub puts virtual tokens behind the embeddings: after_embeddings=True")
         [part] = [part for part in parts.values() if isinstance(part, PromptPart) and part.prompt is not None]
         values = {
-            "architecture": "prompt_tuning", "combine": "prefix_after_bos" if config.after_first else "prefix",
-            "init_weights_seed": None, "prompt_init": "random_uniform", "prompt_init_text": None,
+            "architecture": "prompt_tuning",
+            "combine": "prefix_after_bos" if config.after_first else "prefix",
+            "init_weights_seed": None,
+            "prompt_init": "random_uniform",
+            "prompt_init_text": None,
             "prompt_length": config.num_virtual_tokens,
-        }  # fmt: skip
+        }
         key = f"{there.root}.prompt_tuning.prompt_tunings.{name}.prompt_embedding.weight".lstrip(".")
-        return values, {key: part.virtual()}
+        return values, {key: part.virtual_tokens()}
 
 
 def refuse_relative(model: nn.Module) -> None:
@@ -536,8 +617,9 @@ def refuse_relative(model: nn.Module) -> None:
     """
     if getattr(getattr(model, "config", None), "relative_attention_num_buckets", None) is not None:
         raise ConfigError(
-            f"AdapterHub moves the distances between the tokens of a {type(model).__name__} by the length of the prefix, "
-            "so its prefixes mean something else there: this layout is not exchanged for such models"
+            f"AdapterHub moves the distances between the tokens of a {type(model).__name__} by the length of "
+            "the prefix, so its prefixes mean something else there: this layout is not exchanged for such "
+            "models"
         )
 
 

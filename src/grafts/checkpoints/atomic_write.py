@@ -1,7 +1,8 @@
 """Directories that are written whole or not at all.
 
-A write first stands complete in a folder of its own inside the directory; one rename commits it, and moving the files to
-their places is the rest. A process killed before the rename has written nothing; one killed after it has written
+A write first stands complete in a folder of its own inside the directory; one rename commits it, and moving
+the files to their places is the rest. A process killed before the rename has written nothing; one killed
+after it has written
 everything: readers look into the committed folder first, and the next write finishes the move.
 """
 
@@ -21,10 +22,12 @@ _STAGED, _COMMITTED = ".writing-", ".committed"
 def write_all(directory: Path, files: Mapping[str, bytes]) -> None:
     """Write these files, by their path in it, into ``directory`` together; other files there stay.
 
-    A file that has these bytes already is not written, so the usual case (new tensors, same config) is a single rename.
+    A file that has these bytes already is not written, so the usual case (new tensors, same config) is a
+    single rename.
 
     Raises:
-        CheckpointError: the directory cannot be written to (rights, space); what was there before is still there.
+        CheckpointError: the directory cannot be written to (rights, space); what was there before is still
+            there.
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -49,8 +52,14 @@ def write_all(directory: Path, files: Mapping[str, bytes]) -> None:
 
 
 def find(directory: Path, name: str) -> Path | None:
-    """The path of the file ``name`` of a directory that `write_all` wrote, itself or with others beside it, or None."""
-    for path in (directory / _COMMITTED / name, directory.parent / _COMMITTED / directory.name / name, directory / name):
+    """The path of the file ``name`` of a directory that `write_all` wrote, itself or with others beside it,
+    or None.
+    """
+    for path in (
+        directory / _COMMITTED / name,
+        directory.parent / _COMMITTED / directory.name / name,
+        directory / name,
+    ):
         if path.is_file():
             return path
     return None

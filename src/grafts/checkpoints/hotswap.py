@@ -23,8 +23,16 @@ from grafts.structure.interface import AdapterModelInterface
 
 M = TypeVar("M", bound=nn.Module)
 
-# what says where an adapter stands, and for whom it is: an adapter that takes another's place takes it where that stands
-_PLACE = ("target_modules", "target_roles", "exclude_modules", "layers_to_transform", "layers_pattern", "feedforward_modules")
+# what says where an adapter stands, and for whom it is: an adapter that takes another's place takes it where
+# that stands
+_PLACE = (
+    "target_modules",
+    "target_roles",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    "feedforward_modules",
+)
 _ABOUT = ("task_type", "base_model_name_or_path", "auto_mapping", "inference_mode", "revision")
 
 
@@ -48,7 +56,7 @@ def reserve(model: M, name: str, rank: int) -> M:
     registry.require_unmerged(f"make room in {name!r}")
     parts = [part for _, part in registry.parts[name]]
     for part in parts:
-        part.require_reservable(rank)
+        part.check_reservable(rank)
     for part in parts:
         part.reserve(rank)
     return model
@@ -62,10 +70,12 @@ def hotswap(
     allow_pickle: bool = False,
     interface: AdapterModelInterface | None = None,
 ) -> LoadReport:
-    """Put another adapter in the place of ``name``, into the tensors that are there, so that compiled code stays good.
+    """Put another adapter in the place of ``name``, into the tensors that are there, so that compiled code
+    stays good.
 
-    What is active and trainable stays so. LoRA may be of another scaling and, up to the rank that `reserve` has made room
-    for, of another rank. At targets that the new adapter does not have, the model computes as its base.
+    What is active and trainable stays so. LoRA may be of another scaling and, up to the rank that `reserve`
+    has made room for, of another rank. At targets that the new adapter does not have, the model computes as
+    its base.
 
     Args:
         model: the model.
@@ -90,12 +100,15 @@ def hotswap(
     inner = unwrapped(model)
     registry = registry_of(inner)
     registry.require(name)
-    checkpoint = path if isinstance(path, Checkpoint) else read_checkpoint(Path(path), allow_pickle=allow_pickle)
+    checkpoint = (
+        path if isinstance(path, Checkpoint) else read_checkpoint(Path(path), allow_pickle=allow_pickle)
+    )
     return _swapped(inner, registry, name, checkpoint, interface, fitting, fill=True)
 
 
 def restore(model: nn.Module, name: str, path: Path) -> LoadReport:
-    """Give an adapter the tensors of a checkpoint of itself, and what its training goes on from; its config stays.
+    """Give an adapter the tensors of a checkpoint of itself, and what its training goes on from; its config
+    stays.
 
     Raises:
         AdapterNameError: there is no such adapter.
@@ -107,14 +120,20 @@ def restore(model: nn.Module, name: str, path: Path) -> LoadReport:
     file = find(path, STATE_FILE)
     tensors = {} if file is None else read_tensors(file)
     stateful = [
-        (number, one.method) for number, one in enumerate(registry.plans[name].each()) if one.method.resume is not None
+        (number, one.method)
+        for number, one in enumerate(registry.plans[name].each())
+        if one.method.resume is not None
     ]
     if stateful and not tensors:
-        raise CheckpointError(f"{str(path)!r} holds no {STATE_FILE}, which the training of {name!r} goes on from")
+        raise CheckpointError(
+            f"{str(path)!r} holds no {STATE_FILE}, which the training of {name!r} goes on from"
+        )
     report = _swapped(unwrapped(model), registry, name, read_checkpoint(path), None, lambda config: own)
     for number, method in stateful:
         assert method.resume is not None
-        own_state = {key.removeprefix(f"{number}."): t for key, t in tensors.items() if key.startswith(f"{number}.")}
+        own_state = {
+            key.removeprefix(f"{number}."): t for key, t in tensors.items() if key.startswith(f"{number}.")
+        }
         method.resume(registry.own_parts(name, number), own_state)
     return report
 
@@ -137,15 +156,17 @@ def _swapped(
     after = dict(zip((target.key for target in report.plan.targets), parts, strict=True))
     if before.keys() != after.keys():
         stray = sorted({key[0] for key in after.keys() ^ before.keys()})
-        raise ConfigError(f"adapter {name!r} cannot be replaced: the other one differs in what it has at {stray[0]!r}")
+        raise ConfigError(
+            f"adapter {name!r} cannot be replaced: the other one differs in what it has at {stray[0]!r}"
+        )
     for key, (path, part) in before.items():
         try:
-            part.require_room(after[key][1])
+            part.check_capacity(after[key][1])
         except ConfigError as error:
             raise ConfigError(f"adapter {name!r} cannot be replaced: {path!r}: {error}") from error
     with torch.no_grad():
         for key, (_, part) in before.items():
-            part.become(after[key][1])
+            part.copy_from(after[key][1])
     registry.plans[name] = report.plan
     return report
 
@@ -158,7 +179,9 @@ def _in_place_of(old: AdapterConfig, new: AdapterConfig, name: str) -> AdapterCo
     """
     method = method_of(old)
     if type(new) is not type(old):
-        raise ConfigError(f"adapter {name!r} is {method.title}, and {method_of(new).title} cannot take its place")
+        raise ConfigError(
+            f"adapter {name!r} is {method.title}, and {method_of(new).title} cannot take its place"
+        )
     if method.members is not None:
         raise ConfigError(f"adapter {name!r} is made of several, and cannot be replaced in place")
     here = {field: getattr(old, field) for field in (*_PLACE, *_ABOUT) if hasattr(old, field)}

@@ -1,4 +1,6 @@
-"""Adapters on a hub: `fetch` gets one as a folder, `push` puts one there. Nothing else of this package opens a connection."""
+"""Adapters on a hub: `fetch` gets one as a folder, `push` puts one there. Nothing else of this package opens
+a connection.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +53,8 @@ def fetch(
         force_download: get the files again.
 
     Raises:
-        CheckpointError: there is no such folder, repository, revision or adapter, or it cannot be reached or read.
+        CheckpointError: there is no such folder, repository, revision or adapter, or it cannot be reached or
+            read.
     """
     inside = Path(subfolder or "")
     if inside.is_absolute() or ".." in inside.parts:
@@ -62,7 +65,9 @@ def fetch(
     try:
         from huggingface_hub import snapshot_download  # noqa: PLC0415 (an optional backend)
     except ImportError as error:
-        raise CheckpointError(f"there is no folder {name!r}; to look on the hub: pip install huggingface_hub") from error
+        raise CheckpointError(
+            f"there is no folder {name!r}; to look on the hub: pip install huggingface_hub"
+        ) from error
     try:
         root = snapshot_download(
             name,
@@ -85,12 +90,17 @@ def fetch(
 def _reason(name: str, revision: str | None, error: BaseException) -> str:
     """One sentence on why a repository could not be had."""
     cause = error.__cause__
-    if cause is not None and any(name in str(type(cause).__mro__) for name in ("RevisionNotFound", "Timeout", "Validation")):
+    if cause is not None and any(
+        name in str(type(cause).__mro__) for name in ("RevisionNotFound", "Timeout", "Validation")
+    ):
         error = cause
     kinds = {kind.__name__ for kind in type(error).__mro__}
     shown = str(error).strip().split("\n")[0][:200]
     if "GatedRepoError" in kinds:
-        return f"the repository {name!r} is gated: ask for access on its page, then give token= or run hf auth login"
+        return (
+            f"the repository {name!r} is gated: ask for access on its page, then give token= "
+            "or run hf auth login"
+        )
     if "RepositoryNotFoundError" in kinds:
         return f"there is no folder and no repository {name!r} (a private one needs token= or hf auth login)"
     if "RevisionNotFoundError" in kinds:
@@ -98,9 +108,15 @@ def _reason(name: str, revision: str | None, error: BaseException) -> str:
     if "HFValidationError" in kinds:
         return f"there is no folder {name!r}, and it cannot be the id of a repository ({shown})"
     if "LocalEntryNotFoundError" in kinds or "OfflineModeIsEnabled" in kinds:
-        return f"there is no folder {name!r}, the cache does not hold the repository, and the hub was not reached ({shown})"
+        return (
+            f"there is no folder {name!r}, the cache does not hold the repository, "
+            f"and the hub was not reached ({shown})"
+        )
     if any("Timeout" in kind for kind in kinds):
-        return f"the hub did not answer in time for {name!r}: try again, or set HF_HUB_DOWNLOAD_TIMEOUT to more seconds"
+        return (
+            f"the hub did not answer in time for {name!r}: try again, "
+            "or set HF_HUB_DOWNLOAD_TIMEOUT to more seconds"
+        )
     return f"the repository {name!r} could not be read: {type(error).__name__}: {shown}"
 
 
@@ -149,7 +165,10 @@ def push(
         subfolder=subfolder,
         private=private,
         create_pr=create_pr,
-        commit={"commit_message": commit_message or f"Upload adapter {name}", "commit_description": commit_description},
+        commit={
+            "commit_message": commit_message or f"Upload adapter {name}",
+            "commit_description": commit_description,
+        },
     )
 
 
@@ -180,7 +199,9 @@ def upload(
         ]
         made = api.create_commit(repo_id, operations, revision=revision, create_pr=create_pr, **commit)
     except Exception as error:
-        raise CheckpointError(f"the adapter could not be put into {repo_id!r}: {_first_line(error)}") from error
+        raise CheckpointError(
+            f"the adapter could not be put into {repo_id!r}: {_first_line(error)}"
+        ) from error
     return str(made.commit_url)
 
 

@@ -12,15 +12,18 @@ from torch import nn
 from grafts.checkpoints.atomic_write import find
 from grafts.errors import CheckpointError, InterfaceError
 from grafts.structure.interface import METHODS, NEW, AdapterModelInterface
-from grafts.structure.roles import Anatomy
+from grafts.structure.roles import ModelView
 
 INTERFACE_FILE = "adapter_interface.json"
 _THERE = ("bottleneck", "lora", "reft", "invertible")  # what that library can do through an interface
 VERSION = "adapters.1.3.0"  # of the layout
 
 
-def interface_file(model: nn.Module, interface: AdapterModelInterface, *, older: bool = False) -> dict[str, bytes]:
-    """The file that says what a model's modules were taken for; ``older`` without what AdapterHub's library does not know.
+def interface_file(
+    model: nn.Module, interface: AdapterModelInterface, *, older: bool = False
+) -> dict[str, bytes]:
+    """The file that says what a model's modules were taken for; ``older`` without what AdapterHub's library
+    does not know.
 
     An interface with more than one path for an accessor has no such form: then there is no file.
     """
@@ -53,8 +56,9 @@ def read_interface(directory: Path) -> AdapterModelInterface | None:
         raise CheckpointError(f"{str(file)!r} holds no interface: {error}") from error
 
 
-def saved_interface(directory: Path, body: Anatomy) -> AdapterModelInterface | None:
-    """That interface, if it fits the model: an adapter may go to a model of another build, where another one holds.
+def saved_interface(directory: Path, view: ModelView) -> AdapterModelInterface | None:
+    """That interface, if it fits the model: an adapter may go to a model of another build, where another one
+    holds.
 
     The adapter beside it shows which method it is for, whatever its list of methods says.
     """
@@ -63,7 +67,7 @@ def saved_interface(directory: Path, body: Anatomy) -> AdapterModelInterface | N
         return None
     interface = dataclasses.replace(interface, adapter_methods=METHODS)
     try:
-        interface.resolve(body)
+        interface.resolve(view)
     except InterfaceError:
         return None
     return interface

@@ -30,7 +30,7 @@ from grafts.methods._registry import Files, FileTarget, method_of
 from grafts.modules.patterns import matches, within
 from grafts.sites.site import Part
 from grafts.structure.interface import AdapterModelInterface
-from grafts.structure.roles import EMBEDDING, HEAD, Anatomy, anatomy
+from grafts.structure.roles import EMBEDDING, HEAD, ModelView, look_at
 
 V = TypeVar("V")
 
@@ -56,7 +56,9 @@ class LoadReport:
     same_as_base: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """What `transformers` reports of loading: what did not fit, which is nothing, since that is an error here."""
+        """What `transformers` reports of loading: what did not fit, which is nothing, since that is an error
+        here.
+        """
         return {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
 
     @property
@@ -122,17 +124,20 @@ def load(
     allow_pickle: bool = False,
     interface: AdapterModelInterface | None = None,
 ) -> LoadReport | list[LoadReport]:
-    """Put an adapter from a checkpoint on ``model``. Every key and shape is checked before the model is touched.
+    """Put an adapter from a checkpoint on ``model``. Every key and shape is checked before the model is
+    touched.
 
     Args:
         model: the base model that the adapter was trained for.
         path: a directory that `save` or `peft` wrote.
-        name: what to call it here; a list of names loads the adapters in the folders of these names, all or none.
-        activate: make it the active adapter, several in the order of their names; False leaves the setup as it is.
+        name: what to call it here; a list of names loads the adapters in the folders of these names, all or
+            none.
+        activate: make it the active adapter, several in the order of their names; False leaves the setup as
+            it is.
         train: make it the only trainable thing, to go on training it; else it stays frozen.
         allow_pickle: accept an ``adapter_model.bin``, read with ``torch.load(weights_only=True)``.
-        interface: what the model's modules are; by default what an ``adapter_interface.json`` in the directory says, where
-            it fits this model, else what is worked out.
+        interface: what the model's modules are; by default what an ``adapter_interface.json`` in the
+            directory says, where it fits this model, else what is worked out.
 
     Returns:
         What was loaded, for several names a list; ``print`` it.
@@ -144,9 +149,12 @@ def load(
         StateError: adapters are merged.
     """
     inner = unwrapped(model)
-    sources = {name: Path(path)} if isinstance(name, str) else {one: Path(path) / folder_name(one) for one in name}
+    sources = (
+        {name: Path(path)} if isinstance(name, str) else {one: Path(path) / folder_name(one) for one in name}
+    )
     ready = [
-        prepare(inner, one, read_checkpoint(source, allow_pickle=allow_pickle), interface) for one, source in sources.items()
+        prepare(inner, one, read_checkpoint(source, allow_pickle=allow_pickle), interface)
+        for one, source in sources.items()
     ]
     for report, parts in ready:
         attach_parts(inner, report.name, report.plan, parts, activate=activate, train=train)
@@ -185,41 +193,57 @@ def prepare(
         name: what to call it.
         checkpoint: what was read.
         interface: what the model's modules are.
-        instead: for an adapter that is to take the place of the one of this name: gives its config from the file's.
+        instead: for an adapter that is to take the place of the one of this name: gives its config from the
+            file's.
         fill: give a target that the file says nothing of what a fresh adapter has there.
     """
-    body = anatomy(model)
+    view = look_at(model)
     if interface is None:
-        interface = saved_interface(checkpoint.path, body)
+        interface = saved_interface(checkpoint.path, view)
     if checkpoint.layout == "adapterhub":
-        checkpoint, interface = adapterhub.fitted(checkpoint, body, interface)
+        checkpoint, interface = adapterhub.fitted(checkpoint, view, interface)
     blanks: dict[Key, Part] = {}
     union = method_of(checkpoint.config).members
     config: AdapterConfig = checkpoint.config
     replaced: Sequence[str] = ()
     if union is None:
-        each = [_given(config, checkpoint.tensors, checkpoint, body)]
+        each = [_given(config, checkpoint.tensors, checkpoint, view)]
         config, replaced = each[0].config, each[0].replaced
     else:
         numbered = _by_number(checkpoint)
-        each = [_given(one, numbered.get(at, {}), checkpoint, body) for at, one in enumerate(union(config))]
+        each = [_given(one, numbered.get(at, {}), checkpoint, view) for at, one in enumerate(union(config))]
         made_of: dict[str, Any] = {"configs": tuple(given.config for given in each)}
         config = dataclasses.replace(config, **made_of)
     if instead is None:
         made = prepare_plan(
-            model, config, name=name, lenient=True, replaced=replaced, body=body, blanks=blanks, interface=interface
+            model,
+            config,
+            name=name,
+            lenient=True,
+            replaced=replaced,
+            view=view,
+            blanks=blanks,
+            interface=interface,
         )
     else:
         config = instead(config)
-        made = resolve(model, config, lenient=True, replaced=replaced, body=body, blanks=blanks, interface=interface)
+        made = resolve(
+            model, config, lenient=True, replaced=replaced, view=view, blanks=blanks, interface=interface
+        )
     given: dict[str, Tensor] = {}
     for number, (one, of) in enumerate(zip(each, made.each(), strict=True)):
-        own = [(t.path, t.tensors, t.role) for t in made.targets if t.kind == of.method.name and t.member == number]
+        own = [
+            (t.path, t.tensors, t.role)
+            for t in made.targets
+            if t.kind == of.method.name and t.member == number
+        ]
         prefix = f"{number}." if made.members else ""
         given |= {prefix + key: tensor for key, tensor in one.by_path(of.method.files, own).items()}
     if fill:
-        given = _fresh_where_missing(body, made, given) | given
-    wanted = {key: shape for target in made.targets for key, shape in _named(made, target, target.tensors).items()}
+        given = _fresh_where_missing(view, made, given) | given
+    wanted = {
+        key: shape for target in made.targets for key, shape in _named(made, target, target.tensors).items()
+    }
     source = str(checkpoint.path)
     _check(given, wanted, f"adapter {name!r} from {source!r} does not fit this {type(model).__name__}")
     parts = build_parts(model, made, name, given, blanks)
@@ -235,12 +259,12 @@ def _named(made: Plan, target: Target, values: Mapping[str, V]) -> dict[str, V]:
     return {member + f"{target.path}.{key}".lstrip("."): value for key, value in values.items()}
 
 
-def _fresh_where_missing(body: Anatomy, made: Plan, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _fresh_where_missing(view: ModelView, made: Plan, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of a fresh adapter at targets of which a file holds nothing."""
     result: dict[str, Tensor] = {}
     for target in made.targets:
         if target.tied_to is None and not given.keys() & _named(made, target, target.tensors).keys():
-            host = body.modules[target.path]
+            host = view.modules[target.path]
             part = target.build(host)
             part.from_base(host, fresh=True)
             result |= _named(made, target, part.file_tensors())
@@ -270,12 +294,14 @@ class _Given:
         return {key: tensor for key, tensor in self.tensors.items() if key not in self.same}
 
 
-def _given(config: AdapterConfig, tensors: Mapping[str, Tensor], checkpoint: Checkpoint, body: Anatomy) -> _Given:
+def _given(
+    config: AdapterConfig, tensors: Mapping[str, Tensor], checkpoint: Checkpoint, view: ModelView
+) -> _Given:
     files = method_of(config).files
     if files is not None:
         return _Given(files.config(config, tensors), tensors, (), set())
     named = dataclasses.replace(checkpoint, tensors=tensors).by_module()
-    replaced, same = _base_weights_in(body, config, named)
+    replaced, same = _base_weights_in(view, config, named)
     return _Given(config, named, replaced, same)
 
 
@@ -289,23 +315,29 @@ def _by_number(checkpoint: Checkpoint) -> dict[int, dict[str, Tensor]]:
     for key, tensor in checkpoint.tensors.items():
         number, _, rest = key.partition(".")
         if not number.isdigit():
-            raise CheckpointError(f"the file of a union holds {key!r}; names in it begin with a member's number")
+            raise CheckpointError(
+                f"the file of a union holds {key!r}; names in it begin with a member's number"
+            )
         result.setdefault(int(number), {})[rest] = tensor
     return result
 
 
-def _base_weights_in(body: Anatomy, config: AdapterConfig, tensors: Mapping[str, Tensor]) -> tuple[list[str], set[str]]:
-    """Base weights that `peft` saves beside an adapter: modules whose own differ here, and keys of those that do not.
+def _base_weights_in(
+    view: ModelView, config: AdapterConfig, tensors: Mapping[str, Tensor]
+) -> tuple[list[str], set[str]]:
+    """Base weights that `peft` saves beside an adapter: modules whose own differ here, and keys of those that
+    do not.
 
-    `peft` adds an embedding's and a head's own weight when one of them is a target or the vocabulary was resized.
+    `peft` adds an embedding's and a head's own weight when one of them is a target or the vocabulary was
+    resized.
     """
-    saved = [path for path in body.modules if matches(path, config.modules_to_save or ())]
+    saved = [path for path in view.modules if matches(path, config.modules_to_save or ())]
     replaced, same = [], set()
     for key, tensor in tensors.items():
         path, _, leaf = key.replace(".base_layer.", ".").rpartition(".")
-        if leaf != "weight" or body.roles.get(path) not in (EMBEDDING, HEAD) or within(path, saved):
+        if leaf != "weight" or view.roles.get(path) not in (EMBEDDING, HEAD) or within(path, saved):
             continue
-        here = body.modules[path].get_parameter("weight")
+        here = view.modules[path].get_parameter("weight")
         if here.shape == tensor.shape and torch.equal(here.detach().cpu(), tensor.to(here.dtype)):
             same.add(key)
         else:
@@ -313,7 +345,9 @@ def _base_weights_in(body: Anatomy, config: AdapterConfig, tensors: Mapping[str,
     return replaced, same
 
 
-def _check_tied(made: Plan, parts: Sequence[tuple[str, Part]], tensors: Mapping[str, Tensor], source: str) -> None:
+def _check_tied(
+    made: Plan, parts: Sequence[tuple[str, Part]], tensors: Mapping[str, Tensor], source: str
+) -> None:
     """Refuse a file in which what shares a weight here has two values.
 
     Raises:
@@ -324,7 +358,8 @@ def _check_tied(made: Plan, parts: Sequence[tuple[str, Part]], tensors: Mapping[
             (key,) = _named(made, target, {name: tensor})
             if not torch.equal(tensor.detach().cpu(), tensors[key].to(tensor.dtype)):
                 raise CheckpointError(
-                    f"{source!r}: {path}.{name} is not what {target.tied_to!r} has, though both share one weight here"
+                    f"{source!r}: {path}.{name} is not what {target.tied_to!r} has, though both share one "
+                    f"weight here"
                 )
 
 
@@ -334,7 +369,9 @@ def _check(tensors: Mapping[str, Tensor], wanted: Mapping[str, torch.Size], cont
     Raises:
         CheckpointError: naming the first few of each kind.
     """
-    problems = [f"unexpected {key!r} in the file; {did_you_mean(key, wanted)}" for key in tensors if key not in wanted]
+    problems = [
+        f"unexpected {key!r} in the file; {did_you_mean(key, wanted)}" for key in tensors if key not in wanted
+    ]
     problems += [f"missing {key!r} in the file" for key in wanted if key not in tensors]
     problems += [
         f"{key!r} is {tuple(tensor.shape)} in the file and {tuple(wanted[key])} here"

@@ -52,17 +52,35 @@ def card(plan: Plan, base: str | None, about: About | None = None) -> str:
     if about.figures:
         lines += [f"Measured on {about.source_of_figures() or 'data not named'}:", "", "| metric | value |"]
         lines += ["|---|---|", *(f"| {name} | {value:.6g} |" for name, value in about.figures.items()), ""]
-    code = ["```python", "import grafts", "", 'model = grafts.from_pretrained("this folder or repository")', "```", ""]
+    code = [
+        "```python",
+        "import grafts",
+        "",
+        'model = grafts.from_pretrained("this folder or repository")',
+        "```",
+        "",
+    ]
     return "\n".join([*lines, *code])
 
 
 def table(plan: Plan, base: str | None, about: About) -> list[str]:
     """What an adapter is, as the lines of a table."""
-    rows = [("Method", ", ".join(dict.fromkeys(f"{one.method.title} ({one.method.source})" for one in plan.each())))]
+    rows = [
+        (
+            "Method",
+            ", ".join(dict.fromkeys(f"{one.method.title} ({one.method.source})" for one in plan.each())),
+        )
+    ]
     rows += [("Base model", f"`{base}`" if base else f"not named (a {plan.model_name})")]
     rows += [("Trained parameters", f"{plan.parameters:,} in {len({t.path for t in plan.targets})} modules")]
     rows += [("Data", ", ".join(about.data))] if about.data else []
-    rows += [("Options", ", ".join(f"`{name}={value!r}`" for one in plan.each() for name, value in _told(one)) or "defaults")]
+    rows += [
+        (
+            "Options",
+            ", ".join(f"`{name}={value!r}`" for one in plan.each() for name, value in _told(one))
+            or "defaults",
+        )
+    ]
     return ["| | |", "|---|---|", *(f"| {name} | {value.replace('|', '/')} |" for name, value in rows), ""]
 
 
@@ -75,7 +93,9 @@ def _told(plan: Plan) -> list[tuple[str, object]]:
     result = []
     for option in dataclasses.fields(plan.config):
         value = getattr(plan.config, option.name)
-        usual = option.default_factory() if option.default_factory is not dataclasses.MISSING else option.default
+        usual = (
+            option.default_factory() if option.default_factory is not dataclasses.MISSING else option.default
+        )
         if option.name not in _UNTOLD and value != usual:
             result.append((option.name, list(value) if isinstance(value, tuple) else value))
     return result

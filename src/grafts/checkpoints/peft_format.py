@@ -1,4 +1,6 @@
-"""The layout of `peft`: ``adapter_config.json`` and ``adapter_model.safetensors``, keys without the adapter's name."""
+"""The layout of `peft`: ``adapter_config.json`` and ``adapter_model.safetensors``, keys without the adapter's
+name.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,11 @@ from grafts.config import AdapterConfig
 from grafts.errors import CheckpointError, ConfigError
 from grafts.methods._registry import method_named
 
-CONFIG_FILE, TENSOR_FILE, PICKLE_FILE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+CONFIG_FILE, TENSOR_FILE, PICKLE_FILE = (
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "adapter_model.bin",
+)
 CARD_FILE = "README.md"
 PREFIX = "base_model.model."
 
@@ -51,7 +57,9 @@ class Checkpoint:
         """
         strange = [name for name in self.tensors if not name.startswith(PREFIX)]
         if strange:
-            raise CheckpointError(f"the file holds {strange[0]!r}; names in this layout begin with {PREFIX!r}")
+            raise CheckpointError(
+                f"the file holds {strange[0]!r}; names in this layout begin with {PREFIX!r}"
+            )
         return {name.removeprefix(PREFIX): tensor for name, tensor in self.tensors.items()}
 
 
@@ -72,7 +80,9 @@ def files_of(config: Mapping[str, Any], tensors: Mapping[str, Tensor], card: str
 
 
 def _own_storage(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of which no two share memory (a tied head saved beside its embedding), as the file format needs."""
+    """Tensors of which no two share memory (a tied head saved beside its embedding), as the file format
+    needs.
+    """
     seen: set[int] = set()
     result = {}
     for name, tensor in tensors.items():
@@ -168,9 +178,9 @@ def read_pickle(file: Path, allowed: bool) -> dict[str, Tensor]:
     """
     if not allowed:
         raise CheckpointError(
-            f"{str(file)!r} is a pickle, which can run code when it is loaded. To convert it, load it once with "
-            "grafts.load(model, path, allow_pickle=True) from a source that you trust and write it with grafts.save, "
-            f"which makes {TENSOR_FILE}."
+            f"{str(file)!r} is a pickle, which can run code when it is loaded. To convert it, load it once "
+            "with grafts.load(model, path, allow_pickle=True) from a source that you trust and write it "
+            f"with grafts.save, which makes {TENSOR_FILE}."
         )
     try:
         tensors = torch.load(file, map_location="cpu", weights_only=True)

@@ -21,9 +21,9 @@ from grafts.errors import AdapterNameError, ConfigError
 from grafts.lifecycle.plan import Plan
 from grafts.lifecycle.registry import Registry, parts_of, registry_of, unwrapped
 from grafts.lifecycle.resolve import ALL_LINEAR
-from grafts.lifecycle.sharding import is_main_process, is_sharded, whole
+from grafts.lifecycle.sharding import gathered, is_main_process, is_sharded
 from grafts.modules.patterns import matches, within
-from grafts.structure.roles import anatomy
+from grafts.structure.roles import look_at
 
 
 def save(
@@ -33,10 +33,11 @@ def save(
     *,
     layout: Literal["peft", "adapterhub"] = "peft",
 ) -> Path:
-    """Write an adapter in the layout of `peft`: ``adapter_config.json``, ``adapter_model.safetensors``, ``README.md``.
+    """Write an adapter in the layout of `peft`: ``adapter_config.json``, ``adapter_model.safetensors``,
+    ``README.md``.
 
-    Written whole or not at all: a process killed on the way leaves the old checkpoint or the new one. Of a sharded model
-    (`fully_shard`) every process has to call this; the first one writes.
+    Written whole or not at all: a process killed on the way leaves the old checkpoint or the new one. Of a
+    sharded model (`fully_shard`) every process has to call this; the first one writes.
 
     Args:
         model: the model that carries the adapter.
@@ -55,7 +56,11 @@ def save(
     if isinstance(name, str):
         files = checkpoint_files(model, name, layout)
     else:
-        files = {f"{folder_name(n)}/{file}": data for n in name for file, data in checkpoint_files(model, n, layout).items()}
+        files = {
+            f"{folder_name(n)}/{file}": data
+            for n in name
+            for file, data in checkpoint_files(model, n, layout).items()
+        }
     names = [name] if isinstance(name, str) else name
     sharded = is_sharded(part for one in names for _, part in parts_of(unwrapped(model), one))
     if not sharded or is_main_process():
@@ -100,11 +105,13 @@ def checkpoint_files(
     inner = unwrapped(model)
     registry = registry_of(inner)
     made = registry.require(name)
-    with whole(inner, [part for _, part in registry.parts[name]], state):
+    with gathered(inner, [part for _, part in registry.parts[name]], state):
         return _files(inner, registry, name, made, layout, about)
 
 
-def _files(inner: nn.Module, registry: Registry, name: str, made: Plan, layout: str, about: About | None) -> dict[str, bytes]:
+def _files(
+    inner: nn.Module, registry: Registry, name: str, made: Plan, layout: str, about: About | None
+) -> dict[str, bytes]:
     if layout == "adapterhub":
         own = [registry.own_parts(name, number) for number in range(len(made.each()))]
         methods = {(number, one.method.name) for number, one in enumerate(made.each())}
@@ -118,14 +125,22 @@ def _files(inner: nn.Module, registry: Registry, name: str, made: Plan, layout: 
     if not made.members:
         files = peft.files_of(values[0], each[0], text)
     else:
-        config = {**made.config.to_dict(), **{key: values[0][key] for key in _OF_BASE}, "peft_type": made.method.peft_type}
-        tensors = {f"{number}.{key}": tensor for number, one in enumerate(each) for key, tensor in one.items()}
+        config = {
+            **made.config.to_dict(),
+            **{key: values[0][key] for key in _OF_BASE},
+            "peft_type": made.method.peft_type,
+        }
+        tensors = {
+            f"{number}.{key}": tensor for number, one in enumerate(each) for key, tensor in one.items()
+        }
         files = peft.files_of({**config, "configs": values}, tensors, text)
     return files | ({} if made.interface is None else interface_file(inner, made.interface))
 
 
 def training_files(model: nn.Module, name: str) -> dict[str, bytes]:
-    """The file that training an adapter goes on from besides its checkpoint, by its name; most methods need none."""
+    """The file that training an adapter goes on from besides its checkpoint, by its name; most methods need
+    none.
+    """
     registry = registry_of(unwrapped(model))
     tensors = {
         f"{number}.{key}": tensor.detach().cpu().contiguous()
@@ -156,7 +171,8 @@ def adapter_tensors(registry: Registry, name: str, made: Plan, member: int) -> d
 
 
 def file_config(model: nn.Module, registry: Registry, name: str, made: Plan, member: int) -> dict[str, Any]:
-    """What ``adapter_config.json`` says: the config with its targets resolved, so that every reader finds the same ones.
+    """What ``adapter_config.json`` says: the config with its targets resolved, so that every reader finds the
+    same ones.
 
     Args:
         model: the base model.
@@ -165,30 +181,46 @@ def file_config(model: nn.Module, registry: Registry, name: str, made: Plan, mem
         made: the plan of the adapter, or of the member of a union.
         member: its number in the union.
     """
-    body = anatomy(model)
+    view = look_at(model)
     untied = [target for target in made.targets if target.tied_to is None]
     own = [target.path for target in untied if target.kind == made.method.name]
-    copies = [target.path for target in untied if target.kind == "copy" and not any("base_layer" in t for t in target.tensors)]
+    copies = [
+        target.path
+        for target in untied
+        if target.kind == "copy" and not any("base_layer" in t for t in target.tensors)
+    ]
     values = made.config.to_dict() | {"peft_type": made.method.peft_type, "inference_mode": True}
     defaults = {field.name: field.default for field in dataclasses.fields(made.config)}
     unsaid = [field for field in made.config.own_fields if getattr(made.config, field) == defaults[field]]
     values = {field: value for field, value in values.items() if field not in unsaid}
-    resolved = made.config.target_modules in (None, ALL_LINEAR) and made.method.files is None and made.method.places is None
+    resolved = (
+        made.config.target_modules in (None, ALL_LINEAR)
+        and made.method.files is None
+        and made.method.places is None
+    )
     if resolved:
         values.pop("target_roles", None)
-        own = [path for path in own if body.layers[path].kind != "input"]
+        own = [path for path in own if view.layers[path].kind != "input"]
     if resolved or values.get("layers_to_transform") is not None:
-        values["target_modules"] = _shortest_names(own, body.modules)
+        values["target_modules"] = _shortest_names(own, view.modules)
         values |= {name: None for name in ("layers_to_transform", "layers_pattern") if name in values}
     if made.method.file_values is not None and own:
         values |= made.method.file_values(values, registry.own_parts(name, member))
     named = list(made.config.modules_to_save or ())
-    if unnamed := [path for path in copies if not within(path, (owner for owner in body.modules if matches(owner, named)))]:
-        values["modules_to_save"] = named + _shortest_names(unnamed, body.modules)
+    if unnamed := [
+        path
+        for path in copies
+        if not within(path, (owner for owner in view.modules if matches(owner, named)))
+    ]:
+        values["modules_to_save"] = named + _shortest_names(unnamed, view.modules)
     if "fan_in_fan_out" in values:
-        values["fan_in_fan_out"] = any(body.layers[path].kind == "transposed-linear" for path in own if path in body.layers)
+        values["fan_in_fan_out"] = any(
+            view.layers[path].kind == "transposed-linear" for path in own if path in view.layers
+        )
     if values["base_model_name_or_path"] is None:
-        values["base_model_name_or_path"] = getattr(getattr(model, "config", None), "name_or_path", None) or None
+        values["base_model_name_or_path"] = (
+            getattr(getattr(model, "config", None), "name_or_path", None) or None
+        )
     if values["task_type"] is None and values["auto_mapping"] is None:
         cls = next(cls for cls in type(model).__mro__ if not cls.__module__.startswith("torch.distributed"))
         values["auto_mapping"] = {"base_model_class": cls.__name__, "parent_library": cls.__module__}

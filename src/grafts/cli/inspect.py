@@ -28,14 +28,21 @@ NAME = "inspect"
 
 def inspect(
     source: Annotated[str, typer.Argument(help="A model (folder or hub id), or an adapter's folder.")],
-    method: Annotated[str, typer.Option(help="The kind of adapter to plan, a preset, or a union of several.")] = "lora",
+    method: Annotated[
+        str, typer.Option(help="The kind of adapter to plan, a preset, or a union of several.")
+    ] = "lora",
     task: Annotated[str | None, typer.Option(help="Plan for the model with this task's head.")] = None,
     interface: Annotated[
-        bool, typer.Option("--interface", help="Show what the model's modules are, ready to paste, and how sure that is.")
+        bool,
+        typer.Option(
+            "--interface", help="Show what the model's modules are, ready to paste, and how sure that is."
+        ),
     ] = False,
     **values: Any,
 ) -> None:
-    """Show a plan for a model (which modules, which shapes, how many parameters), or the contents of an adapter's folder."""
+    """Show a plan for a model (which modules, which shapes, how many parameters), or the contents of an
+    adapter's folder.
+    """
     directory = Path(source)
     if directory.is_dir() and find(directory, peft.CONFIG_FILE) is not None:
         show_adapter(directory)
@@ -93,7 +100,9 @@ def show_adapter(directory: Path) -> None:
     groups: dict[tuple[str, str, str], list[int]] = {}
     for name, tensor in checkpoint.tensors.items():
         shape = " x ".join(map(str, tensor.shape))
-        groups.setdefault((collapsed(name), shape, str(tensor.dtype).removeprefix("torch.")), []).append(tensor.numel())
+        groups.setdefault((collapsed(name), shape, str(tensor.dtype).removeprefix("torch.")), []).append(
+            tensor.numel()
+        )
     tensors = _table("tensor", "shape", "type", ">count", ">parameters")
     for key, sizes in groups.items():
         tensors.add_row(*key, str(len(sizes)), f"{sum(sizes):,}")
@@ -109,7 +118,9 @@ def _table(*columns: str, title: str | None = None) -> Table:
     table = Table(title=title, title_justify="left", header_style="bold", box=None, pad_edge=False)
     for column in columns:
         right = column.startswith(">")
-        table.add_column(column.removeprefix(">"), justify="right" if right else "left", no_wrap=right, overflow="fold")
+        table.add_column(
+            column.removeprefix(">"), justify="right" if right else "left", no_wrap=right, overflow="fold"
+        )
     return table
 
 

@@ -29,8 +29,12 @@ for command in (inspect, train, predict, merge):
 
 @app.callback(invoke_without_command=True)
 def options(
-    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.", is_eager=True)] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error; works at any place.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and stop.", is_eager=True)
+    ] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show the traceback of an error; works at any place.")
+    ] = False,
 ) -> None:
     """Small trainable adapters on frozen PyTorch models."""
     if version:
@@ -39,7 +43,9 @@ def options(
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line and exit: 0 for success, 1 for an error in one sentence, 2 for a call that cannot be read."""
+    """Run the command line and exit: 0 for success, 1 for an error in one sentence, 2 for a call that cannot
+    be read.
+    """
     given = sys.argv[1:] if arguments is None else arguments
     debug = "--debug" in given
     try:

@@ -20,20 +20,26 @@ NAME = "merge"
 
 def merge(
     adapter: Annotated[Path, typer.Argument(help="The adapter's folder.")],
-    output: Annotated[Path, typer.Argument(help="Where the merged model goes; a folder that is not there yet.")],
+    output: Annotated[
+        Path, typer.Argument(help="Where the merged model goes; a folder that is not there yet.")
+    ],
     model: Annotated[str | None, typer.Option(help="The base model; the adapter's own if not given.")] = None,
     task: Annotated[str | None, typer.Option(help="The task; the adapter's own if not given.")] = None,
     labels: Annotated[
         str | None, typer.Option(help="The labels in order, with commas; those of the run if not given.")
     ] = None,
-    untie: Annotated[bool, typer.Option("--untie", help="Give a weight that others share a copy of its own.")] = False,
+    untie: Annotated[
+        bool, typer.Option("--untie", help="Give a weight that others share a copy of its own.")
+    ] = False,
 ) -> None:
     """Fold an adapter into its base and write a plain model that needs no library to load."""
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise RunError(f"{str(output)!r} is there already: name a new folder")
     quiet()
     open_adapter = importlib.import_module("grafts.cli.training.saved").open_adapter
-    saved = open_adapter(adapter, model=model, task=task, labels=labels.split(",") if labels else None, device="cpu")
+    saved = open_adapter(
+        adapter, model=model, task=task, labels=labels.split(",") if labels else None, device="cpu"
+    )
     plain = grafts.detach(grafts.merge(saved.model, untie=untie), keep_merged=True)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,6 @@
-"""Flags made from the dataclasses that they set, so that a flag, its YAML key and its help cannot drift apart."""
+"""Flags made from the dataclasses that they set, so that a flag, its YAML key and its help cannot drift
+apart.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ def parameter(name: str, kind: Any, help: str, panel: str, *, default: Any = Non
     if kind is bool:
         flag = name.replace("_", "-")
         option = typer.Option(f"--{flag}/--no-{flag}", help=help, rich_help_panel=panel, show_default=False)
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind | None, option])
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind | None, option]
+    )
 
 
 def settings_parameters(cls: type[Any], without: Iterable[str] = ()) -> list[inspect.Parameter]:
@@ -59,7 +63,12 @@ def adapter_parameters() -> list[inspect.Parameter]:
                 having.setdefault(field.name, []).append(method)
                 fields.setdefault(field.name, field)
     return [
-        parameter(name, str, f"{field.metadata['help']} [dim]({', '.join(m.name for m in having[name])})[/dim]", ADAPTER)
+        parameter(
+            name,
+            str,
+            f"{field.metadata['help']} [dim]({', '.join(m.name for m in having[name])})[/dim]",
+            ADAPTER,
+        )
         for name, field in fields.items()
     ]
 
@@ -67,7 +76,8 @@ def adapter_parameters() -> list[inspect.Parameter]:
 def adapter_options(values: Mapping[str, str | None]) -> dict[str, Any]:
     """The given options as values: text is read as YAML, and ``a,b`` as a list.
 
-    >>> adapter_options({"r": "8", "target_modules": "q_proj,v_proj", "rank_pattern": "{q_proj: 4}", "bias": None})
+    >>> values = {"r": "8", "target_modules": "q_proj,v_proj", "rank_pattern": "{q_proj: 4}", "bias": None}
+    >>> adapter_options(values)
     {'r': 8, 'target_modules': ['q_proj', 'v_proj'], 'rank_pattern': {'q_proj': 4}}
     """
     result: dict[str, Any] = {}
@@ -91,9 +101,17 @@ def _module_names(text: str) -> str | list[str]:
     return names if plain and text != "all-linear" else text
 
 
-def with_signature(function: Callable[..., Any], parameters: Iterable[inspect.Parameter]) -> Callable[..., Any]:
-    """Give ``function``, which takes ``**values``, the signature that typer reads, after its own named parameters."""
-    own = [p for p in inspect.signature(function, eval_str=True).parameters.values() if p.kind is not p.VAR_KEYWORD]
+def with_signature(
+    function: Callable[..., Any], parameters: Iterable[inspect.Parameter]
+) -> Callable[..., Any]:
+    """Give ``function``, which takes ``**values``, the signature that typer reads, after its own named
+    parameters.
+    """
+    own = [
+        p
+        for p in inspect.signature(function, eval_str=True).parameters.values()
+        if p.kind is not p.VAR_KEYWORD
+    ]
     everything = [*own, *parameters]
     function.__signature__ = inspect.Signature(everything)  # type: ignore[attr-defined]
     function.__annotations__ = {p.name: p.annotation for p in everything}

@@ -21,7 +21,8 @@ NAME = "predict"
 def predict(
     adapter: Annotated[Path, typer.Argument(help="The adapter's folder.")],
     texts: Annotated[
-        list[str] | None, typer.Argument(help="Texts; without them and --file, a line of standard input each.")
+        list[str] | None,
+        typer.Argument(help="Texts; without them and --file, a line of standard input each."),
     ] = None,
     file: Annotated[Path | None, typer.Option(help="Rows to answer, in a file as for train.")] = None,
     output: Annotated[
@@ -45,8 +46,14 @@ def predict(
     settings = {**saved.settings, "max_new_tokens": max_new_tokens}
     column = settings.get("text_column") or "text"
     given = [row if column in row else {**row, column: row["text"]} if "text" in row else row for row in rows]
-    if missing := [index for index, row in enumerate(given) if column not in row and not isinstance(row.get("tokens"), list)]:
-        raise RunError(f"row {missing[0] + 1} has no column {column!r}; it has {', '.join(given[missing[0]])}")
+    if missing := [
+        index
+        for index, row in enumerate(given)
+        if column not in row and not isinstance(row.get("tokens"), list)
+    ]:
+        raise RunError(
+            f"row {missing[0] + 1} has no column {column!r}; it has {', '.join(given[missing[0]])}"
+        )
     answers = _answers(saved, given, settings, batch_size)
     if output is None:
         for answer in answers:

@@ -20,13 +20,16 @@ class AdapterMethod:
 
     @staticmethod
     def get_from_config(config: AdapterConfig | str) -> list[str]:
-        """The methods that a config needs: of a union several, and a bottleneck may have an invertible adapter.
+        """The methods that a config needs: of a union several, and a bottleneck may have an invertible
+        adapter.
 
         >>> AdapterMethod.get_from_config("seq_bn_inv|lora")
         ['bottleneck', 'invertible', 'lora']
         """
         made = config_from(config)
         if isinstance(made, UnionConfig):
-            return list(dict.fromkeys(name for one in made.configs for name in AdapterMethod.get_from_config(one)))
+            return list(
+                dict.fromkeys(name for one in made.configs for name in AdapterMethod.get_from_config(one))
+            )
         inverts = getattr(made, "inv_adapter", None) is not None
         return [method_of(made).name, *([AdapterMethod.invertible] if inverts else [])]

@@ -1,4 +1,6 @@
-"""Where a base model's weights are: spreading them over devices and disk with `accelerate`, adapters following."""
+"""Where a base model's weights are: spreading them over devices and disk with `accelerate`, adapters
+following.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,7 @@ from grafts.errors import StateError
 from grafts.integrations.transformers_private import unsplit_modules
 from grafts.lifecycle.attach import set_apart
 from grafts.lifecycle.registry import unwrapped
-from grafts.modules.tree import home
+from grafts.modules.tree import device_and_dtype
 from grafts.sites.site import sites_in
 
 _STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")
@@ -26,12 +28,14 @@ def dispatch(
     offload_folder: str | os.PathLike[str] | None = None,
     offload_index: Any = None,
 ) -> None:
-    """Spread a model over devices, main memory and disk; adapters come to where their modules compute, and stay there.
+    """Spread a model over devices, main memory and disk; adapters come to where their modules compute, and
+    stay there.
 
     Args:
-        model: the model; where it is spread already, that is undone first, which needs main memory for what is on disk.
-        device_map: module path -> device, "cpu" or "disk"; one device; or how to work that out: "auto", "balanced",
-            "balanced_low_0", "sequential".
+        model: the model; where it is spread already, that is undone first, which needs main memory for what
+            is on disk.
+        device_map: module path -> device, "cpu" or "disk"; one device; or how to work that out: "auto",
+            "balanced", "balanced_low_0", "sequential".
         max_memory: how much each device may hold, where it is to be worked out.
         offload_folder: where weights go that are to lie on disk.
         offload_index: of weights that lie there already.
@@ -56,15 +60,20 @@ def dispatch(
         elif not isinstance(device_map, Mapping):
             device_map = {"": device_map}
         if "disk" in device_map.values() and offload_folder is None and offload_index is None:
-            raise StateError("some weights do not fit into memory: name a folder for them with offload_folder=")
+            raise StateError(
+                "some weights do not fit into memory: name a folder for them with offload_folder="
+            )
         gather(inner)
         if offload_index is None and "disk" in device_map.values():
-            # not left to `dispatch_model`, which takes what it finds in the folder for these weights, whatever it is
+            # not left to `dispatch_model`, which takes what it finds in the folder for these weights,
+            # whatever it is
             there = inner.state_dict(keep_vars=False)
-            offload_state_dict(offload_folder, {n: t for n, t in there.items() if _place_of(n, device_map) == "disk"})
+            offload_state_dict(
+                offload_folder, {n: t for n, t in there.items() if _place_of(n, device_map) == "disk"}
+            )
         dispatch_model(inner, dict(device_map), offload_dir=offload_folder, offload_index=offload_index)
     for host, site in sites_in(inner):
-        site.to(home(host)[0])
+        site.to(device_and_dtype(host)[0])
 
 
 def _place_of(name: str, device_map: Mapping[str, Any]) -> Any:
@@ -74,18 +83,28 @@ def _place_of(name: str, device_map: Mapping[str, Any]) -> Any:
 
 
 def gather(model: nn.Module) -> None:
-    """Undo the spreading of a model: every weight is a tensor of its module again, in main memory where it was elsewhere."""
+    """Undo the spreading of a model: every weight is a tensor of its module again, in main memory where it
+    was elsewhere.
+    """
     from accelerate.hooks import remove_hook_from_module  # noqa: PLC0415 (an optional backend)
 
-    hooked = [(module, hook) for module in model.modules() if (hook := getattr(module, "_hf_hook", None)) is not None]
+    hooked = [
+        (module, hook)
+        for module in model.modules()
+        if (hook := getattr(module, "_hf_hook", None)) is not None
+    ]
     for module, hook in hooked:
         values = [
-            one.weights_map for one in (hook, *getattr(hook, "hooks", ())) if getattr(one, "weights_map", None) is not None
+            one.weights_map
+            for one in (hook, *getattr(hook, "hooks", ()))
+            if getattr(one, "weights_map", None) is not None
         ]
         for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
             if tensor is not None and tensor.device.type == "meta" and values:
                 value: Any = torch.as_tensor(values[0][name]).to("cpu", tensor.dtype).clone()
-                value = nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
+                value = (
+                    nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
+                )
                 (module._parameters if isinstance(tensor, nn.Parameter) else module._buffers)[name] = value
         hook.weights_map = None
         hook.original_devices = {}

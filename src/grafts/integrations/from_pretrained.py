@@ -31,9 +31,9 @@ AUTO_CLASSES = {
 def integrate() -> integration.Integration:
     """Let `transformers` open adapters with this library, whether or not `peft` is installed.
 
-    From now on ``AutoModelFor....from_pretrained``, ``from_pretrained`` of a model class and ``pipeline`` take the folder or
-    repository of an adapter of any method: they load the base that it names and put the adapter on it, by the methods of
-    `grafts.init`. So does ``load_adapter`` of every model.
+    From now on ``AutoModelFor....from_pretrained``, ``from_pretrained`` of a model class and ``pipeline``
+    take the folder or repository of an adapter of any method: they load the base that it names and put the
+    adapter on it, by the methods of `grafts.init`. So does ``load_adapter`` of every model.
 
     Returns:
         A handle, whose ``remove()`` switches that off again; it can be used in a ``with`` statement.
@@ -59,9 +59,9 @@ def from_pretrained(
 ) -> nn.Module:
     """The base model that an adapter names, with the adapter on it, active, in evaluation mode.
 
-    The class of the model comes from the adapter's ``task_type``, else from the class that the adapter was trained on, as far
-    as `transformers` itself has it, else from what the base says. For classification the number of labels is that of the
-    adapter's head.
+    The class of the model comes from the adapter's ``task_type``, else from the class that the adapter was
+    trained on, as far as `transformers` itself has it, else from what the base says. For classification the
+    number of labels is that of the adapter's head.
 
     >>> model = grafts.from_pretrained("someone/an-adapter")  # doctest: +SKIP
 
@@ -78,7 +78,8 @@ def from_pretrained(
         local_files_only: look only at what was downloaded before.
         allow_pickle: accept an ``adapter_model.bin``.
         interface: what the model's modules are.
-        base_options: of the base's ``from_pretrained``: ``dtype``, ``device_map``, ``quantization_config`` ...
+        base_options: of the base's ``from_pretrained``: ``dtype``, ``device_map``, ``quantization_config``
+            ...
 
     Returns:
         The model, with the methods of `grafts.init`.
@@ -105,9 +106,13 @@ def from_pretrained(
         model = cls.from_pretrained(os.fspath(source), **options)
     except (OSError, ValueError) as error:
         first = (str(error).strip() or type(error).__name__).split("\n")[0]
-        raise CheckpointError(f"the base {os.fspath(source)!r} of {os.fspath(adapter)!r} cannot be loaded: {first}") from error
+        raise CheckpointError(
+            f"the base {os.fspath(source)!r} of {os.fspath(adapter)!r} cannot be loaded: {first}"
+        ) from error
     load: Any = init(model)
-    load.load_adapter(folder, adapter_name, is_trainable=is_trainable, adapter_kwargs={"allow_pickle": allow_pickle})
+    load.load_adapter(
+        folder, adapter_name, is_trainable=is_trainable, adapter_kwargs={"allow_pickle": allow_pickle}
+    )
     return load  # type: ignore[no-any-return]
 
 
@@ -116,26 +121,39 @@ def _labels(checkpoint: Checkpoint) -> int | None:
     config = checkpoint.config
     if config.task_type not in ("SEQ_CLS", "TOKEN_CLS"):
         return None
-    named = {name.removeprefix(peft.PREFIX).removeprefix("base_model."): tensor for name, tensor in checkpoint.tensors.items()}
+    named = {
+        name.removeprefix(peft.PREFIX).removeprefix("base_model."): tensor
+        for name, tensor in checkpoint.tensors.items()
+    }
     heads = [*(config.modules_to_save or ()), "classifier", "score"]
     rows = [
-        t.shape[0] for name, t in named.items() if name.endswith(".weight") and t.dim() == 2 and name.split(".")[0] in heads
+        t.shape[0]
+        for name, t in named.items()
+        if name.endswith(".weight") and t.dim() == 2 and name.split(".")[0] in heads
     ]
     return min(rows, default=None)
 
 
 def _class_of(checkpoint: Checkpoint, source: str, options: Mapping[str, Any]) -> Any:
-    """The class that the base is to be of; only classes that `transformers` itself has are looked up by a name in a file."""
+    """The class that the base is to be of; only classes that `transformers` itself has are looked up by a
+    name in a file.
+    """
     transformers = importlib.import_module("transformers")
     config = checkpoint.config
     if config.task_type is not None:
         return getattr(transformers, AUTO_CLASSES[config.task_type])
     names = [(config.auto_mapping or {}).get("base_model_class")]
-    where = {name: options[name] for name in ("revision", "token", "cache_dir", "local_files_only") if name in options}
+    where = {
+        name: options[name]
+        for name in ("revision", "token", "cache_dir", "local_files_only")
+        if name in options
+    }
     try:
         names += transformers.AutoConfig.from_pretrained(source, **where).architectures or []
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"the base {source!r} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+        raise CheckpointError(
+            f"the base {source!r} cannot be loaded: {str(error).strip().splitlines()[0]}"
+        ) from error
     for name in names:
         found = getattr(transformers, name, None) if isinstance(name, str) and name.isidentifier() else None
         if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):

@@ -1,4 +1,6 @@
-"""What the arguments of `load_adapter` and `add_adapter` name: configs of any kind, and checkpoints from anywhere."""
+"""What the arguments of `load_adapter` and `add_adapter` name: configs of any kind, and checkpoints from
+anywhere.
+"""
 
 from __future__ import annotations
 
@@ -62,13 +64,18 @@ def checkpoint_of(
     source = source or its_own
     if source is None and (config is None or tensors is None):
         raise ConfigError(
-            "You should either pass a `peft_model_id` or a `peft_config` and `adapter_state_dict` to load an adapter."
+            "You should either pass a `peft_model_id` or a `peft_config` and `adapter_state_dict` to load an "
+            "adapter."
         )
     known = (*_HUB, "allow_pickle", "key_mapping", *_IGNORED)
     if strange := [name for name in more if name not in known]:
-        raise ConfigError(f"adapter_kwargs has no {strange[0]!r}; {did_you_mean(strange[0], known[: -len(_IGNORED)])}")
+        raise ConfigError(
+            f"adapter_kwargs has no {strange[0]!r}; {did_you_mean(strange[0], known[: -len(_IGNORED)])}"
+        )
     chosen = {name: caller[name] for name in _HUB if caller.get(name)}
-    chosen |= {name: value for name, value in {**more, **options}.items() if value is not None and name in _HUB}
+    chosen |= {
+        name: value for name, value in {**more, **options}.items() if value is not None and name in _HUB
+    }
     if config is not None and tensors is not None:
         path = Path("state dict")
         made = config_of(config)
@@ -83,7 +90,9 @@ def checkpoint_of(
         tensors = checkpoint.tensors if tensors is None else tensors
     method = method_of(made)
     by_module = method.files is None and method.members is None
-    named = {peft.PREFIX + name.removeprefix(peft.PREFIX) if by_module else name: t for name, t in tensors.items()}
+    named = {
+        peft.PREFIX + name.removeprefix(peft.PREFIX) if by_module else name: t for name, t in tensors.items()
+    }
     size = sum(tensor.numel() * tensor.element_size() for tensor in named.values())
     return _renamed(model, Checkpoint(path, made, named, size), more.get("key_mapping"))
 
@@ -94,8 +103,8 @@ def _renamed(model: nn.Module, checkpoint: Checkpoint, mapping: Mapping[str, str
     Args:
         model: the base model.
         checkpoint: as it was read.
-        mapping: regular expression -> what takes its place in the path of a module; names that begin with no module of the
-            model get those by which `transformers` loads older checkpoints of it.
+        mapping: regular expression -> what takes its place in the path of a module; names that begin with no
+            module of the model get those by which `transformers` loads older checkpoints of it.
     """
     if checkpoint.layout != "peft":
         return checkpoint
@@ -106,4 +115,6 @@ def _renamed(model: nn.Module, checkpoint: Checkpoint, mapping: Mapping[str, str
     of_modules = {name: path for name, path in paths.items() if name.startswith(peft.PREFIX)}
     today = names_today(model, [path for path in of_modules.values() if path.split(".")[0] not in children])
     paths |= {name: peft.PREFIX + today.get(path, path) for name, path in of_modules.items()}
-    return dataclasses.replace(checkpoint, tensors={paths[name]: tensor for name, tensor in checkpoint.tensors.items()})
+    return dataclasses.replace(
+        checkpoint, tensors={paths[name]: tensor for name, tensor in checkpoint.tensors.items()}
+    )

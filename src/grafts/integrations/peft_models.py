@@ -41,7 +41,8 @@ class AdapterModel(nn.Module):
             model: the base model.
             config: the adapter's config, or configs by name, of which that of ``adapter_name`` is taken.
             adapter_name: what to call it.
-            low_cpu_mem_usage: accepted for callers that give it; adapters are made once, where they live, in any case.
+            low_cpu_mem_usage: accepted for callers that give it; adapters are made once, where they live, in
+                any case.
         """
         super().__init__()
         self.model = model
@@ -125,14 +126,17 @@ class AdapterModel(nn.Module):
             AdapterNameError: a name is unknown, or the new one taken.
             ConfigError: there is no such way, or not one weight for each.
         """
-        combining.combine(self.model, adapters, weights, adapter_name, method=combination_type, activate=False)
+        combining.combine(
+            self.model, adapters, weights, adapter_name, method=combination_type, activate=False
+        )
 
     def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:
         """Fold adapters into the base weights; the active ones if no names are given.
 
         Args:
             adapter_names: which.
-            safe_merge: accepted for callers that give it; weights are always checked for NaN and infinity first.
+            safe_merge: accepted for callers that give it; weights are always checked for NaN and infinity
+                first.
 
         Raises:
             MergeError: nothing was merged.
@@ -159,7 +163,9 @@ class AdapterModel(nn.Module):
         if not any(status.merged for status in adapters(self.model).values()):
             merging.merge(self.model, adapter_names)
         elif adapter_names is not None:
-            raise AdapterNameError("adapters are merged already: call unmerge_adapter() first to choose others")
+            raise AdapterNameError(
+                "adapters are merged already: call unmerge_adapter() first to choose others"
+            )
         return attach.detach(self.model, keep_merged=True)
 
     def unload(self) -> nn.Module:
@@ -177,14 +183,17 @@ class AdapterModel(nn.Module):
     def get_peft_config_as_dict(self, inference: bool = False) -> dict[str, dict[str, Any]]:
         """The configs as plain data, by name."""
         changed: dict[str, Any] = {"inference_mode": True} if inference else {}
-        return {name: dataclasses.replace(config, **changed).to_dict() for name, config in self.peft_config.items()}
+        return {
+            name: dataclasses.replace(config, **changed).to_dict()
+            for name, config in self.peft_config.items()
+        }
 
 
 class AdaptionPromptModel(AdapterModel):
     """A model with adaption prompts (LLaMA-Adapter, Zhang et al. 2023), as `peft` has it, on any model.
 
-    All adapters stay where they are; switching is a pointer. The first one is active and trainable; adding another leaves
-    that as it is.
+    All adapters stay where they are; switching is a pointer. The first one is active and trainable; adding
+    another leaves that as it is.
     """
 
     method = "adaption_prompt"
@@ -203,7 +212,8 @@ class AdaptionPromptModel(AdapterModel):
             model: the base model.
             configs: the adapter's config, or configs by name, of which that of ``adapter_name`` is taken.
             adapter_name: what to call it.
-            low_cpu_mem_usage: accepted for callers that give it; adapters are made once, where they live, in any case.
+            low_cpu_mem_usage: accepted for callers that give it; adapters are made once, where they live, in
+                any case.
         """
         super().__init__(model, configs, adapter_name, low_cpu_mem_usage)
 
@@ -233,7 +243,8 @@ class AdaptionPromptModel(AdapterModel):
             activate.activate(self.model, left[0])
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Make an adapter active, and trainable unless ``inference_mode``; while adapters are off, the one that comes back.
+        """Make an adapter active, and trainable unless ``inference_mode``; while adapters are off, the one
+        that comes back.
 
         Raises:
             AdapterNameError: the name is unknown.
@@ -267,8 +278,8 @@ class IA3Model(AdapterModel):
     >>> sorted(model.peft_config)
     ['default']
 
-    Its weighted adapters are the weighted sums of the vectors; ``combination_type="geometric"`` gives their weighted
-    geometric mean, which is what scaling with one after the other means.
+    Its weighted adapters are the weighted sums of the vectors; ``combination_type="geometric"`` gives their
+    weighted geometric mean, which is what scaling with one after the other means.
     """
 
     method = "ia3"

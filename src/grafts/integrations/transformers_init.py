@@ -23,10 +23,10 @@ _classes: WeakKeyDictionary[type, type] = WeakKeyDictionary()
 def init(model: M) -> M:
     """Give ``model`` the methods of `PeftAdapterMixin`, in place; the inverse is `deinit`.
 
-    Its class becomes a subclass with the same name, made for the purpose: what looks at the name, ``isinstance``, copies,
-    pickles and what the model is saved as see no difference. A library that calls ``model.forward`` itself, and so passes by
-    hooks, reaches the adapters too. The Trainer of `transformers` learns to load adapters back
-    into such models (`grafts.integrations.transformers_patches`).
+    Its class becomes a subclass with the same name, made for the purpose: what looks at the name,
+    ``isinstance``, copies, pickles and what the model is saved as see no difference. A library that calls
+    ``model.forward`` itself, and so passes by hooks, reaches the adapters too. The Trainer of `transformers`
+    learns to load adapters back into such models (`grafts.integrations.transformers_patches`).
 
     Returns:
         The same model.
@@ -69,10 +69,14 @@ def _with_methods(cls: type) -> type:
                 if entered:
                     self.__dict__[ENTERED] = False
                 return written(self, *args, **kwargs)
-            return self(*args, **kwargs)  # a library has called ``forward`` itself, which passes by every hook
+            return self(
+                *args, **kwargs
+            )  # a library has called ``forward`` itself, which passes by every hook
 
         kept = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
-        _classes[cls] = type(cls.__name__, (PeftAdapterMixin, cls), {**kept, "__reduce_ex__": reduce, "forward": forward})
+        _classes[cls] = type(
+            cls.__name__, (PeftAdapterMixin, cls), {**kept, "__reduce_ex__": reduce, "forward": forward}
+        )
     return _classes[cls]
 
 

@@ -27,7 +27,7 @@ from grafts.integrations.transformers_patches import wrap_trainer
 from grafts.lifecycle import activate, attach, registry
 from grafts.lifecycle import merge as merging
 from grafts.lifecycle.registry import find_registry
-from grafts.lifecycle.sharding import whole
+from grafts.lifecycle.sharding import gathered
 
 
 @dataclass
@@ -46,7 +46,8 @@ class FaceState:
 class PeftAdapterMixin:
     """The methods of `transformers`' own adapter mixin, for all methods of this library and without `peft`.
 
-    `grafts.init` gives them to a model that is there; a model class of one's own inherits from this one first::
+    `grafts.init` gives them to a model that is there; a model class of one's own inherits from this one
+    first::
 
         class MyModel(grafts.PeftAdapterMixin, LlamaForCausalLM): ...
     """
@@ -87,7 +88,9 @@ class PeftAdapterMixin:
             raise AdapterNameError("No adapter loaded. Please load an adapter first.")
         for name in names:
             if name not in known.plans:
-                raise AdapterNameError(f"no adapter is called {name!r}; {did_you_mean(str(name), known.plans)}")
+                raise AdapterNameError(
+                    f"no adapter is called {name!r}; {did_you_mean(str(name), known.plans)}"
+                )
         return known
 
     def load_adapter(
@@ -110,25 +113,28 @@ class PeftAdapterMixin:
         local_files_only: bool = False,
         load_config: Any = None,
     ) -> LoadReport:
-        """Put an adapter from a folder, from the hub, or from memory on the model, and make it the active one.
+        """Put an adapter from a folder, from the hub, or from memory on the model, and make it the active
+        one.
 
         Args:
             peft_model_id: a folder, or the id of a repository on the hub.
             adapter_name: what to call it; "default" if not given.
             revision: of the repository: a branch, tag or commit.
             token: for a private or gated repository.
-            device_map: where the model is to be, as `accelerate` takes it; "auto" alone leaves the model where it is, and
-                the adapter comes to where its modules compute.
+            device_map: where the model is to be, as `accelerate` takes it; "auto" alone leaves the model
+                where it is, and the adapter comes to where its modules compute.
             max_memory: how much each device may hold; the model is spread over them anew.
             offload_folder: where weights go that no device can hold.
             offload_index: of weights that lie in such a folder already.
             peft_config: the adapter's config, where it does not come from a folder.
             adapter_state_dict: its tensors, likewise, by the names of `get_adapter_state_dict` or of a file.
-            low_cpu_mem_usage: accepted; adapters are always planned without memory and made once, where they live.
+            low_cpu_mem_usage: accepted; adapters are always planned without memory and made once, where they
+                live.
             is_trainable: make it what is trained; else it stays frozen.
             adapter_kwargs: ``revision``, ``token``, ``subfolder``, ``cache_dir``, ``local_files_only``,
-                ``force_download`` of the repository; ``allow_pickle=True`` to read an ``adapter_model.bin``; ``key_mapping``,
-                regular expressions for parts of module paths that the model calls otherwise today.
+                ``force_download`` of the repository; ``allow_pickle=True`` to read an ``adapter_model.bin``;
+                ``key_mapping``, regular expressions for parts of module paths that the model calls otherwise
+                today.
             hotswap: True puts it into the tensors of the adapter that has the name; "auto" does so after
                 `enable_peft_hotswap`.
             local_files_only: look only at what was downloaded before.
@@ -140,7 +146,8 @@ class PeftAdapterMixin:
         Raises:
             AdapterNameError: the name is taken, or, to be hotswapped, is not there.
             CheckpointError: it cannot be had, is broken, or does not fit the model.
-            ConfigError: its config cannot be, neither an id nor config and tensors were given, or it cannot be hotswapped.
+            ConfigError: its config cannot be, neither an id nor config and tensors were given, or it cannot
+                be hotswapped.
         """
         model, name = cast("nn.Module", self), adapter_name if adapter_name is not None else "default"
         there = name in self.peft_config
@@ -153,11 +160,16 @@ class PeftAdapterMixin:
             raise AdapterNameError(f"Adapter with name {name} already exists. Please use a different name.")
         options = {"revision": revision, "token": token, "local_files_only": local_files_only or None}
         sources = (peft_model_id, peft_config, adapter_state_dict)
-        checkpoint = checkpoint_of(registry.unwrapped(model), *sources, options, adapter_kwargs or {}, load_config)
-        placed = device_map != "auto" or any(x is not None for x in (max_memory, offload_folder, offload_index))
+        checkpoint = checkpoint_of(
+            registry.unwrapped(model), *sources, options, adapter_kwargs or {}, load_config
+        )
+        placed = device_map != "auto" or any(
+            x is not None for x in (max_memory, offload_folder, offload_index)
+        )
         if swapping and placed:
             raise ConfigError(
-                "an adapter that is hotswapped takes the place of another, where the model is: leave device_map out"
+                "an adapter that is hotswapped takes the place of another, where the model is: leave "
+                "device_map out"
             )
         if swapping:
             report = swap(model, checkpoint, name=name)
@@ -165,13 +177,15 @@ class PeftAdapterMixin:
             report, parts = prepare(registry.unwrapped(model), name, checkpoint, None)
             room = self._face.room
             for _, part in parts if room is not None else ():
-                part.require_reservable(cast("int", room))
+                part.check_reservable(cast("int", room))
             if placed:
                 dispatch(model, device_map, max_memory, offload_folder, offload_index)
                 report, parts = prepare(registry.unwrapped(model), name, checkpoint, None)
             for _, part in parts if room is not None else ():
                 part.reserve(cast("int", room))
-            attach.attach_parts(model, name, report.plan, parts, activate=self._face.resting is None, train=is_trainable)
+            attach.attach_parts(
+                model, name, report.plan, parts, activate=self._face.resting is None, train=is_trainable
+            )
             if self._face.resting is not None:
                 self._face.resting = (name,)
         return report
@@ -191,12 +205,15 @@ class PeftAdapterMixin:
         name = adapter_name or "default"
         if name in self.peft_config:
             raise AdapterNameError(f"Adapter with name {name} already exists. Please use a different name.")
-        attach.add(cast("nn.Module", self), config_of(adapter_config), name=name, activate=self._face.resting is None)
+        attach.add(
+            cast("nn.Module", self), config_of(adapter_config), name=name, activate=self._face.resting is None
+        )
         if self._face.resting is not None:
             self._face.resting = (name,)
 
     def set_adapter(self, adapter_name: str | list[str]) -> None:
-        """Make adapters active and no others; of them those are trainable that were added or loaded to be trained.
+        """Make adapters active and no others; of them those are trainable that were added or loaded to be
+        trained.
 
         Raises:
             AdapterNameError: there is no adapter, or none of that name.
@@ -269,29 +286,40 @@ class PeftAdapterMixin:
     def get_adapter_state_dict(
         self, adapter_name: str | None = None, state_dict: Mapping[str, Tensor] | None = None
     ) -> dict[str, Tensor]:
-        """The tensors of an adapter, by their names in a file, those of modules without ``base_model.model.`` in front.
+        """The tensors of an adapter, by their names in a file, those of modules without ``base_model.model.``
+        in front.
 
         Args:
             adapter_name: which; the first active one if not given.
-            state_dict: the model's state dict to take them from, where the model itself does not hold them whole.
+            state_dict: the model's state dict to take them from, where the model itself does not hold them
+                whole.
 
         Raises:
             AdapterNameError: there is no adapter, or none of that name.
             StateError: the state dict does not hold it.
         """
         known = self._registry(() if adapter_name is None else (adapter_name,))
-        name = adapter_name if adapter_name is not None else next(iter(self.active_adapters()), next(iter(known.plans)))
+        name = (
+            adapter_name
+            if adapter_name is not None
+            else next(iter(self.active_adapters()), next(iter(known.plans)))
+        )
         plan = known.plans[name]
-        with whole(cast("nn.Module", self), [part for _, part in known.parts[name]], state_dict):
+        with gathered(cast("nn.Module", self), [part for _, part in known.parts[name]], state_dict):
             each = [adapter_tensors(known, name, one, number) for number, one in enumerate(plan.each())]
             if plan.members:
-                return {f"{at}.{key}": tensor.detach() for at, tensors in enumerate(each) for key, tensor in tensors.items()}
+                return {
+                    f"{at}.{key}": tensor.detach()
+                    for at, tensors in enumerate(each)
+                    for key, tensor in tensors.items()
+                }
             return {key.removeprefix(peft.PREFIX): tensor.detach() for key, tensor in each[0].items()}
 
     def enable_peft_hotswap(
         self, target_rank: int = 128, check_compiled: Literal["error", "warn", "ignore"] = "error"
     ) -> None:
-        """Make room in adapters that are loaded from now on for others, of any rank up to ``target_rank``, in their place.
+        """Make room in adapters that are loaded from now on for others, of any rank up to ``target_rank``, in
+        their place.
 
         Args:
             target_rank: the highest rank that is to come.
@@ -302,7 +330,10 @@ class PeftAdapterMixin:
             ConfigError: ``check_compiled`` is none of these, or the rank is not above 0.
         """
         if check_compiled not in ("error", "warn", "ignore"):
-            raise ConfigError(f"check_compiled should be one of 'error', 'warn', or 'ignore', got {check_compiled!r} instead.")
+            raise ConfigError(
+                f"check_compiled should be one of 'error', 'warn', or 'ignore', got {check_compiled!r} "
+                f"instead."
+            )
         if not isinstance(target_rank, int) or isinstance(target_rank, bool) or target_rank < 1:
             raise ConfigError(f"target_rank is {target_rank!r}; it must be a whole number above 0")
         if self.peft_config:
@@ -310,7 +341,8 @@ class PeftAdapterMixin:
                 raise StateError("Call `enable_peft_hotswap` before loading the first adapter.")
             if check_compiled == "warn":
                 _warn(
-                    "It is recommended to call `enable_peft_hotswap` before loading the first adapter: these get new tensors"
+                    "It is recommended to call `enable_peft_hotswap` before loading the first adapter: these "
+                    "get new tensors"
                 )
             for name in self.peft_config:
                 reserve(cast("nn.Module", self), name, target_rank)
@@ -351,12 +383,21 @@ class PeftAdapterMixin:
         names = self._chosen() if adapter_name is None else adapter_name
         self._registry([names] if isinstance(names, str) else names)
         several = not isinstance(names, str) and len(names) > 1
-        save(cast("nn.Module", self), names if several or isinstance(names, str) else names[0], save_directory, layout=layout)
+        save(
+            cast("nn.Module", self),
+            names if several or isinstance(names, str) else names[0],
+            save_directory,
+            layout=layout,
+        )
 
     def _chosen(self) -> list[str]:
-        """The adapters that the model is about: the active and the trainable ones, or all where there are none."""
+        """The adapters that the model is about: the active and the trainable ones, or all where there are
+        none.
+        """
         known = self._registry()
-        chosen = dict.fromkeys([*self.active_adapters(), *(name for name in known.trained if name in known.plans)])
+        chosen = dict.fromkeys(
+            [*self.active_adapters(), *(name for name in known.trained if name in known.plans)]
+        )
         return list(chosen or known.plans)
 
     def save_pretrained(
@@ -369,16 +410,16 @@ class PeftAdapterMixin:
     ) -> Any:
         """Write the adapters alone: one into the folder itself, several each into the folder of its name.
 
-        Written are those that are active or trainable. A model without adapters is written as ever. While adapters are
-        merged, the plain merged model is written, which loads with no library for adapters.
+        Written are those that are active or trainable. A model without adapters is written as ever. While
+        adapters are merged, the plain merged model is written, which loads with no library for adapters.
 
         Args:
             save_directory: made if needed.
             is_main_process: whether this process writes.
             state_dict: the model's state dict, where the model itself does not hold its tensors whole.
             args: of the class's own ``save_pretrained``.
-            kwargs: of the class's own; ``push_to_hub=True`` with ``repo_id``, ``token``, ``private``, ``commit_message``,
-                ``create_pr`` and ``revision`` uploads what was written.
+            kwargs: of the class's own; ``push_to_hub=True`` with ``repo_id``, ``token``, ``private``,
+                ``commit_message``, ``create_pr`` and ``revision`` uploads what was written.
 
         Raises:
             StateError: there is no adapter, and the class has no ``save_pretrained`` of its own.
@@ -386,7 +427,9 @@ class PeftAdapterMixin:
         known = find_registry(cast("nn.Module", self))
         if known is None:
             if not hasattr(super(), "save_pretrained"):
-                raise StateError(f"there is no adapter to save, and a {type(self).__name__} cannot save itself")
+                raise StateError(
+                    f"there is no adapter to save, and a {type(self).__name__} cannot save itself"
+                )
             return super().save_pretrained(save_directory, is_main_process, state_dict, *args, **kwargs)  # type: ignore[misc]
         if known.setup.merged:
             with attach.set_apart(cast("nn.Module", self)):
@@ -434,7 +477,8 @@ class PeftAdapterMixin:
         tags: list[str] | None = None,
         **kwargs: Any,
     ) -> str:
-        """Put the adapters into a repository on the hub, with a model card; a model without adapters as its class does.
+        """Put the adapters into a repository on the hub, with a model card; a model without adapters as its
+        class does.
 
         Args:
             repo_id: the repository; made if needed.
@@ -456,7 +500,12 @@ class PeftAdapterMixin:
         """
         known = find_registry(cast("nn.Module", self))
         commit = {"commit_message": commit_message, "commit_description": commit_description}
-        where: dict[str, Any] = {"private": private, "token": token, "revision": revision, "create_pr": create_pr}
+        where: dict[str, Any] = {
+            "private": private,
+            "token": token,
+            "revision": revision,
+            "create_pr": create_pr,
+        }
         if known is None or known.setup.merged:
             return cast("str", super().push_to_hub(repo_id, tags=tags, **commit, **where, **kwargs))  # type: ignore[misc]
         about = about or About()
@@ -465,7 +514,8 @@ class PeftAdapterMixin:
         return hub.upload(self._files(about=about), repo_id, subfolder=None, commit=commit, **where)
 
     def create_or_update_model_card(self, output_dir: str | os.PathLike[str]) -> None:
-        """Say in the card that a Trainer has written what the adapters are; a Trainer calls this before it pushes.
+        """Say in the card that a Trainer has written what the adapters are; a Trainer calls this before it
+        pushes.
 
         Args:
             output_dir: the folder with the card.
@@ -476,7 +526,9 @@ class PeftAdapterMixin:
         written, known = ModelCard.load(file), self._registry()
         for name in self._chosen():
             plan = known.plans[name]
-            base = plan.config.base_model_name_or_path or getattr(getattr(self, "config", None), "name_or_path", None)
+            base = plan.config.base_model_name_or_path or getattr(
+                getattr(self, "config", None), "name_or_path", None
+            )
             written.data.library_name = "peft"
             written.data.base_model = written.data.base_model or base or None
             written.data.tags = list(dict.fromkeys([*(written.data.tags or ()), "grafts", plan.method.name]))

@@ -1,4 +1,6 @@
-"""What `transformers` learns about adapters: its Trainer always, its loading of models where that is asked for."""
+"""What `transformers` learns about adapters: its Trainer always, its loading of models where that is asked
+for.
+"""
 
 from __future__ import annotations
 
@@ -13,15 +15,21 @@ from grafts.checkpoints import peft_format as peft
 from grafts.checkpoints.atomic_write import find
 from grafts.checkpoints.hotswap import restore
 from grafts.errors import CheckpointError, StateError
-from grafts.integrations.transformers_private import TRAINER_LOADS, asking_for_peft, model_class, trainer_class
+from grafts.integrations.transformers_private import (
+    TRAINER_LOADS,
+    asking_for_peft,
+    model_class,
+    trainer_class,
+)
 from grafts.lifecycle.registry import find_registry, unwrapped
 
 
 def wrap_trainer() -> None:
-    """Let every Trainer load adapters back into a model that carries them, when it resumes and when it ends with the best.
+    """Let every Trainer load adapters back into a model that carries them, when it resumes and when it ends
+    with the best.
 
-    Two methods of the class are wrapped, once. For a model without adapters, a folder that holds none, and under FSDP and
-    DeepSpeed, which have files of their own, they do what they did.
+    Two methods of the class are wrapped, once. For a model without adapters, a folder that holds none, and
+    under FSDP and DeepSpeed, which have files of their own, they do what they did.
     """
     trainer = trainer_class()
     for name in TRAINER_LOADS if trainer is not None else ():
@@ -34,7 +42,9 @@ def _loading(method: Callable[..., Any]) -> Callable[..., Any]:
     """A Trainer's method that loads, for models with adapters too."""
 
     @functools.wraps(method)
-    def load(self: Any, folder: str | None = None, model: nn.Module | None = None, *args: Any, **kwargs: Any) -> Any:
+    def load(
+        self: Any, folder: str | None = None, model: nn.Module | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
         given = () if folder is None else (folder,) if model is None else (folder, model)
         source = Path(folder if folder is not None else self.state.best_model_checkpoint)
         inner = unwrapped(self.model if model is None else model)
@@ -48,7 +58,9 @@ def _loading(method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def carries_adapters(model: nn.Module) -> bool:
-    """Whether adapters were put on this very module, and not on a part of it that saves and loads them by itself."""
+    """Whether adapters were put on this very module, and not on a part of it that saves and loads them by
+    itself.
+    """
     try:
         return find_registry(model) is not None
     except StateError:
@@ -60,7 +72,8 @@ _on: set[Integration] = set()
 
 
 class Integration:
-    """What `integrate` has switched on. ``remove()`` switches it off again, as does the end of a ``with`` block.
+    """What `integrate` has switched on. ``remove()`` switches it off again, as does the end of a ``with``
+    block.
 
     It stays on as long as somebody has not switched off what they switched on.
     """
@@ -81,7 +94,8 @@ class Integration:
 
 
 def integrate(initialise: Callable[[Any], Any]) -> Integration:
-    """Let `transformers` open adapters by their folder or repository with this library; see `grafts.integrate`.
+    """Let `transformers` open adapters by their folder or repository with this library; see
+    `grafts.integrate`.
 
     Args:
         initialise: gives a model the methods of this library.
@@ -95,7 +109,9 @@ def integrate(initialise: Callable[[Any], Any]) -> Integration:
         return True
 
     if not _on:
-        replacements: list[tuple[Any, str, Callable[..., Any]]] = [(model_class(), "load_adapter", load_adapter)]
+        replacements: list[tuple[Any, str, Callable[..., Any]]] = [
+            (model_class(), "load_adapter", load_adapter)
+        ]
         replacements += [(module, "is_peft_available", yes) for module in asking_for_peft()]
         for owner, name, value in replacements:
             before = vars(owner).get(name)
@@ -135,6 +151,8 @@ def load_back(model: nn.Module, folder: Path, there: Mapping[str, Path]) -> None
         sources = {chosen[0]: there[""]} if len(chosen) == 1 else {}
     if missing := [name for name in trained or chosen if name not in sources]:
         found = [name or "one without a name" for name in there]
-        raise CheckpointError(f"{str(folder)!r} does not hold adapter {missing[0]!r} of this model; it holds {found}")
+        raise CheckpointError(
+            f"{str(folder)!r} does not hold adapter {missing[0]!r} of this model; it holds {found}"
+        )
     for name, source in sources.items():
         restore(model, name, source)

@@ -1,21 +1,28 @@
-"""The names of `transformers` that are private to it, or not meant to be replaced, each where no public one would do.
+"""The names of `transformers` that are private to it, or not meant to be replaced, each where no public one
+would do.
 
-Nothing else of this package touches one, but for the last two below, which have to be read where they are needed.
+Nothing else of this package touches one, but for the last two below, which have to be read where they are
+needed.
 
-- `Trainer._load_from_checkpoint`, `Trainer._load_best_model`: what a Trainer calls to resume, and to end with the best model.
-  They know models, and adapters inside a `peft.PeftModel`; for adapters on a model itself they find nothing to load.
-- `is_peft_available` in the modules below: the question before a folder is looked at as an adapter. `transformers` asks
-  whether `peft` is installed, where the model's own ``load_adapter`` is all that it calls then.
-- `PreTrainedModel.load_adapter`: what ``from_pretrained`` calls once it has loaded the base that a folder names.
-- `get_model_conversion_mapping` and, before 5, ``_checkpoint_conversion_mapping`` of a model: what the modules of older
-  checkpoints are called today.
-- ``_no_split_modules`` of a model: which of its modules have to stay on one device, which `accelerate` asks for.
-- ``_attn_implementation`` of a config, in `grafts.sites.attention`: the name of the kernel that an attention module
-  fetches. `transformers` says it in no other way, and modules read it under that name.
-- ``_hf_hook`` of a module, in `grafts.modules.tree` and `grafts.integrations.device_map`: the hook with which `accelerate`
-  spreads a model.
+- `Trainer._load_from_checkpoint`, `Trainer._load_best_model`: what a Trainer calls to resume, and to end with
+  the best model. They know models, and adapters inside a `peft.PeftModel`; for adapters on a model itself
+  they find nothing to load.
+- `is_peft_available` in the modules below: the question before a folder is looked at as an adapter.
+  `transformers` asks whether `peft` is installed, where the model's own ``load_adapter`` is all that it calls
+  then.
+- `PreTrainedModel.load_adapter`: what ``from_pretrained`` calls once it has loaded the base that a folder
+  names.
+- `get_model_conversion_mapping` and, before 5, ``_checkpoint_conversion_mapping`` of a model: what the
+  modules of older checkpoints are called today.
+- ``_no_split_modules`` of a model: which of its modules have to stay on one device, which `accelerate` asks
+  for.
+- ``_attn_implementation`` of a config, in `grafts.sites.attention`: the name of the kernel that an attention
+  module fetches. `transformers` says it in no other way, and modules read it under that name.
+- ``_hf_hook`` of a module, in `grafts.modules.tree` and `grafts.integrations.device_map`: the hook with which
+  `accelerate` spreads a model.
 
-What the arguments of a call are called in which version is no private matter; `grafts.sites.arguments` knows it.
+What the arguments of a call are called in which version is no private matter; `grafts.sites.arguments` knows
+it.
 """
 
 from __future__ import annotations
@@ -28,7 +35,12 @@ from typing import Any
 from torch import nn
 
 TRAINER_LOADS = ("_load_from_checkpoint", "_load_best_model")
-_ASKING = ("integrations.peft", "models.auto.auto_factory", "pipelines", "modeling_utils")  # the last before 5
+_ASKING = (
+    "integrations.peft",
+    "models.auto.auto_factory",
+    "pipelines",
+    "modeling_utils",
+)  # the last before 5
 
 
 def trainer_class() -> Any:
@@ -58,7 +70,9 @@ def unsplit_modules(model: nn.Module) -> list[str]:
 
 
 def names_today(model: nn.Module, paths: Collection[str]) -> dict[str, str]:
-    """The names that tensors of an older checkpoint have in ``model``; the same where `transformers` knows no other."""
+    """The names that tensors of an older checkpoint have in ``model``; the same where `transformers` knows no
+    other.
+    """
     names = {path: path for path in paths}
     for pattern, by in getattr(model, "_checkpoint_conversion_mapping", {}).items():
         names = {path: re.sub(pattern, by, name) for path, name in names.items()}

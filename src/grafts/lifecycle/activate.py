@@ -10,7 +10,7 @@ from torch import nn
 from grafts.errors import AdapterNameError, StateError
 from grafts.lifecycle.registry import M, Registry, registry_of, unwrapped
 from grafts.lifecycle.sharding import require_shared
-from grafts.modules.tree import own_parameters
+from grafts.modules.tree import base_parameters
 
 
 def activate(model: M, names: str | Sequence[str]) -> M:
@@ -46,7 +46,8 @@ def deactivate(model: M) -> M:
 
 @contextlib.contextmanager
 def active(model: M, names: str | Sequence[str]) -> Iterator[M]:
-    """`activate` for the length of a ``with`` block; what was active before is active again after it, come what may.
+    """`activate` for the length of a ``with`` block; what was active before is active again after it, come
+    what may.
 
     >>> with grafts.active(model, "en"):  # doctest: +SKIP
     ...     model(**batch)
@@ -60,7 +61,8 @@ def active(model: M, names: str | Sequence[str]) -> Iterator[M]:
 
 
 def train_only(model: M, names: str | Sequence[str] = ()) -> M:
-    """Make the parameters of these adapters the only ones of the model that get gradients; with no names, freeze all.
+    """Make the parameters of these adapters the only ones of the model that get gradients; with no names,
+    freeze all.
 
     Being active and being trainable are separate: an adapter that is trained but not active gets no gradient.
 
@@ -83,7 +85,7 @@ def train_only(model: M, names: str | Sequence[str] = ()) -> M:
 
 def _train(model: nn.Module, registry: Registry, wanted: tuple[str, ...], frozen: Iterable[str]) -> None:
     """Freeze the base and the adapters ``frozen``, thaw ``wanted``."""
-    for parameter in own_parameters(model).values():
+    for parameter in base_parameters(model).values():
         if parameter.requires_grad:
             parameter.requires_grad_(False)
     for names, value in ((frozen, False), (wanted, True)):

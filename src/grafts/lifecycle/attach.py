@@ -17,7 +17,7 @@ from grafts.lifecycle.plan import Plan
 from grafts.lifecycle.registry import M, Registry, _known, find_registry, registry_of, unwrapped
 from grafts.lifecycle.sharding import require_shared
 from grafts.methods._presets import config_from
-from grafts.modules.tree import own_modules, own_parameters
+from grafts.modules.tree import base_modules, base_parameters
 from grafts.sites.site import Part, site_of, sites_at, sites_in
 from grafts.structure.interface import AdapterModelInterface
 
@@ -36,7 +36,8 @@ def add(
     Args:
         model: any module; its class, its own parameter names and tensors stay what they are.
         config: what to add; or a text, as `grafts.config_from` takes it.
-        interface: what the model's modules are; where a method needs to know and it is not given, it is worked out.
+        interface: what the model's modules are; where a method needs to know and it is not given, it is
+            worked out.
         name: what to call it.
         activate: make it the active adapter; False leaves the setup as it is.
         train: make it the only trainable thing in the model; False leaves it frozen.
@@ -54,7 +55,9 @@ def add(
     return attach_parts(model, name, made, build_parts(inner, made, name), activate=activate, train=train)
 
 
-def attach_parts(model: M, name: str, made: Plan, parts: Sequence[tuple[str, Part]], *, activate: bool, train: bool) -> M:
+def attach_parts(
+    model: M, name: str, made: Plan, parts: Sequence[tuple[str, Part]], *, activate: bool, train: bool
+) -> M:
     """Hang prepared parts on the model; nothing in here can fail halfway.
 
     Raises:
@@ -66,10 +69,10 @@ def attach_parts(model: M, name: str, made: Plan, parts: Sequence[tuple[str, Par
     registry = find_registry(model_)
     if registry is None:
         registry = _known[model_] = Registry(model_)
-        registry.calls.attach(model_)
-        for parameter in own_parameters(model_).values():
+        registry.root_hooks.attach(model_)
+        for parameter in base_parameters(model_).values():
             parameter.requires_grad_(False)
-    modules = dict(own_modules(model_))
+    modules = dict(base_modules(model_))
     for path, part in parts:
         host = modules[path]
         site = site_of(host, part.site)
@@ -77,7 +80,7 @@ def attach_parts(model: M, name: str, made: Plan, parts: Sequence[tuple[str, Par
             site = part.site(registry.setup)
             site.attach(host)
         site.append(name, part, host)
-    registry.calls.stay_last(model_)
+    registry.root_hooks.stay_last(model_)
     registry.plans[name] = made
     registry.parts[name] = list(parts)
     for number, one in enumerate(made.each()):
@@ -130,8 +133,8 @@ def detach(model: M, *, keep_merged: bool = False) -> M:
     registry = registry_of(inner)
     if registry.merge is not None and not keep_merged:
         raise StateError(
-            f"{list(registry.setup.merged)} is merged: call grafts.unmerge(model) first to get the base back, "
-            "or grafts.detach(model, keep_merged=True) to keep the merged weights"
+            f"{list(registry.setup.merged)} is merged: call grafts.unmerge(model) first to get the base "
+            "back, or grafts.detach(model, keep_merged=True) to keep the merged weights"
         )
     for host, site in sites_in(inner):
         site.detach(host)
@@ -151,23 +154,29 @@ def bare(model: M) -> M:
         A model of the same class without adapters; it takes no memory for weights, which stay frozen.
 
     Raises:
-        StateError: nothing is attached, or adapters are merged, so that the weights are not those of the base.
+        StateError: nothing is attached, or adapters are merged, so that the weights are not those of the
+            base.
     """
     inner = unwrapped(model)
     registry_of(inner).require_unmerged("look at the bare base")
-    shared = [*own_parameters(inner).values(), *(b for _, m in own_modules(inner) for b in m._buffers.values())]
+    shared = [
+        *base_parameters(inner).values(),
+        *(b for _, m in base_modules(inner) for b in m._buffers.values()),
+    ]
     twin = copy.deepcopy(inner, {id(tensor): tensor for tensor in shared if tensor is not None})
     registry = registry_of(twin)
     for host, site in list(sites_in(twin)):
         site.detach(host)
-    registry.calls.detach(twin)
+    registry.root_hooks.detach(twin)
     _known.pop(twin, None)
     return cast("M", twin)
 
 
 @contextlib.contextmanager
 def set_apart(model: nn.Module) -> Iterator[None]:
-    """Take all sites out of the tree of modules for the length of a ``with`` block, so that the model looks as its base."""
+    """Take all sites out of the tree of modules for the length of a ``with`` block, so that the model looks
+    as its base.
+    """
     apart = list(sites_in(unwrapped(model)))
     for host, site in apart:
         del host._modules[site.child]
@@ -179,7 +188,7 @@ def set_apart(model: nn.Module) -> Iterator[None]:
 
 
 def _restore(model: nn.Module, registry: Registry) -> None:
-    registry.calls.detach(model)
-    for name, parameter in own_parameters(model).items():
+    registry.root_hooks.detach(model)
+    for name, parameter in base_parameters(model).items():
         parameter.requires_grad_(registry.requires_grad.get(name, parameter.requires_grad))
     _known.pop(model, None)

@@ -12,10 +12,10 @@ from grafts.errors import AdapterNameError, ConfigError, GraftsError
 from grafts.lifecycle.plan import Key, Plan, Target
 from grafts.lifecycle.registry import find_registry
 from grafts.lifecycle.resolve import resolve
-from grafts.modules.tree import home, own_modules
+from grafts.modules.tree import base_modules, device_and_dtype
 from grafts.sites.site import Part
 from grafts.structure.interface import AdapterModelInterface
-from grafts.structure.roles import Anatomy
+from grafts.structure.roles import ModelView
 
 
 def prepare_plan(
@@ -25,20 +25,26 @@ def prepare_plan(
     name: str,
     lenient: bool = False,
     replaced: Sequence[str] = (),
-    body: Anatomy | None = None,
+    view: ModelView | None = None,
     blanks: dict[Key, Part] | None = None,
     interface: AdapterModelInterface | None = None,
 ) -> Plan:
-    """The plan of an adapter that could be added under this name now; the arguments are those of `resolve`."""
+    """The plan of an adapter that could be added under this name now; the arguments are those of
+    `resolve`.
+    """
     registry = find_registry(model)
     if not isinstance(name, str) or not name:
         raise AdapterNameError(f"an adapter's name is a string that is not empty, not {name!r}")
     if registry is not None:
         registry.require_unmerged(f"add {name!r}")
         if name in registry.plans:
-            raise AdapterNameError(f"an adapter is called {name!r} already: grafts.delete(model, {name!r}) removes it")
+            raise AdapterNameError(
+                f"an adapter is called {name!r} already: grafts.delete(model, {name!r}) removes it"
+            )
     try:
-        return resolve(model, config, lenient=lenient, replaced=replaced, body=body, blanks=blanks, interface=interface)
+        return resolve(
+            model, config, lenient=lenient, replaced=replaced, view=view, blanks=blanks, interface=interface
+        )
     except ConfigError as error:
         raise type(error)(f"adapter {name!r}: {error}") from error
 
@@ -56,13 +62,13 @@ def build_parts(
         model: the base model.
         made: the plan.
         name: the adapter's name, for messages.
-        tensors: values by path and file name, whose names and shapes are those of the plan, those of a union's members with
-            their number before the path; without them the adapter is new.
+        tensors: values by path and file name, whose names and shapes are those of the plan, those of a
+            union's members with their number before the path; without them the adapter is new.
         blanks: parts without memory that planning has made already, to be filled with these values.
     """
     built: dict[Key, Part] = {}
     own = [one.method.name for one in made.each()]
-    modules = dict(own_modules(model))
+    modules = dict(base_modules(model))
     for target in sorted(made.targets, key=lambda target: target.tied_to is not None):
         host = modules[target.path]
         try:
@@ -89,7 +95,7 @@ def build_part(
     prefix: str = "",
 ) -> Part:
     """The part for one target, on its module's device; ``prefix`` stands before the paths of its tensors."""
-    device = home(host)[0]
+    device = device_and_dtype(host)[0]
     if tensors is None:
         with torch.device(device):
             return target.build(host)
@@ -112,7 +118,8 @@ def _fill(part: Part, values: Mapping[str, Tensor], device: torch.device) -> Non
             tensor.copy_(values[name])
             continue
         module, key = owners[id(tensor if isinstance(tensor, nn.Parameter) else tensor._base)]
-        # copied: a file's own memory is not aligned as PyTorch's, which changes roundings, and ends with the file
+        # copied: a file's own memory is not aligned as PyTorch's, which changes roundings, and ends with the
+        # file
         value = torch.empty(tensor.shape, dtype=tensor.dtype, device=device).copy_(values[name])
         parameter = module._parameters[key]
         assert parameter is not None

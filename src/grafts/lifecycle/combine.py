@@ -15,7 +15,7 @@ from grafts.lifecycle.attach import attach_parts
 from grafts.lifecycle.build import build_part, build_parts, prepare_plan
 from grafts.lifecycle.plan import Plan
 from grafts.lifecycle.registry import registry_of, unwrapped
-from grafts.methods._tensor_merging import Blend
+from grafts.methods._tensor_merging import TensorMerging
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -37,16 +37,17 @@ def combine(
 ) -> M:
     """Make several adapters of one method into a new one; they stay as they are.
 
-    What it means is the method's affair; each page of the docs says it. One adapter with weight 1 gives that adapter's
-    output, whatever the way. Trained copies, biases and tokens are moved from the base's values by the weighted sum of how far
-    the adapters have moved them.
+    What it means is the method's affair; each page of the docs says it. One adapter with weight 1 gives that
+    adapter's output, whatever the way. Trained copies, biases and tokens are moved from the base's values by
+    the weighted sum of how far the adapters have moved them.
 
     Args:
         model: the model that carries them.
         names: the adapters.
         weights: one for each; 1 for each if not given.
         name: what to call the new one.
-        method: the way: ``"linear"``, ``"cat"``, ``"svd"``, ``"ties"`` ..., of those that the adapters' method declares.
+        method: the way: ``"linear"``, ``"cat"``, ``"svd"``, ``"ties"`` ..., of those that the adapters'
+            method declares.
         rank: the rank of the result of the svd forms; the largest of the adapters' if not given.
         density: the share of values that ties, dare and magnitude_prune keep.
         majority_sign: what ties goes by: the ``"total"`` of the values or the ``"frequency"`` of the signs.
@@ -74,14 +75,16 @@ def combine(
     kind = plans[0].method
     if different := [source for source, made in zip(names, plans, strict=True) if made.method is not kind]:
         raise ConfigError(
-            f"{names[0]!r} is {kind.title} and {different[0]!r} is not; adapters of one method can be made into one"
+            f"{names[0]!r} is {kind.title} and {different[0]!r} is not; adapters of one method can be made "
+            f"into one"
         )
     if kind.combine is None or method not in kind.combinations:
         known = did_you_mean(method, kind.combinations)
         raise ConfigError(f"{kind.title} adapters cannot be combined by {method!r}; {known}")
-    blend = Blend(method, rank, density, majority_sign, generator)
+    blend = TensorMerging(method, rank, density, majority_sign, generator)
     sources = [
-        (made.config, registry.own_parts(source), share) for source, made, share in zip(names, plans, shares, strict=True)
+        (made.config, registry.own_parts(source), share)
+        for source, made, share in zip(names, plans, shares, strict=True)
     ]
     config, tensors = kind.combine(sources, blend)
     made = prepare_plan(inner, _config_for_all(config, plans), name=name, interface=plans[0].interface)
@@ -89,7 +92,9 @@ def combine(
     needed = {f"{t.path}.{key}".lstrip(".") for t in made.targets if t.tied_to is None for key in t.tensors}
     if needed != set(tensors):
         raise StateError(f"cannot combine {list(names)}: no one has {sorted(needed ^ set(tensors))[:3]}")
-    return attach_parts(model, name, made, build_parts(inner, made, name, tensors), activate=activate, train=train)
+    return attach_parts(
+        model, name, made, build_parts(inner, made, name, tensors), activate=activate, train=train
+    )
 
 
 _BIASES = ("none", "lora_only", "all")  # each trains what those before it train, and more
@@ -98,10 +103,15 @@ _BIASES = ("none", "lora_only", "all")  # each trains what those before it train
 def _config_for_all(config: AdapterConfig, plans: Sequence[Plan]) -> AdapterConfig:
     """``config`` with every module that one of the adapters has, by its path."""
     if len({str(getattr(p.config, "trainable_token_indices", None)) for p in plans}) > 1:
-        raise ConfigError("adapters that train different tokens (trainable_token_indices) cannot be made into one")
+        raise ConfigError(
+            "adapters that train different tokens (trainable_token_indices) cannot be made into one"
+        )
     copies = dict.fromkeys(t.path for p in plans for t in p.targets if t.kind == "copy" and t.tied_to is None)
     own = dict.fromkeys(
-        t.path for p in plans for t in p.targets if t.kind == p.method.name and t.tied_to is None and t.tensors
+        t.path
+        for p in plans
+        for t in p.targets
+        if t.kind == p.method.name and t.tied_to is None and t.tensors
     )
     named: dict[str, Any] = {"target_modules": tuple(own), "exclude_modules": None, "target_roles": None}
     changes: dict[str, Any] = {
@@ -112,11 +122,17 @@ def _config_for_all(config: AdapterConfig, plans: Sequence[Plan]) -> AdapterConf
     }
     if "bias" in config.field_names():
         changes["bias"] = max((p.config.bias for p in plans), key=_BIASES.index)  # type: ignore[attr-defined]
-    return dataclasses.replace(config, **{key: value for key, value in changes.items() if key in config.field_names()})
+    return dataclasses.replace(
+        config, **{key: value for key, value in changes.items() if key in config.field_names()}
+    )
 
 
-def _extras(model: nn.Module, made: Plan, names: Sequence[str], weights: Sequence[float]) -> dict[str, Tensor]:
-    """The tensors of copies, biases and tokens: the base's, moved by the weighted sum of the adapters' moves."""
+def _extras(
+    model: nn.Module, made: Plan, names: Sequence[str], weights: Sequence[float]
+) -> dict[str, Tensor]:
+    """The tensors of copies, biases and tokens: the base's, moved by the weighted sum of the adapters'
+    moves.
+    """
     registry = registry_of(model)
     result = {}
     for target in made.targets:
@@ -131,7 +147,8 @@ def _extras(model: nn.Module, made: Plan, names: Sequence[str], weights: Sequenc
             for name, weight in zip(names, weights, strict=True):
                 for other, (_, part) in zip(registry.plans[name].targets, registry.parts[name], strict=True):
                     if (other.path, other.kind) == (target.path, target.kind):
-                        # A file says "base_layer." where the adapter has a part of its own at the module; not all may have.
+                        # A file says "base_layer." where the adapter has a part of its own at the module; not
+                        # all may have.
                         values = {_at_module(own): tensor for own, tensor in part.file_tensors().items()}
                         moved += weight * (values[_at_module(key)] - start[key])
             result[f"{target.path}.{key}".lstrip(".")] = moved

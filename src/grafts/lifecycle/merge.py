@@ -14,8 +14,8 @@ from torch.utils._pytree import tree_leaves
 from grafts.errors import MergeError, StateError
 from grafts.lifecycle.activate import activate, deactivate
 from grafts.lifecycle.registry import Merge, Undo, parts_of, registry_of, unwrapped
-from grafts.modules.tree import own_modules
-from grafts.modules.weights import read, stored
+from grafts.modules.tree import base_modules
+from grafts.modules.weights import read_weights, to_finite_storage
 from grafts.sites.module import fold
 from grafts.sites.site import Part
 
@@ -27,13 +27,14 @@ T = TypeVar("T")
 def merge(model: M, names: str | Sequence[str] | None = None, *, untie: bool = False) -> M:
     """Fold adapters into the base weights, so that the plain model computes what the adapted one did.
 
-    The sum is made in float32 (float64 for a float64 base) whatever the weights are stored in, and rounded once. All
-    modules are merged or none. The originals are kept, so `unmerge` gives the base back bitwise.
+    The sum is made in float32 (float64 for a float64 base) whatever the weights are stored in, and rounded
+    once. All modules are merged or none. The originals are kept, so `unmerge` gives the base back bitwise.
 
     Args:
         model: the model.
         names: which adapters, in the order in which they act; the active ones if not given.
-        untie: give a weight that other modules share (an embedding tied to the head) storage of its own first.
+        untie: give a weight that other modules share (an embedding tied to the head) storage of its own
+            first.
 
     Returns:
         The same model, computing with these adapters through its weights.
@@ -41,7 +42,8 @@ def merge(model: M, names: str | Sequence[str] | None = None, *, untie: bool = F
     Raises:
         AdapterNameError: a name is unknown.
         StateError: adapters are merged already.
-        MergeError: a module's weights cannot be merged: shared with others, quantized, offloaded, or not finite.
+        MergeError: a module's weights cannot be merged: shared with others, quantized, offloaded, or not
+            finite.
     """
     inner = unwrapped(model)
     registry = registry_of(inner)
@@ -65,11 +67,15 @@ def merge(model: M, names: str | Sequence[str] | None = None, *, untie: bool = F
         path, others = next(iter(shared.items()))
         raise MergeError(
             f"{path!r} shares its storage with {others}, which merging would change as well: "
-            "leave it out of the adapter's targets, or give it a copy of its own with grafts.merge(..., untie=True)"
+            "leave it out of the adapter's targets, or give it a copy of its own with grafts.merge(..., "
+            "untie=True)"
         )
     activate(model, wanted)
     tensors = {name: tensor for path in ready for name, tensor in _full_names(path, ready[path]).items()}
-    undo = [_put(inner, name, tensor, name in shared) for name, tensor in _once_each(inner, tensors, shared).items()]
+    undo = [
+        _put(inner, name, tensor, name in shared)
+        for name, tensor in _once_each(inner, tensors, shared).items()
+    ]
     if shared:
         undo.append(_untie_config(inner))
     registry.merge = Merge(undo, before)
@@ -99,35 +105,44 @@ def _merged_tensors(model: nn.Module, path: str, parts: list[Part]) -> dict[str,
     """The tensors of one module that the parts change, ready to be put in its place."""
     module = model.get_submodule(path)
     try:
-        return stored(module, fold(read(module), parts))
+        return to_finite_storage(module, fold(read_weights(module), parts))
     except MergeError as error:
         raise MergeError(f"cannot merge into {path!r}: {error}") from error
 
 
 def _shared(model: nn.Module, ready: Mapping[str, Mapping[str, Tensor]]) -> dict[str, list[str]]:
-    """Which of the tensors to be changed share storage with others of the model: name -> the others' names."""
+    """Which of the tensors to be changed share storage with others of the model: name -> the others'
+    names.
+    """
     by_storage: dict[tuple[torch.device, int], list[str]] = defaultdict(list)
-    for path, module in own_modules(model):  # each once, by the path that planning knows it by
+    for path, module in base_modules(model):  # each once, by the path that planning knows it by
         for name, tensor in _full_names(path, module._parameters).items():
             if tensor is not None and tensor.device.type != "meta":
                 by_storage[tensor.device, tensor.untyped_storage().data_ptr()].append(name)
     groups = {name: names for names in by_storage.values() for name in names}
     changed = [name for path, tensors in ready.items() for name in _full_names(path, tensors)]
-    return {name: others for name in changed if (others := [other for other in groups[name] if other != name])}
+    return {
+        name: others for name in changed if (others := [other for other in groups[name] if other != name])
+    }
 
 
 def _alike(ready: Mapping[str, Mapping[str, Tensor]], name: str, others: Sequence[str]) -> bool:
-    """Whether all modules that share a tensor are merged to the same values, up to rounding: they can go on sharing it."""
+    """Whether all modules that share a tensor are merged to the same values, up to rounding: they can go on
+    sharing it.
+    """
     tensors = {key: tensor for path in ready for key, tensor in _full_names(path, ready[path]).items()}
     here = tensors[name]
     rounding = 4 * torch.finfo(here.dtype).eps
     return all(
-        other in tensors and torch.allclose(tensors[other], here, rtol=rounding, atol=rounding * float(here.abs().max()))
+        other in tensors
+        and torch.allclose(tensors[other], here, rtol=rounding, atol=rounding * float(here.abs().max()))
         for other in others
     )
 
 
-def _once_each(model: nn.Module, tensors: Mapping[str, Tensor], untied: Mapping[str, object]) -> dict[str, Tensor]:
+def _once_each(
+    model: nn.Module, tensors: Mapping[str, Tensor], untied: Mapping[str, object]
+) -> dict[str, Tensor]:
     """``tensors`` without those whose parameter stands there under another name already and stays shared."""
     seen: set[int] = set()
     result = {}
@@ -140,7 +155,9 @@ def _once_each(model: nn.Module, tensors: Mapping[str, Tensor], untied: Mapping[
 
 
 class _Restore:
-    """Puts one tensor back where a merge has replaced it; a class, so that it can be copied and pickled with the model."""
+    """Puts one tensor back where a merge has replaced it; a class, so that it can be copied and pickled with
+    the model.
+    """
 
     def __init__(self, path: str, name: str, original: nn.Parameter | Tensor) -> None:
         self.path, self.name, self.original = path, name, original
@@ -212,15 +229,17 @@ class MergeReport:
         """Two lines for people."""
         share = self.max_error / self.effect if self.effect else float("inf")
         return (
-            f"merging {', '.join(self.names)}: outputs differ by at most {self.max_error:.2g} (mean {self.mean_error:.2g}), "
-            f"{self.max_error / max(self.scale, 1e-30):.1e} of their size\n"
-            f"  the adapters themselves move them by {self.effect:.2g}, so the merge costs {share:.1e} of their effect"
+            f"merging {', '.join(self.names)}: outputs differ by at most {self.max_error:.2g} (mean "
+            f"{self.mean_error:.2g}), {self.max_error / max(self.scale, 1e-30):.1e} of their size\n"
+            f"  the adapters themselves move them by {self.effect:.2g}, so the merge costs {share:.1e} of "
+            "their effect"
         )
 
 
 @torch.no_grad()
 def verify_merge(model: nn.Module, inputs: Any, names: str | Sequence[str] | None = None) -> MergeReport:
-    """Measure what merging costs: run the model bare, unmerged and merged, and compare. The model is left as it was.
+    """Measure what merging costs: run the model bare, unmerged and merged, and compare. The model is left as
+    it was.
 
     Args:
         model: the model; dropout is off while it runs.
@@ -240,7 +259,9 @@ def verify_merge(model: nn.Module, inputs: Any, names: str | Sequence[str] | Non
 
     def outputs() -> list[Tensor]:
         called = (
-            model(**inputs) if isinstance(inputs, Mapping) else model(*(inputs if isinstance(inputs, tuple) else (inputs,)))
+            model(**inputs)
+            if isinstance(inputs, Mapping)
+            else model(*(inputs if isinstance(inputs, tuple) else (inputs,)))
         )
         leaves = tree_leaves(dict(called) if isinstance(called, Mapping) else called)
         return [x.double() for x in leaves if isinstance(x, Tensor) and x.is_floating_point()]

@@ -88,7 +88,9 @@ class Plan:
         return sum(target.parameters for target in self.targets)
 
     def rows(self) -> list[tuple[str, str, str, str, int, int]]:
-        """The targets with repeated layers as one row: module, role, shape, kind, how many, parameters in all."""
+        """The targets with repeated layers as one row: module, role, shape, kind, how many, parameters in
+        all.
+        """
         groups: dict[tuple[str, str, str, str, int], int] = {}
         for target in self.targets:
             key = (collapsed(target.path), target.role, target.shape, target.kind, target.parameters)
@@ -109,7 +111,17 @@ class Plan:
         rows = [head, *((*row[:4], str(row[4]), f"{row[5]:,}") for row in self.rows())]
         widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
         lines = [
-            "  ".join(cell.rjust(w) if i >= 4 else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
+            "  ".join(
+                cell.rjust(w) if i >= 4 else cell.ljust(w)
+                for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+            )
             for row in rows
         ]
-        return "\n".join([lines[0].rstrip(), "  ".join("-" * w for w in widths), *map(str.rstrip, lines[1:]), self.summary()])
+        return "\n".join(
+            [
+                lines[0].rstrip(),
+                "  ".join("-" * w for w in widths),
+                *map(str.rstrip, lines[1:]),
+                self.summary(),
+            ]
+        )

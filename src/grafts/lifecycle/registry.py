@@ -11,8 +11,8 @@ from torch import nn
 
 from grafts.errors import AdapterNameError, StateError, did_you_mean
 from grafts.lifecycle.plan import Plan
-from grafts.modules.tree import own_parameters
-from grafts.sites.root_call import Calls
+from grafts.modules.tree import base_parameters
+from grafts.sites.root_call import RootCallHooks
 from grafts.sites.setup import Rows, Setup
 from grafts.sites.site import Part, sites_at, sites_in
 from grafts.structure.roles import loses_rows
@@ -35,7 +35,8 @@ class Merge:
 
 
 class Registry:
-    """What one model carries. All its sites point to it through their setup, so copies of the model have their own.
+    """What one model carries. All its sites point to it through their setup, so copies of the model have
+    their own.
 
     Attributes:
         setup: which adapters run.
@@ -55,8 +56,8 @@ class Registry:
         self.trained: tuple[str, ...] = ()
         self.trainees: set[str] = set()
         self._unroutable: dict[str, str | None] = {}
-        self.calls = Calls(self.setup, self.choose_rows, self.trains)
-        self.requires_grad = {name: p.requires_grad for name, p in own_parameters(model).items()}
+        self.root_hooks = RootCallHooks(self.setup, self.choose_rows, self.trains)
+        self.requires_grad = {name: p.requires_grad for name, p in base_parameters(model).items()}
         self.merge: Merge | None = None
 
     def require(self, name: str) -> Plan:
@@ -79,16 +80,20 @@ class Registry:
         made = self.plans[name]
         own = made.each()[member].method.name
         placed = [x for x in zip(made.targets, self.parts[name], strict=True) if x[0].member == member]
-        return {path: part for target, (path, part) in placed if target.kind == own and target.tied_to is None}
+        return {
+            path: part for target, (path, part) in placed if target.kind == own and target.tied_to is None
+        }
 
     def trains(self, model: nn.Module) -> bool:
-        """Whether something trainable acts in the present call: an adapter, or of the base what was thawed by hand."""
+        """Whether something trainable acts in the present call: an adapter, or of the base what was thawed by
+        hand.
+        """
         rows = self.setup.rows
         acting = self.setup.active if rows is None else tuple(name for name in rows.names if name is not None)
         if any(name in acting for name in self.trained):
             return True
         parts = [part for name in acting for _, part in self.parts.get(name, ())]
-        tensors = [*own_parameters(model).values(), *(p for part in parts for p in part.parameters())]
+        tensors = [*base_parameters(model).values(), *(p for part in parts for p in part.parameters())]
         return any(tensor.requires_grad for tensor in tensors)
 
     def unroutable(self, name: str) -> str | None:
@@ -128,7 +133,9 @@ class Registry:
             StateError: naming them and the way out.
         """
         if self.merge is not None:
-            raise StateError(f"cannot {verb} while {list(self.setup.merged)} is merged: call grafts.unmerge(model) first")
+            raise StateError(
+                f"cannot {verb} while {list(self.setup.merged)} is merged: call grafts.unmerge(model) first"
+            )
 
 
 class RegisteredSetup(Setup):
@@ -156,7 +163,9 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def find_registry(model: nn.Module) -> Registry | None:
-    """The registry of ``model``, or None where nothing is attached; after the first look one dictionary access."""
+    """The registry of ``model``, or None where nothing is attached; after the first look one dictionary
+    access.
+    """
     if model in _known:
         return _known[model]
     found = next((site.setup for _, site in sites_in(model)), None)
@@ -166,8 +175,8 @@ def find_registry(model: nn.Module) -> Registry | None:
     paths = {target.path for applied in registry.plans.values() for target in applied.targets}
     if any(not _has_site(model, path) for path in paths):
         raise StateError(
-            f"this {type(model).__name__} is not the module that adapters were added to, but a part or an owner of it: "
-            "call the verbs on that module"
+            f"this {type(model).__name__} is not the module that adapters were added to, but a part or an "
+            "owner of it: call the verbs on that module"
         )
     _known[model] = registry
     return registry
@@ -188,7 +197,9 @@ def registry_of(model: nn.Module) -> Registry:
     """
     registry = find_registry(model)
     if registry is None:
-        raise StateError(f"this {type(model).__name__} has no adapters: grafts.add(model, config) attaches one")
+        raise StateError(
+            f"this {type(model).__name__} has no adapters: grafts.add(model, config) attaches one"
+        )
     return registry
 
 

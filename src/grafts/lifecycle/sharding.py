@@ -1,4 +1,6 @@
-"""Adapters whose tensors lie in pieces on several processes (`fully_shard`), and state dicts that hold them whole."""
+"""Adapters whose tensors lie in pieces on several processes (`fully_shard`), and state dicts that hold them
+whole.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from grafts.errors import StateError
-from grafts.modules.tree import is_piece
+from grafts.modules.tree import is_dtensor
 from grafts.sites.site import Part
 
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
@@ -23,7 +25,7 @@ _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 
 def is_sharded(parts: Iterable[nn.Module]) -> bool:
     """Whether some parameter of these lies in pieces on several processes."""
-    return any(is_piece(parameter) for part in parts for parameter in part.parameters())
+    return any(is_dtensor(parameter) for part in parts for parameter in part.parameters())
 
 
 def require_shared(model: nn.Module, parts: Iterable[nn.Module]) -> None:
@@ -34,21 +36,26 @@ def require_shared(model: nn.Module, parts: Iterable[nn.Module]) -> None:
     """
     if "torch.distributed.tensor" not in sys.modules or not is_sharded([model]):
         return
-    if not all(is_piece(parameter) for part in parts for parameter in part.parameters()):
+    if not all(is_dtensor(parameter) for part in parts for parameter in part.parameters()):
         raise StateError(
-            f"this {type(model).__name__} is sharded, and an adapter that comes later is not: each process would train "
-            "its own. "
-            "Add or load the adapter first, then call fully_shard; to use it as it is, load it with train=False"
+            f"this {type(model).__name__} is sharded, and an adapter that comes later is not: each process "
+            "would train its own. Add or load the adapter first, then call fully_shard; to use it as it is, "
+            "load it with train=False"
         )
 
 
 def is_main_process() -> bool:
     """Whether this is the process that writes files: the first, or the only one."""
-    return not (torch.distributed.is_available() and torch.distributed.is_initialized()) or torch.distributed.get_rank() == 0
+    return (
+        not (torch.distributed.is_available() and torch.distributed.is_initialized())
+        or torch.distributed.get_rank() == 0
+    )
 
 
 @contextlib.contextmanager
-def whole(model: nn.Module, parts: Sequence[Part], state: Mapping[str, Tensor] | None = None) -> Iterator[None]:
+def gathered(
+    model: nn.Module, parts: Sequence[Part], state: Mapping[str, Tensor] | None = None
+) -> Iterator[None]:
     """Let ``parts`` hold whole tensors for the length of a ``with`` block.
 
     Without a state dict, every process has to come here: the pieces are gathered from all of them.
@@ -70,13 +77,16 @@ def whole(model: nn.Module, parts: Sequence[Part], state: Mapping[str, Tensor] |
     for module in (module for part in parts for module in part.modules()):
         own = dict(module._parameters)
         for key, parameter in own.items():
-            if parameter is not None and (state is not None or is_piece(parameter)):
+            if parameter is not None and (state is not None or is_dtensor(parameter)):
                 if id(parameter) not in made:
                     made[id(parameter)] = nn.Parameter(_whole(parameter, names, state), requires_grad=False)
                 own[key] = made[id(parameter)]
         before.append((module, own))
-    # whole dictionaries change places and hooks are left out, since others may watch what is read and called (DeepSpeed)
-    kept = [(module, {name: module.__dict__[name] for name in ("_parameters", *_HOOKS)}) for module, _ in before]
+    # whole dictionaries change places and hooks are left out, since others may watch what is read and called
+    # (DeepSpeed)
+    kept = [
+        (module, {name: module.__dict__[name] for name in ("_parameters", *_HOOKS)}) for module, _ in before
+    ]
     try:
         for module, own in before:
             module.__dict__.update({"_parameters": own, **{name: OrderedDict() for name in _HOOKS}})
@@ -92,6 +102,6 @@ def _whole(parameter: Tensor, names: Mapping[int, str], state: Mapping[str, Tens
         if name not in state:
             raise StateError(f"the state dict does not hold {name!r}, which is the adapter's")
         parameter = state[name]
-    if is_piece(parameter):
+    if is_dtensor(parameter):
         return cast("Any", parameter).full_tensor()  # type: ignore[no-any-return]
     return parameter.detach()

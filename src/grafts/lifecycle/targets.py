@@ -17,19 +17,21 @@ from grafts.methods.shared.auxiliary import BiasOffset, TrainableCopy, Trainable
 from grafts.methods.shared.multihead import MultiheadPart
 from grafts.modules.layers import Layer
 from grafts.modules.patterns import within
-from grafts.modules.tree import home, own_parameters
+from grafts.modules.tree import base_parameters, device_and_dtype
 from grafts.sites.site import Part
-from grafts.structure.roles import EMBEDDING, HEAD, Anatomy
+from grafts.structure.roles import EMBEDDING, HEAD, ModelView
 
 
-def _with_tied(body: Anatomy, targets: Sequence[Target], *, everything: bool) -> list[Target]:
-    """``targets``, and those of modules that share a target's weight and have to follow: trained tokens always.
+def _with_tied(view: ModelView, targets: Sequence[Target], *, everything: bool) -> list[Target]:
+    """``targets``, and those of modules that share a target's weight and have to follow: trained tokens
+    always.
 
-    A target that follows comes after the one that it follows, and stands in its own place if it was chosen itself.
+    A target that follows comes after the one that it follows, and stands in its own place if it was chosen
+    itself.
     """
     sharing: dict[int, list[str]] = {}
-    for path, layer in body.layers.items():
-        weight = body.modules[path]._parameters.get("weight")
+    for path, layer in view.layers.items():
+        weight = view.modules[path]._parameters.get("weight")
         if weight is not None and layer.kind != "convolution":
             sharing.setdefault(id(weight), []).append(path)
     result: dict[tuple[str, str], Target] = {}
@@ -39,20 +41,20 @@ def _with_tied(body: Anatomy, targets: Sequence[Target], *, everything: bool) ->
         result[target.path, target.kind] = target
         if target.kind == "bias" or not (everything or target.kind == "tokens"):
             continue
-        for other in sharing.get(id(body.modules[target.path]._parameters.get("weight")), []):
+        for other in sharing.get(id(view.modules[target.path]._parameters.get("weight")), []):
             if other != target.path:
-                result[other, target.kind] = _tied_target(body, target, other)
+                result[other, target.kind] = _tied_target(view, target, other)
     return list(result.values())
 
 
-def _tied_target(body: Anatomy, target: Target, path: str) -> Target:
+def _tied_target(view: ModelView, target: Target, path: str) -> Target:
     with torch.device("meta"):
-        twin = target.build(body.modules[target.path]).tied(body.modules[path])
+        twin = target.build(view.modules[target.path]).tied(view.modules[path])
     return replace(
         target,
         path=path,
-        role=body.roles[path],
-        shape=_sizes(body.layers[path]),
+        role=view.roles[path],
+        shape=_sizes(view.layers[path]),
         tensors={name: tensor.shape for name, tensor in twin.file_tensors().items()},
         tied_to=target.path,
     )
@@ -80,10 +82,12 @@ def _method_target(
 
 def _method_part(method: Method, config: AdapterConfig, place: Place, host: nn.Module) -> Part:
     if place.layer.kind == "attention":
-        part: Part = MultiheadPart(*(_projection(method, config, place, linear) for linear in MultiheadPart.projections(host)))
+        part: Part = MultiheadPart(
+            *(_projection(method, config, place, linear) for linear in MultiheadPart.projections(host))
+        )
     else:
         part = method.build(config, replace(place, host=host))
-    return in_dtype(part, home(host)[1])
+    return in_dtype(part, device_and_dtype(host)[1])
 
 
 def in_dtype(part: Part, dtype: torch.dtype) -> Part:
@@ -97,40 +101,52 @@ def _projection(method: Method, config: AdapterConfig, place: Place, linear: nn.
     return method.build(config, Place(place.path, layer, place.role, linear))
 
 
-def _token_target(body: Anatomy, path: str, rows: Sequence[int], chosen: Sequence[str]) -> Target:
+def _token_target(view: ModelView, path: str, rows: Sequence[int], chosen: Sequence[str]) -> Target:
     if path in chosen:
         raise ConfigError(
-            f"trainable_token_indices and target_modules both name {path!r}: its rows are trained one way or the other"
+            f"trainable_token_indices and target_modules both name {path!r}: its rows are trained one way or "
+            f"the other"
         )
-    module = body.modules[path]
+    module = view.modules[path]
     with torch.device("meta"):
         part = TrainableTokens(module, rows)
     shapes = {name: tensor.shape for name, tensor in part.file_tensors().items()}
     build = partial(_token_part, rows)
-    return Target(path, "tokens", body.roles.get(path, EMBEDDING), _sizes(body.layers[path]), shapes, build)
+    return Target(path, "tokens", view.roles.get(path, EMBEDDING), _sizes(view.layers[path]), shapes, build)
 
 
 def _token_part(rows: Sequence[int], host: nn.Module) -> Part:
-    return in_dtype(TrainableTokens(host, rows), home(host)[1])
+    return in_dtype(TrainableTokens(host, rows), device_and_dtype(host)[1])
 
 
-def _copy_target(body: Anatomy, path: str, prefix: str = "") -> Target:
-    module = body.modules[path]
-    shapes = {f"{prefix}{name}": tensor.shape for name, tensor in own_parameters(module).items()}
-    shape = _sizes(body.layers[path]) if path in body.layers else type(module).__name__
-    return Target(path, "copy", body.roles.get(path, HEAD), shape, shapes, partial(TrainableCopy, file_prefix=prefix))
+def _copy_target(view: ModelView, path: str, prefix: str = "") -> Target:
+    module = view.modules[path]
+    shapes = {f"{prefix}{name}": tensor.shape for name, tensor in base_parameters(module).items()}
+    shape = _sizes(view.layers[path]) if path in view.layers else type(module).__name__
+    return Target(
+        path, "copy", view.roles.get(path, HEAD), shape, shapes, partial(TrainableCopy, file_prefix=prefix)
+    )
 
 
-def _bias_targets(body: Anatomy, wanted: str, chosen: Sequence[str], copied: Sequence[str]) -> list[Target]:
-    """The trainable biases that ``config.bias`` asks for; the file names those of targets after their ``base_layer``."""
+def _bias_targets(view: ModelView, wanted: str, chosen: Sequence[str], copied: Sequence[str]) -> list[Target]:
+    """The trainable biases that ``config.bias`` asks for; the file names those of targets after their
+    ``base_layer``.
+    """
     targets = []
-    for path, module in body.modules.items():
+    for path, module in view.modules.items():
         bias = module._parameters.get("bias")
-        if wanted == "none" or bias is None or within(path, copied) or (wanted == "lora_only" and path not in chosen):
+        if (
+            wanted == "none"
+            or bias is None
+            or within(path, copied)
+            or (wanted == "lora_only" and path not in chosen)
+        ):
             continue
         name = "base_layer.bias" if path in chosen else "bias"
-        shape = _sizes(body.layers[path]) if path in body.layers else type(module).__name__
-        targets.append(Target(path, "bias", "bias", shape, {name: bias.shape}, partial(BiasOffset, file_name=name)))
+        shape = _sizes(view.layers[path]) if path in view.layers else type(module).__name__
+        targets.append(
+            Target(path, "bias", "bias", shape, {name: bias.shape}, partial(BiasOffset, file_name=name))
+        )
     return targets
 
 

@@ -20,8 +20,13 @@ _ADAPTER_PLUS = {
     "reduction_factor": 96, "non_linearity": "gelu", "original_ln_before": True, "original_ln_after": False,
     "residual_before_ln": False, "stochastic_depth": 0.1, "init_weights": "houlsby", "scaling": "channel",
 }  # fmt: skip
-# what AdapterHub's prefixes are where these of the field's standard are not: no positions of their own, in all attention
-_PREFIX: dict[str, Any] = {"num_virtual_tokens": 30, "count_positions": False, "attention": ("encoder", "self", "cross")}
+# what AdapterHub's prefixes are where these of the field's standard are not: no positions of their own, in
+# all attention
+_PREFIX: dict[str, Any] = {
+    "num_virtual_tokens": 30,
+    "count_positions": False,
+    "attention": ("encoder", "self", "cross"),
+}
 
 _GATED_LORA = {"r": 8, "lora_alpha": 2, "use_gating": True, "target_roles": ("q", "v")}
 
@@ -30,7 +35,9 @@ PRESETS: dict[str, tuple[tuple[str, dict[str, Any]], ...]] = {
     **dict.fromkeys(("seq_bn", "pfeiffer"), (("bottleneck", _SEQUENTIAL),)),
     **dict.fromkeys(("double_seq_bn", "houlsby"), (("bottleneck", _DOUBLE),)),
     **dict.fromkeys(("par_bn", "parallel"), (("bottleneck", _PARALLEL),)),
-    **dict.fromkeys(("scaled_par_bn", "scaled_parallel"), (("bottleneck", {**_PARALLEL, "scaling": "learned"}),)),
+    **dict.fromkeys(
+        ("scaled_par_bn", "scaled_parallel"), (("bottleneck", {**_PARALLEL, "scaling": "learned"}),)
+    ),
     **dict.fromkeys(("seq_bn_inv", "pfeiffer+inv"), (("bottleneck", {**_SEQUENTIAL, **_INVERTIBLE}),)),
     **dict.fromkeys(("double_seq_bn_inv", "houlsby+inv"), (("bottleneck", {**_DOUBLE, **_INVERTIBLE}),)),
     "compacter++": (("bottleneck", {**_SEQUENTIAL, **_HYPERCOMPLEX}),),
@@ -42,7 +49,10 @@ PRESETS: dict[str, tuple[tuple[str, dict[str, Any]], ...]] = {
     "noreft": (("reft", {"orthogonality": False}),),
     "direft": (("reft", {"orthogonality": False, "subtract_projection": False}),),
     "dora": (("lora", {"use_dora": True}),),
-    "mam": (("prefix_tuning", {"bottleneck_size": 800}), ("bottleneck", _PARALLEL)),  # He et al. 2021, section 4.5
+    "mam": (
+        ("prefix_tuning", {"bottleneck_size": 800}),
+        ("bottleneck", _PARALLEL),
+    ),  # He et al. 2021, section 4.5
     "unipelt": (  # Mao et al. 2022
         ("prefix_tuning", {"prefix_length": 10, "use_gating": True}),
         ("bottleneck", {**_SEQUENTIAL, "use_gating": True}),
@@ -57,7 +67,12 @@ def _made(method: str, values: dict[str, Any]) -> AdapterConfig:
         renamed = {"prefix_length": "num_virtual_tokens", "bottleneck_size": "encoder_hidden_size"}
         flat = bool(values.get("flat", False))
         named = {renamed.get(name, name): value for name, value in values.items() if name != "flat"}
-        values = {**_PREFIX, "prefix_projection": not flat, **({} if flat else {"encoder_hidden_size": 512}), **named}
+        values = {
+            **_PREFIX,
+            "prefix_projection": not flat,
+            **({} if flat else {"encoder_hidden_size": 512}),
+            **named,
+        }
     cls = method_named(method).config
     cls.check_names(values)
     return cls(**values)
@@ -66,10 +81,10 @@ def _made(method: str, values: dict[str, Any]) -> AdapterConfig:
 def config_from(config: AdapterConfig | str) -> AdapterConfig:
     """A config from a text; a config as it is.
 
-    The text is the name of a preset (``seq_bn``, ``double_seq_bn``, ``par_bn``, ``scaled_par_bn``, ``seq_bn_inv``,
-    ``double_seq_bn_inv``, ``compacter``, ``compacter++``, ``adapter_plus``, ``prefix_tuning``, ``prefix_tuning_flat``,
-    ``loreft``, ``noreft``, ``direft``, ``dora``, ``mam``, ``unipelt``) or of a method, options in brackets, and several
-    joined by ``|`` make a union.
+    The text is the name of a preset (``seq_bn``, ``double_seq_bn``, ``par_bn``, ``scaled_par_bn``,
+    ``seq_bn_inv``, ``double_seq_bn_inv``, ``compacter``, ``compacter++``, ``adapter_plus``,
+    ``prefix_tuning``, ``prefix_tuning_flat``, ``loreft``, ``noreft``, ``direft``, ``dora``, ``mam``,
+    ``unipelt``) or of a method, options in brackets, and several joined by ``|`` make a union.
 
     >>> config_from("seq_bn[reduction_factor=8]").reduction_factor
     8
@@ -111,7 +126,9 @@ def _single(text: str) -> AdapterConfig:
         raise ConfigError(f"no method is called {name!r}; {did_you_mean(name, [*PRESETS, *method_names()])}")
     parts = PRESETS.get(name, ((name, {}),))
     if len(parts) > 1 and values:
-        raise ConfigError(f"{name!r} is a union and takes no options; write its parts apart, as in 'prefix_tuning|par_bn'")
+        raise ConfigError(
+            f"{name!r} is a union and takes no options; write its parts apart, as in 'prefix_tuning|par_bn'"
+        )
     each = [_made(method, {**own, **values}) for method, own in parts]
     return each[0] if len(each) == 1 else UnionConfig.from_configs(each)
 
@@ -125,4 +142,6 @@ def _values(text: str, whole: str) -> dict[str, Any]:
             raise ValueError("options are written name=value")
         return {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
     except (SyntaxError, ValueError, AssertionError) as error:
-        raise ConfigError(f"the options of {whole!r} cannot be read ({error}): write name[option=value, ...]") from error
+        raise ConfigError(
+            f"the options of {whole!r} cannot be read ({error}): write name[option=value, ...]"
+        ) from error

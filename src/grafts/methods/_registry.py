@@ -1,8 +1,8 @@
 """The registry of methods. A method registers itself with the decorator `method`; nothing here names one.
 
-Built-in methods are the modules of the package `grafts.methods` whose names do not begin with an underscore; other packages
-offer theirs as entry points of the group ``grafts.methods``, each naming a module that registers a method when imported.
-Modules are imported when first needed.
+Built-in methods are the modules of the package `grafts.methods` whose names do not begin with an underscore;
+other packages offer theirs as entry points of the group ``grafts.methods``, each naming a module that
+registers a method when imported. Modules are imported when first needed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from grafts.config import AdapterConfig
 from grafts.errors import ConfigError, did_you_mean
-from grafts.methods._tensor_merging import Blend
+from grafts.methods._tensor_merging import TensorMerging
 from grafts.modules.layers import Layer, LayerKind
 from grafts.sites.arguments import CallSignature, Kind
 from grafts.sites.site import Part
@@ -36,7 +36,8 @@ class Place:
     Attributes:
         path: the module's path in the base model.
         layer: what the module is.
-        role: what it is there for, one of the words in `grafts.structure.roles`; on the stream what the part is to do there.
+        role: what it is there for, one of the words in `grafts.structure.roles`; on the stream what the part
+            is to do there.
         host: the module.
         sublayer: the step of a layer that the part belongs to, on the stream.
         number: of its layer, on the stream.
@@ -63,8 +64,12 @@ Attached = Callable[[Any, Parts], None]
 Roles = tuple[frozenset[str], ...]
 Places = Callable[[Any, "Stream", "Callable[[str], nn.Module]", Sequence["Place"]], Sequence["Place"]]
 Narrow = Callable[[Any, Sequence[Place], Sequence[Place]], Sequence[Place]]
-FileTarget = tuple[str, Mapping[str, Any], str]  # the path of a target, the shapes of its tensors by name, its role
-Combine = Callable[[Sequence[tuple[Any, Parts, float]], Blend], tuple[AdapterConfig, Mapping[str, Tensor]]]
+FileTarget = tuple[
+    str, Mapping[str, Any], str
+]  # the path of a target, the shapes of its tensors by name, its role
+Combine = Callable[
+    [Sequence[tuple[Any, Parts, float]], TensorMerging], tuple[AdapterConfig, Mapping[str, Tensor]]
+]
 
 
 @dataclass(frozen=True)
@@ -73,7 +78,8 @@ class Files:
 
     Attributes:
         prefix: what the names of other tensors (a trained head) begin with.
-        pack: ``pack(config, parts)`` gives the tensors of the method's parts by their whole names in the file.
+        pack: ``pack(config, parts)`` gives the tensors of the method's parts by their whole names in the
+            file.
         unpack: ``unpack(config, tensors, targets)`` is its inverse: all tensors of a file by path and name.
         config: ``config(config, tensors)`` gives the config as the tensors of a file show it.
     """
@@ -86,7 +92,8 @@ class Files:
 
 @dataclass(frozen=True)
 class Method:
-    """A kind of adapter and what it can do; the core, the tests, the command line and the docs read this record.
+    """A kind of adapter and what it can do; the core, the tests, the command line and the docs read this
+    record.
 
     Attributes:
         name: its name on the command line and in tables, ``"lora"``.
@@ -94,28 +101,34 @@ class Method:
         config: its config class.
         build: ``build(config, place)`` makes the part for one layer, on the default device.
         layers: the kinds of layer that it can stand beside.
-        default_roles: ``default_roles(config)`` gives the roles of the layers that it takes when no targets are named: at
-            least one layer of each set, and all layers of all sets.
+        default_roles: ``default_roles(config)`` gives the roles of the layers that it takes when no targets
+            are named: at least one layer of each set, and all layers of all sets.
         inert: a fresh adapter leaves the output bitwise as it was, with the config's defaults.
         mergeable: it can be folded into the base weights.
         source: the paper.
         routable: the rows of a batch can choose among adapters of it.
         combinations: the ways in which adapters of it can be made into one.
-        combine: ``combine(adapters, blend)`` with each adapter's config, parts and weight gives the config of the new
-            adapter and its tensors, by path and file name.
+        combine: ``combine(adapters, blend)`` with each adapter's config, parts and weight gives the config of
+            the new adapter and its tensors, by path and file name.
         check: ``check(config, places)`` refuses a config whose targets do not go together.
-        file_values: ``file_values(values, parts)`` gives the fields that ``adapter_config.json`` must say otherwise than
-            ``values``, the config with its targets resolved, because the model or the training has decided them.
+        file_values: ``file_values(values, parts)`` gives the fields that ``adapter_config.json`` must say
+            otherwise than ``values``, the config with its targets resolved, because the model or the training
+            has decided them.
         attached: ``attached(config, parts)`` is called when the parts of an adapter are in their places.
-        narrow: ``narrow(config, places, everywhere)`` gives the places that really get a part, in order, from those that
-            were selected and all that the model has.
+        narrow: ``narrow(config, places, candidates)`` gives the places that really get a part, in order, from
+            those that were selected and all that the model has.
         files: how its tensors lie in a file, where that is not one by one.
-        places: of a method on the residual stream: ``places(config, stream, module, everywhere)`` gives the places of its
-            parts, in order, from the model's stream, its modules by path, and the places that all layers would be.
-        merges: ``merges(config)`` says whether adapters of that config can be merged, where not all are alike.
-        members: ``members(config)`` gives the configs that an adapter of this method is made of; it has no parts of its own.
-        swaps: the fields of the config in which an adapter may differ from the one whose place it takes (`grafts.hotswap`).
-        training_state: ``training_state(parts)`` gives what training has to go on from besides the tensors of the file.
+        places: of a method on the residual stream: ``places(config, stream, module, candidates)`` gives the
+            places of its parts, in order, from the model's stream, its modules by path, and the places that
+            all layers would be.
+        merges: ``merges(config)`` says whether adapters of that config can be merged, where not all are
+            alike.
+        members: ``members(config)`` gives the configs that an adapter of this method is made of; it has no
+            parts of its own.
+        swaps: the fields of the config in which an adapter may differ from the one whose place it takes
+            (`grafts.hotswap`).
+        training_state: ``training_state(parts)`` gives what training has to go on from besides the tensors of
+            the file.
         resume: ``resume(parts, tensors)`` is its inverse.
     """
 
@@ -162,9 +175,15 @@ _registered: dict[str, Method] = {}
 
 
 def _built_in() -> list[str]:
-    """The names of the modules of the package that are methods: neither private nor what several methods share."""
+    """The names of the modules of the package that are methods: neither private nor what several methods
+    share.
+    """
     folder = str(Path(__file__).parent)
-    return [module.name for module in pkgutil.iter_modules([folder]) if not module.ispkg and not module.name.startswith("_")]
+    return [
+        module.name
+        for module in pkgutil.iter_modules([folder])
+        if not module.ispkg and not module.name.startswith("_")
+    ]
 
 
 def method(
@@ -184,7 +203,8 @@ def method(
     ``default_roles`` may be given as they are, where they are the same for every config.
 
     Raises:
-        ConfigError: the name, the file type or the config class is registered already, or the config has no file type.
+        ConfigError: the name, the file type or the config class is registered already, or the config has no
+            file type.
     """
 
     def register(build: B) -> B:
@@ -193,7 +213,9 @@ def method(
 
         made = Method(name, title, config, build, frozenset(layers), roles, inert, mergeable, source, **more)
         if not config.peft_type:
-            raise ConfigError(f"{config.__name__} names no peft_type, the method's name in adapter_config.json")
+            raise ConfigError(
+                f"{config.__name__} names no peft_type, the method's name in adapter_config.json"
+            )
         for other in _registered.values():
             if {name, made.peft_type, config} & {other.name, other.peft_type, other.config}:
                 raise ConfigError(f"method {name!r} is registered already, by {other.build.__module__}")
@@ -218,7 +240,8 @@ def methods() -> list[Method]:
 
 
 def method_named(name: str) -> Method:
-    """The method of that name, as on the command line or as in ``adapter_config.json`` (``"lora"``, ``"LORA"``).
+    """The method of that name, as on the command line or as in ``adapter_config.json`` (``"lora"``,
+    ``"LORA"``).
 
     Raises:
         ConfigError: there is none; names the nearest.
@@ -243,5 +266,6 @@ def method_of(config: AdapterConfig) -> Method:
             return known
     known_configs = ", ".join(f"{known.config.__module__}.{known.config.__name__}" for known in methods())
     raise ConfigError(
-        f"{type(config).__module__}.{type(config).__name__} is not the config of a method; known: {known_configs}"
+        f"{type(config).__module__}.{type(config).__name__} is not the config of a method; known: "
+        f"{known_configs}"
     )

@@ -1,6 +1,7 @@
 """Blending several tensors of one shape into one: sums, and what must be dropped or agreed on before summing.
 
-Task arithmetic (Ilharco et al. 2022), TIES (Yadav et al. 2023), DARE (Yu et al. 2023). Pure functions over tensors.
+Task arithmetic (Ilharco et al. 2022), TIES (Yadav et al. 2023), DARE (Yu et al. 2023). Pure functions over
+tensors.
 """
 
 from __future__ import annotations
@@ -18,14 +19,15 @@ SUMS = ("linear", *SPARSE)
 
 
 @dataclass(frozen=True)
-class Blend:
+class TensorMerging:
     """How adapters are made into one.
 
     Attributes:
         method: its name, ``"linear"``, ``"cat"``, ``"svd"``, ``"ties"``, ``"ties_svd"`` ...
         rank: the rank of the result of the ``svd`` forms; None for the largest of the adapters'.
         density: the share of the values that the sparse forms keep, above 0 and at most 1.
-        majority_sign: what the sign of the majority is told by in TIES: their ``"total"`` or their ``"frequency"``.
+        majority_sign: what the sign of the majority is told by in TIES: their ``"total"`` or their
+            ``"frequency"``.
         generator: where the random choice of DARE comes from; None for PyTorch's own.
     """
 
@@ -43,7 +45,9 @@ class Blend:
         """
         sparse = self.method.removesuffix("_svd") in SPARSE
         if sparse and self.density is None:
-            raise ConfigError(f"{self.method!r} keeps a share of the values: give density, above 0 and at most 1")
+            raise ConfigError(
+                f"{self.method!r} keeps a share of the values: give density, above 0 and at most 1"
+            )
         if self.density is not None and not 0 < self.density <= 1:
             raise ConfigError(f"density is {self.density!r}; it must be above 0 and at most 1")
         if self.majority_sign not in ("total", "frequency"):
@@ -67,7 +71,9 @@ class Blend:
         elif way in ("dare_linear", "dare_ties"):
             tensors = [self._dropped(tensor) for tensor in tensors]
         stack = torch.stack(list(tensors))
-        weighted = stack * torch.tensor(weights, dtype=stack.dtype, device=stack.device).view(-1, *[1] * (stack.dim() - 1))
+        weighted = stack * torch.tensor(weights, dtype=stack.dtype, device=stack.device).view(
+            -1, *[1] * (stack.dim() - 1)
+        )
         if way not in ("ties", "dare_ties"):
             return weighted.sum(0)
         agreed = stack.sign() == self._majority(stack)
@@ -82,7 +88,9 @@ class Blend:
         return tensor * mask.view(tensor.shape)
 
     def _dropped(self, tensor: Tensor) -> Tensor:
-        """Values dropped at random and the rest scaled up, so that nothing changes on average (Yu et al. 2023, eq. 2)."""
+        """Values dropped at random and the rest scaled up, so that nothing changes on average (Yu et al.
+        2023, eq. 2).
+        """
         assert self.density is not None
         chances = torch.full(tensor.shape, self.density, dtype=torch.float32)
         return tensor * torch.bernoulli(chances, generator=self.generator).to(tensor) / self.density

@@ -1,4 +1,6 @@
-"""AdaLoRA: low-rank updates whose ranks are allotted by importance (Zhang et al. 2023, https://arxiv.org/abs/2303.10512)."""
+"""AdaLoRA: low-rank updates whose ranks are allotted by importance (Zhang et al. 2023,
+https://arxiv.org/abs/2303.10512).
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from grafts.config import config, option
 from grafts.errors import AdapterNameError, ConfigError, StateError
 from grafts.methods._registry import Parts, Place, method
-from grafts.methods._tensor_merging import Blend
+from grafts.methods._tensor_merging import TensorMerging
 from grafts.methods.shared.low_rank import product
 from grafts.methods.shared.low_rank_config import LowRankConfig
 from grafts.sites.module import ModulePart
@@ -27,8 +29,9 @@ from grafts.structure.roles import FUSED, KEY_VALUE, QUERY, VALUE
 class AdaLoraConfig(LowRankConfig):
     """What an AdaLoRA adapter is: ``y + scaling * P Λ Q x``, and how its ranks shrink while it is trained.
 
-    Ranks stay at ``init_r`` for ``tinit`` optimizer steps, fall until ``total_step - tfinal`` to ``target_r`` on average, and
-    then stay. Steps are counted by themselves, whenever an optimizer that holds the adapter steps.
+    Ranks stay at ``init_r`` for ``tinit`` optimizer steps, fall until ``total_step - tfinal`` to ``target_r``
+    on average, and then stay. Steps are counted by themselves, whenever an optimizer that holds the adapter
+    steps.
 
     >>> AdaLoraConfig(init_r=12, target_r=4, tinit=10, tfinal=20, total_step=100).init_r
     12
@@ -46,9 +49,13 @@ class AdaLoraConfig(LowRankConfig):
         None, "Optimizer steps in all; the Trainer of transformers tells it where it is not given."
     )
     rank_pattern: dict[str, list[bool]] | None = option(
-        None, "Which of the init_r ranks of each target were kept, by its name and .lora_E; written after training."
+        None,
+        "Which of the init_r ranks of each target were kept, by its name and .lora_E; written after "
+        "training.",
     )
-    init_lora_weights: bool = option(True, "True: P and Q normal with deviation 0.02, the diagonal zero; False: all normal.")
+    init_lora_weights: bool = option(
+        True, "True: P and Q normal with deviation 0.02, the diagonal zero; False: all normal."
+    )
     r: int = option(8, "Not used here; written for other libraries.")
 
     peft_type: ClassVar[str] = "ADALORA"
@@ -59,7 +66,9 @@ class AdaLoraConfig(LowRankConfig):
         super().__post_init__()
         for name, least in (("init_r", 1), ("target_r", 1), ("deltaT", 1), ("tinit", 0), ("tfinal", 0)):
             value = getattr(self, name)
-            self.require(name, isinstance(value, int) and value >= least, f"a whole number of at least {least}")
+            self.require(
+                name, isinstance(value, int) and value >= least, f"a whole number of at least {least}"
+            )
         for name in ("beta1", "beta2"):
             self.require(name, 0 < getattr(self, name) < 1, "above 0 and below 1")
         self.require("orth_reg_weight", self.orth_reg_weight >= 0, "at least 0")
@@ -76,8 +85,9 @@ class AdaLoraConfig(LowRankConfig):
         """
         if not isinstance(total_step, int) or self.tinit >= total_step - self.tfinal:
             raise ConfigError(
-                f"AdaLoraConfig: tinit={self.tinit} and tfinal={self.tfinal} leave no step of total_step={total_step} "
-                "in which the ranks could fall: make tinit + tfinal less than total_step"
+                f"AdaLoraConfig: tinit={self.tinit} and tfinal={self.tfinal} leave no step of "
+                f"total_step={total_step} in which the ranks could fall: make tinit + tfinal less than "
+                "total_step"
             )
 
     def kept(self, path: str) -> list[bool]:
@@ -102,7 +112,9 @@ class AdaLoraPart(ModulePart):
         self.product = product(place.layer, place.host)
         rank = sum(config.kept(place.path))
         rows, columns = place.layer.matrix
-        self.scaling = (config.lora_alpha if config.lora_alpha > 0 else config.init_r) / (config.init_r + 1e-5)
+        self.scaling = (config.lora_alpha if config.lora_alpha > 0 else config.init_r) / (
+            config.init_r + 1e-5
+        )
         self.dropout = nn.Dropout(config.lora_dropout) if config.lora_dropout else None
         self.lora_A = nn.Parameter(torch.randn(rank, columns) * 0.02)
         self.lora_E = nn.Parameter(torch.zeros(rank, 1) if config.init_lora_weights else torch.randn(rank, 1))
@@ -124,11 +136,19 @@ class AdaLoraPart(ModulePart):
         Returns:
             ``y + scaling * P Λ Q x``  (Zhang et al. 2023, eq. 3).
         """
-        return self.product.add(y, self._input(x, y), *self.factors(), self.scaling) if self.lora_E.numel() else y
+        return (
+            self.product.add(y, self._input(x, y), *self.factors(), self.scaling)
+            if self.lora_E.numel()
+            else y
+        )
 
     def forward_(self, x: Tensor, y: Tensor, *base: nn.Module) -> Tensor:
         """`forward`, written into ``y``."""
-        return self.product.add_(y, self._input(x, y), *self.factors(), self.scaling) if self.lora_E.numel() else y
+        return (
+            self.product.add_(y, self._input(x, y), *self.factors(), self.scaling)
+            if self.lora_E.numel()
+            else y
+        )
 
     def _input(self, x: Tensor, y: Tensor) -> Tensor:
         x = x.to(y.device)
@@ -149,8 +169,9 @@ class AdaLoraPart(ModulePart):
 class RankAllocator:
     """Allots the ranks of one adapter while it is trained, at each step of the optimizer that trains it.
 
-    Before a step it adds the gradient of the orthogonality penalty, so that no loss has to contain it; after the step it
-    updates the importance of each rank from the step's gradients, and takes ranks away as the budget falls (algorithm 1).
+    Before a step it adds the gradient of the orthogonality penalty, so that no loss has to contain it; after
+    the step it updates the importance of each rank from the step's gradients, and takes ranks away as the
+    budget falls (algorithm 1).
 
     Attributes:
         config: the adapter's config.
@@ -178,13 +199,19 @@ class RankAllocator:
 
     @property
     def ranks(self) -> dict[str, int]:
-        """The rank of each target now: how many of its ranks are not zero; before the first step all of them."""
+        """The rank of each target now: how many of its ranks are not zero; before the first step all of
+        them.
+        """
         full = self.step == 0 and not self.final
-        return {path: len(p.lora_E) if full else int(p.lora_E.count_nonzero()) for path, p in self.parts.items()}
+        return {
+            path: len(p.lora_E) if full else int(p.lora_E.count_nonzero()) for path, p in self.parts.items()
+        }
 
     @property
     def allots(self) -> bool:
-        """Whether ranks are still to be taken away; not for an adapter that was loaded with the ranks it had kept."""
+        """Whether ranks are still to be taken away; not for an adapter that was loaded with the ranks it had
+        kept.
+        """
         return self.config.rank_pattern is None
 
     def belongs_to(self, parameters: set[int]) -> bool:
@@ -207,11 +234,14 @@ class RankAllocator:
             StateError: the optimizer has driven it already.
         """
         if self.step and not self._by_hand:
-            raise StateError(f"the budget has followed {self.step} steps of the optimizer already; say it before training")
+            raise StateError(
+                f"the budget has followed {self.step} steps of the optimizer already; say it before training"
+            )
         self._by_hand = True
 
     def update_and_allocate(self, step: int) -> None:
-        """One step of the budget by hand: after ``optimizer.step()`` and before the gradients go, with steps from 1.
+        """One step of the budget by hand: after ``optimizer.step()`` and before the gradients go, with steps
+        from 1.
 
         Raises:
             StateError: the optimizer's steps drive it; `drive_by_hand` was not called.
@@ -219,8 +249,8 @@ class RankAllocator:
         """
         if not self._by_hand:
             raise StateError(
-                "the budget follows the optimizer's own steps by itself, so this call would count each step twice: "
-                "remove it, or call rank_allocator(model).drive_by_hand() before training"
+                "the budget follows the optimizer's own steps by itself, so this call would count each step "
+                "twice: remove it, or call rank_allocator(model).drive_by_hand() before training"
             )
         self._require_total_step()
         self._advance(step)
@@ -257,7 +287,9 @@ class RankAllocator:
                         continue
                     off = matrix @ matrix.T - torch.eye(len(matrix), device=matrix.device, dtype=matrix.dtype)
                     slope = 2 * (off @ matrix) / off.norm().clamp_min(torch.finfo(off.dtype).tiny)
-                    parameter.grad.add_(weight * (slope if matrix is parameter else slope.T).to(parameter.grad.dtype))
+                    parameter.grad.add_(
+                        weight * (slope if matrix is parameter else slope.T).to(parameter.grad.dtype)
+                    )
 
     def after_step(self) -> None:
         """Count a step of the optimizer."""
@@ -288,8 +320,8 @@ class RankAllocator:
     def _require_total_step(self) -> int:
         if self.total_step is None:
             raise ConfigError(
-                "AdaLoRA has to know how long the training is: give total_step in AdaLoraConfig, or add the adapter "
-                "before making the Trainer of transformers, which then tells it"
+                "AdaLoRA has to know how long the training is: give total_step in AdaLoraConfig, or add the "
+                "adapter before making the Trainer of transformers, which then tells it"
             )
         return self.total_step
 
@@ -322,11 +354,15 @@ class RankAllocator:
                 self._uncertainty[key] = beta2 * doubt + (1 - beta2) * (now - smooth).abs()
 
     def _importance(self, path: str) -> Tensor:
-        """The importance of each rank of a target, ``(r,)``: of its singular value, and the means of its vectors' (eq. 7)."""
+        """The importance of each rank of a target, ``(r,)``: of its singular value, and the means of its
+        vectors' (eq. 7).
+        """
         part = self.parts[path]
         if (path, "lora_E") not in self._sensitivity:
             return torch.zeros(len(part.lora_E), device=part.lora_E.device)
-        q, e, p = (self._sensitivity[path, n] * self._uncertainty[path, n] for n in ("lora_A", "lora_E", "lora_B"))
+        q, e, p = (
+            self._sensitivity[path, n] * self._uncertainty[path, n] for n in ("lora_A", "lora_E", "lora_B")
+        )
         return e[:, 0] + q.mean(1) + p.mean(0)
 
     def _most_important(self, budget: int) -> dict[str, Tensor]:
@@ -404,7 +440,9 @@ def _listen_to_trainers() -> None:
     class TellTotalStep(TrainerCallback):  # type: ignore[misc]
         """Tells AdaLoRA adapters without ``total_step`` how long the training is, before it begins."""
 
-        def on_train_begin(self, args: Any, state: Any, control: Any, model: nn.Module, **others: Any) -> None:
+        def on_train_begin(
+            self, args: Any, state: Any, control: Any, model: nn.Module, **others: Any
+        ) -> None:
             parameters = {id(p) for p in model.parameters() if p.requires_grad}
             for allocator in _live:
                 if allocator.total_step is None and allocator.allots and allocator.belongs_to(parameters):
@@ -421,12 +459,18 @@ def file_values(values: Mapping[str, Any], parts: Parts) -> dict[str, Any]:
         return {}
     decided: dict[str, Any] = {"total_step": allocator.total_step}
     if allocator.final:
-        decided["rank_pattern"] = {f"{path}.lora_E".lstrip("."): mask.tolist() for path, mask in allocator.final.items()}
+        decided["rank_pattern"] = {
+            f"{path}.lora_E".lstrip("."): mask.tolist() for path, mask in allocator.final.items()
+        }
     return decided
 
 
-def combined(sources: Sequence[tuple[AdaLoraConfig, Parts, float]], blend: Blend) -> tuple[AdaLoraConfig, dict[str, Tensor]]:
-    """One AdaLoRA adapter made from several, their ranks side by side: the exact weighted sum of the updates."""
+def combined(
+    sources: Sequence[tuple[AdaLoraConfig, Parts, float]], blend: TensorMerging
+) -> tuple[AdaLoraConfig, dict[str, Tensor]]:
+    """One AdaLoRA adapter made from several, their ranks side by side: the exact weighted sum of the
+    updates.
+    """
     collected: dict[str, list[tuple[AdaLoraPart, float]]] = {}
     for _, parts, weight in sources:
         for path, part in parts.items():
@@ -438,7 +482,10 @@ def combined(sources: Sequence[tuple[AdaLoraConfig, Parts, float]], blend: Blend
         init_r=most,
         target_r=min(sources[0][0].target_r, most),
         lora_alpha=most,
-        rank_pattern={f"{path}.lora_E".lstrip("."): [True] * rank + [False] * (most - rank) for path, rank in ranks.items()},
+        rank_pattern={
+            f"{path}.lora_E".lstrip("."): [True] * rank + [False] * (most - rank)
+            for path, rank in ranks.items()
+        },
     )
     scaling = most / (most + 1e-5)
     tensors = {}

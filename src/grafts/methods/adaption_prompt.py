@@ -1,4 +1,6 @@
-"""Adaption prompts: zero-init gated attention to learned prompts (LLaMA-Adapter, Zhang et al. 2023, arXiv:2303.16199)."""
+"""Adaption prompts: zero-init gated attention to learned prompts (LLaMA-Adapter, Zhang et al. 2023,
+arXiv:2303.16199).
+"""
 
 from __future__ import annotations
 
@@ -24,20 +26,25 @@ _ROLES["encoder"] = {ENCODER_ATTENTION}
 
 @config
 class AdaptionPromptConfig(AdapterConfig):
-    """What an adaption prompt is: learned prompts that the top attention modules attend to, through a gate that starts at 0.
+    """What an adaption prompt is: learned prompts that the top attention modules attend to, through a gate
+    that starts at 0.
 
     >>> AdaptionPromptConfig(adapter_len=10, adapter_layers=30).adapter_layers
     30
     """
 
     adapter_len: int = option(10, "How many prompt tokens each adapted attention module gets.")
-    adapter_layers: int | None = option(None, "How many attention modules are adapted, from the top; nothing takes all.")
+    adapter_layers: int | None = option(
+        None, "How many attention modules are adapted, from the top; nothing takes all."
+    )
     attention: str = option(
-        "self", "Which attention of an encoder-decoder: the decoder's self or cross, both, or that of the encoder."
+        "self",
+        "Which attention of an encoder-decoder: the decoder's self or cross, both, or that of the encoder.",
     )
     after_projection: bool = option(
         False,
-        "Add to the module's output and not before its output projection, as files of other libraries mean it on GPT-2.",
+        "Add to the module's output and not before its output projection, as files of other libraries mean "
+        "it on GPT-2.",
     )
 
     peft_type: ClassVar[str] = "ADAPTION_PROMPT"
@@ -53,14 +60,20 @@ class AdaptionPromptConfig(AdapterConfig):
         if isinstance(self.target_modules, str) and re.fullmatch(r"[\w.]+", self.target_modules):
             object.__setattr__(self, "target_modules", (self.target_modules,))  # a name, as files have it
         super().__post_init__()
-        self.require("adapter_len", isinstance(self.adapter_len, int) and self.adapter_len > 0, "a positive number")
+        self.require(
+            "adapter_len", isinstance(self.adapter_len, int) and self.adapter_len > 0, "a positive number"
+        )
         layers = self.adapter_layers
-        self.require("adapter_layers", layers is None or (isinstance(layers, int) and layers > 0), "a positive number")
+        self.require(
+            "adapter_layers", layers is None or (isinstance(layers, int) and layers > 0), "a positive number"
+        )
         self.require("attention", self.attention in _ROLES, f"one of {', '.join(_ROLES)}")
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """A config from plain data; on GPT-2, whose modules `peft` calls attn, it adds after the output projection."""
+        """A config from plain data; on GPT-2, whose modules `peft` calls attn, it adds after the output
+        projection.
+        """
         legacy = "after_projection" not in data and data.get("target_modules") in ("attn", ["attn"])
         return super().from_dict({**data, "after_projection": True} if legacy else data)
 
@@ -85,8 +98,9 @@ class AdaptionPromptPart(AttendingPart):
     def beside(self, attention: Attention) -> Tensor:
         """What the heads read from the prompt, times the gate (Zhang et al. 2023, equations 5 to 9).
 
-        The scores of the prompt have a softmax of their own, in float32. The prompt's keys are not rotated. A prompt bias
-        of the call (image features, projected; section 3.3 of the paper) is added to the prompt of each row.
+        The scores of the prompt have a softmax of their own, in float32. The prompt's keys are not rotated. A
+        prompt bias of the call (image features, projected; section 3.3 of the paper) is added to the prompt
+        of each row.
 
         Args:
             attention: the call of the kernel.
@@ -105,13 +119,17 @@ class AdaptionPromptPart(AttendingPart):
 
 
 def _for_heads(x: Tensor, query: Tensor) -> Tensor:
-    """Keys or values ``(batch or 1, key-value heads, length, head_dim)`` for every row and head of the query."""
+    """Keys or values ``(batch or 1, key-value heads, length, head_dim)`` for every row and head of the
+    query.
+    """
     groups = query.shape[1] // x.shape[1]
     x = x[:, :, None].expand(-1, -1, groups, -1, -1).flatten(1, 2)
     return x.expand(query.shape[0], -1, -1, -1)
 
 
-def top_layers(config: AdaptionPromptConfig, places: Sequence[Place], everywhere: Sequence[Place]) -> list[Place]:
+def top_layers(
+    config: AdaptionPromptConfig, places: Sequence[Place], candidates: Sequence[Place]
+) -> list[Place]:
     """The attention modules from the top of each stack that the config asks for.
 
     Raises:
@@ -124,13 +142,17 @@ def top_layers(config: AdaptionPromptConfig, places: Sequence[Place], everywhere
     wanted = config.adapter_layers
     for name, stack in stacks.items():
         if wanted is not None and wanted > len(stack):
-            raise ConfigError(f"adapter_layers is {wanted}, and there are {len(stack)} attention modules {name!r}")
+            raise ConfigError(
+                f"adapter_layers is {wanted}, and there are {len(stack)} attention modules {name!r}"
+            )
     chosen = {place.path for stack in stacks.values() for place in stack[-(wanted or len(stack)) :]}
     return [place for place in places if place.path in chosen]
 
 
 def file_values(values: Mapping[str, Any], parts: Parts) -> dict[str, Any]:
-    """The targets by the one name that `peft` takes, where they have one; what is added where, if the name says otherwise."""
+    """The targets by the one name that `peft` takes, where they have one; what is added where, if the name
+    says otherwise.
+    """
     names = sorted({path.rpartition(".")[2] for path in parts})
     changed: dict[str, Any] = {"target_modules": names[0] if len(names) == 1 else list(parts)}
     if names == ["attn"]:  # a file that does not say so is read as one of `peft`

@@ -1,8 +1,8 @@
 """Bottleneck adapters: small feed-forward networks on what is added to the residual stream.
 
-Sequential after the feed-forward (Pfeiffer et al. 2020, arXiv:2005.00247), after attention as well (Houlsby et al. 2019,
-arXiv:1902.00751), parallel (He et al. 2021, arXiv:2110.04366), AdapterPlus (Steitz & Roth 2024, arXiv:2406.06820), and
-Compacter with hypercomplex linears (Karimi Mahabadi et al. 2021, arXiv:2106.04647).
+Sequential after the feed-forward (Pfeiffer et al. 2020, arXiv:2005.00247), after attention as well (Houlsby
+et al. 2019, arXiv:1902.00751), parallel (He et al. 2021, arXiv:2110.04366), AdapterPlus (Steitz & Roth 2024,
+arXiv:2406.06820), and Compacter with hypercomplex linears (Karimi Mahabadi et al. 2021, arXiv:2106.04647).
 """
 
 from __future__ import annotations
@@ -21,12 +21,21 @@ from grafts.methods.invertible import BLOCKS, CouplingPart, coupling_places, lin
 from grafts.methods.shared.activations import activation, is_activation
 from grafts.methods.shared.kronecker import Hypercomplex, HypercomplexLinear
 from grafts.methods.shared.seeding import seeded
-from grafts.methods.shared.token_positions import WholeInput, listening_places
+from grafts.methods.shared.token_positions import WholeInput, observer_places
 from grafts.methods.shared.weighted_average import averaged
 from grafts.modules.layers import Layer
 from grafts.sites.module import ModulePart
 from grafts.sites.site import Part
-from grafts.structure.residual_stream import ADDED, BEGIN, END, NORMED, RESIDUAL, Stream, Sublayer, require_width
+from grafts.structure.residual_stream import (
+    ADDED,
+    BEGIN,
+    END,
+    NORMED,
+    RESIDUAL,
+    Stream,
+    Sublayer,
+    require_width,
+)
 
 _INITS = ("bert", "mam_adapter", "houlsby")
 _HYPERCOMPLEX_INITS = ("glorot-uniform", "glorot-normal", "normal", "phm")
@@ -34,9 +43,11 @@ _HYPERCOMPLEX_INITS = ("glorot-uniform", "glorot-normal", "normal", "phm")
 
 @config
 class BnConfig(AdapterConfig):
-    """What a bottleneck adapter is: ``up(act(down(x)))`` on what a step of a layer adds to the residual stream.
+    """What a bottleneck adapter is: ``up(act(down(x)))`` on what a step of a layer adds to the residual
+    stream.
 
-    The fields and defaults are those of AdapterHub's `BnConfig`; the presets of `grafts.config_from` name the usual ones.
+    The fields and defaults are those of AdapterHub's `BnConfig`; the presets of `grafts.config_from` name the
+    usual ones.
 
     >>> BnConfig(reduction_factor={"0": 8, "default": 16}).reduction(0), BnConfig().reduction(5)
     (8, 16)
@@ -48,21 +59,35 @@ class BnConfig(AdapterConfig):
     reduction_factor: float | dict[str, float] = option(
         16, "Hidden size divided by the bottleneck's; or layer -> factor, with 'default' for the others."
     )
-    non_linearity: str | None = option("relu", "The activation, by its name in `transformers`; 'linear' or none for none.")
-    original_ln_before: bool = option(False, "The input is the sum with the residual stream, through the layer's own norm.")
-    original_ln_after: bool = option(True, "The layer adds the residual stream, and norms, after it; False leaves both out.")
+    non_linearity: str | None = option(
+        "relu", "The activation, by its name in `transformers`; 'linear' or none for none."
+    )
+    original_ln_before: bool = option(
+        False, "The input is the sum with the residual stream, through the layer's own norm."
+    )
+    original_ln_after: bool = option(
+        True, "The layer adds the residual stream, and norms, after it; False leaves both out."
+    )
     ln_before: bool = option(False, "A norm of its own before it.")
     ln_after: bool = option(False, "A norm of its own after it.")
     init_weights: str = option("bert", f"How it starts: {', '.join(_INITS)}.")
-    init_weights_seed: int | None = option(None, "Start from this seed; PyTorch's own random numbers are left alone.")
+    init_weights_seed: int | None = option(
+        None, "Start from this seed; PyTorch's own random numbers are left alone."
+    )
     is_parallel: bool = option(False, "Beside the step, from the residual stream, and not after it.")
-    scaling: float | str = option(1.0, "A factor, 'learned', or 'channel' for a learned one for each channel.")
+    scaling: float | str = option(
+        1.0, "A factor, 'learned', or 'channel' for a learned one for each channel."
+    )
     use_gating: bool = option(False, "A learned gate, averaged over the tokens.")
     residual_before_ln: bool | str = option(
-        True, "Add its input as it was before the layer's norm; 'post_add': with the residual stream; False: after the norm."
+        True,
+        "Add its input as it was before the layer's norm; 'post_add': with the residual stream; False: after "
+        "the norm.",
     )
     adapter_residual_before_ln: bool = option(False, "Add that before its own norm after it.")
-    inv_adapter: str | None = option(None, f"An invertible adapter after the embeddings as well: {' or '.join(BLOCKS)}.")
+    inv_adapter: str | None = option(
+        None, f"An invertible adapter after the embeddings as well: {' or '.join(BLOCKS)}."
+    )
     inv_adapter_reduction_factor: float | None = option(None, "Its reduction factor.")
     leave_out: tuple[int, ...] = option((), "Layers that get none, counted over the whole model.")
     dropout: float = option(0.0, "Dropout of its output.")
@@ -75,7 +100,9 @@ class BnConfig(AdapterConfig):
     phm_c_init: str = option("normal", "How C starts: normal or uniform.")
     phm_init_range: float = option(0.0001, "The deviation of C at the start.")
     learn_phm: bool = option(True, "Train C.")
-    hypercomplex_nonlinearity: str = option("glorot-uniform", f"How W starts: {', '.join(_HYPERCOMPLEX_INITS)}.")
+    hypercomplex_nonlinearity: str = option(
+        "glorot-uniform", f"How W starts: {', '.join(_HYPERCOMPLEX_INITS)}."
+    )
     phm_rank: int = option(1, "The rank of W_i.")
     phm_bias: bool = option(True, "A bias.")
     stochastic_depth: float = option(0.0, "The chance that a row goes without it, while training.")
@@ -91,12 +118,22 @@ class BnConfig(AdapterConfig):
         factors = list(factor.values()) if isinstance(factor, dict) else [factor]
         fits = all(isinstance(value, (int, float)) and value > 0 for value in factors)
         self.require("reduction_factor", bool(factors) and fits, "a number above 0, or layer -> number")
-        self.require("non_linearity", is_activation(self.non_linearity), "an activation of transformers, or None")
+        self.require(
+            "non_linearity", is_activation(self.non_linearity), "an activation of transformers, or None"
+        )
         self.require("init_weights", self.init_weights in _INITS, f"one of {', '.join(_INITS)}")
         number = isinstance(self.scaling, (int, float)) and not isinstance(self.scaling, bool)
-        self.require("scaling", number or self.scaling in ("learned", "channel"), "a number, 'learned' or 'channel'")
-        self.require("residual_before_ln", self.residual_before_ln in (True, False, "post_add"), "True, False or 'post_add'")
-        self.require("inv_adapter", self.inv_adapter in (None, *BLOCKS), f"None or one of {', '.join(BLOCKS)}")
+        self.require(
+            "scaling", number or self.scaling in ("learned", "channel"), "a number, 'learned' or 'channel'"
+        )
+        self.require(
+            "residual_before_ln",
+            self.residual_before_ln in (True, False, "post_add"),
+            "True, False or 'post_add'",
+        )
+        self.require(
+            "inv_adapter", self.inv_adapter in (None, *BLOCKS), f"None or one of {', '.join(BLOCKS)}"
+        )
         self.require("dropout", 0 <= self.dropout < 1, "at least 0 and below 1")
         self.require("stochastic_depth", 0 <= self.stochastic_depth < 1, "at least 0 and below 1")
         self.require("phm_c_init", self.phm_c_init in ("normal", "uniform"), "normal or uniform")
@@ -115,7 +152,9 @@ class BnConfig(AdapterConfig):
             return self.reduction_factor
         factor = self.reduction_factor.get(str(layer), self.reduction_factor.get("default"))
         if factor is None:
-            raise ConfigError(f"reduction_factor has neither {str(layer)!r} nor 'default': {self.reduction_factor}")
+            raise ConfigError(
+                f"reduction_factor has neither {str(layer)!r} nor 'default': {self.reduction_factor}"
+            )
         return factor
 
     def takes(self, sublayer: Sublayer) -> bool:
@@ -166,7 +205,9 @@ class BottleneckPart(ModulePart):
         self.adapter_down = nn.Sequential(*steps, _linear(config, size, inner))
         self.adapter_up = _linear(config, inner, size)
         self.act = activation(config.non_linearity)
-        self.scaling: nn.Parameter | float = float(config.scaling) if not isinstance(config.scaling, str) else 1.0
+        self.scaling: nn.Parameter | float = (
+            float(config.scaling) if not isinstance(config.scaling, str) else 1.0
+        )
         if isinstance(config.scaling, str):
             self.scaling = nn.Parameter(torch.ones(1 if config.scaling == "learned" else size))
         self.adapter_norm_after = nn.LayerNorm(size) if config.ln_after else None
@@ -177,7 +218,9 @@ class BottleneckPart(ModulePart):
             self._start()
 
     def _start(self) -> None:
-        """Start as BERT does, or with zeros behind (He et al. 2021), or near zero (Houlsby et al. 2019, section 3.2)."""
+        """Start as BERT does, or with zeros behind (He et al. 2021), or near zero (Houlsby et al. 2019,
+        section 3.2).
+        """
         way, linears = self.config.init_weights, [self.adapter_down[-1], self.adapter_up]
         for linear in [*linears, *([self.gate] if self.gate is not None else [])]:
             if not isinstance(linear, nn.Linear):
@@ -196,7 +239,7 @@ class BottleneckPart(ModulePart):
                 for tensor in self.adapter_up.weight.values():  # type: ignore[operator]
                     tensor.zero_()
 
-    def hear(self, residual: Tensor) -> None:
+    def observe(self, residual: Tensor) -> None:
         """What the step's output will be added to, ``(*batch, hidden)``."""
         self._residual = residual
 
@@ -209,7 +252,8 @@ class BottleneckPart(ModulePart):
             base: not needed.
 
         Returns:
-            ``h'``, ``(*batch, hidden)``, so that the layer computes ``norm(h' + r)``, or ``h' + r``, from the stream r.
+            ``h'``, ``(*batch, hidden)``, so that the layer computes ``norm(h' + r)``, or ``h' + r``, from the
+            stream r.
         """
         config = self.config
         require_width(y, self.width[0], self.sublayer.out)
@@ -223,7 +267,13 @@ class BottleneckPart(ModulePart):
         elif config.original_ln_before:
             summed = y + residual
             normed = self.norm[0].normed(summed) if self.norm else summed
-            kept = summed if config.residual_before_ln == "post_add" else y if config.residual_before_ln else normed
+            kept = (
+                summed
+                if config.residual_before_ln == "post_add"
+                else y
+                if config.residual_before_ln
+                else normed
+            )
             if kept is summed and not config.ln_after and config.original_ln_after is False and not self.norm:
                 return y + self._bottleneck(normed, None)  # (y + r + u) - r, without rounding twice
             output = self._bottleneck(normed, kept)
@@ -257,7 +307,8 @@ class BottleneckPart(ModulePart):
         return up.to(x.dtype)
 
     def merged(self, tensors: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """``(I + s U D) W`` where no activation and no norm is in between; beside a single linear ``W + s U D``.
+        """``(I + s U D) W`` where no activation and no norm is in between; beside a single linear
+        ``W + s U D``.
 
         Raises:
             MergeError: it is not linear in what its module gives, or that has no bias to take its own.
@@ -266,7 +317,9 @@ class BottleneckPart(ModulePart):
         alone = self.parallel_here and config.is_parallel
         linear = can_merge(config) and (alone or not config.is_parallel) and "weight" in tensors
         if not linear or tensors["weight"].dim() != 2 or tensors["weight"].shape[0] != self.width[0]:
-            raise MergeError("a bottleneck that does not act linearly on the output of one linear has no exact merge")
+            raise MergeError(
+                "a bottleneck that does not act linearly on the output of one linear has no exact merge"
+            )
         weight, wide = tensors["weight"], tensors["weight"].dtype
         down, down_bias = _affine(self.adapter_down[-1], wide)
         up, up_bias = _affine(self.adapter_up, wide)
@@ -278,7 +331,9 @@ class BottleneckPart(ModulePart):
             moved = offset if alone else update @ tensors["bias"] + offset
             result["bias"] = tensors["bias"] + moved
         elif bool(offset.any()):
-            raise MergeError("its module has no bias that the bottleneck's could be merged into: it has no exact merge")
+            raise MergeError(
+                "its module has no bias that the bottleneck's could be merged into: it has no exact merge"
+            )
         return result
 
 
@@ -294,7 +349,7 @@ class ResidualPart(ModulePart):
     def forward(self, x: Tensor) -> None:
         """Pass on ``x``, ``(*batch, hidden)``."""
         for part in self.listeners:
-            part.hear(x)
+            part.observe(x)
 
     def merged(self, tensors: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Nothing."""
@@ -349,7 +404,9 @@ def _affine(linear: nn.Module, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The matrix ``(out, in)`` and the bias of a linear."""
     if isinstance(linear, HypercomplexLinear):
         matrix = linear.matrix().T
-        return matrix.to(dtype), (matrix.new_zeros(matrix.shape[0]) if linear.b is None else linear.b).to(dtype)
+        return matrix.to(dtype), (matrix.new_zeros(matrix.shape[0]) if linear.b is None else linear.b).to(
+            dtype
+        )
     assert isinstance(linear, nn.Linear)
     return linear.weight.to(dtype), linear.bias.to(dtype)
 
@@ -363,7 +420,9 @@ def _rows_dropped(x: Tensor, chance: float) -> Tensor:
 def _linear(config: BnConfig, inputs: int, outputs: int) -> nn.Module:
     if not config.phm_layer:
         return nn.Linear(inputs, outputs)
-    return HypercomplexLinear(config.hypercomplex(), inputs, outputs, not config.shared_phm_rule, not config.shared_W_phm)
+    return HypercomplexLinear(
+        config.hypercomplex(), inputs, outputs, not config.shared_phm_rule, not config.shared_W_phm
+    )
 
 
 def _shared(config: BnConfig, size: int, inner: int) -> nn.ParameterDict | None:
@@ -379,7 +438,11 @@ def _shared(config: BnConfig, size: int, inner: int) -> nn.ParameterDict | None:
 
 def can_merge(config: BnConfig) -> bool:
     """Whether it is linear in what its module gives."""
-    plain = config.non_linearity in (None, "linear") and config.original_ln_after and not config.original_ln_before
+    plain = (
+        config.non_linearity in (None, "linear")
+        and config.original_ln_after
+        and not config.original_ln_before
+    )
     return plain and not (config.ln_before or config.ln_after or config.use_gating or config.inv_adapter)
 
 
@@ -390,21 +453,29 @@ def check(config: BnConfig, places: Sequence[Place]) -> None:
         ConfigError: naming the step.
     """
     for place in places:
-        if place.role == ADDED and config.needs_residual and place.sublayer is not None and place.sublayer.before is None:
+        if (
+            place.role == ADDED
+            and config.needs_residual
+            and place.sublayer is not None
+            and place.sublayer.before is None
+        ):
             name = {"self": "self_attn", "cross": "cross_attn", "ffn": "ffn"}[place.sublayer.kind]
             raise ConfigError(
-                f"{place.path!r}: the interface does not say what its output is added to: give layer_pre_{name}, "
-                "or a config without is_parallel, original_ln_before and original_ln_after=False"
+                f"{place.path!r}: the interface does not say what its output is added to: give "
+                f"layer_pre_{name}, or a config without is_parallel, original_ln_before and "
+                "original_ln_after=False"
             )
 
 
 def stream_places(
-    config: BnConfig, stream: Stream, module: Callable[[str], nn.Module], everywhere: Sequence[Place]
+    config: BnConfig, stream: Stream, module: Callable[[str], nn.Module], candidates: Sequence[Place]
 ) -> list[Place]:
     """Every step that gets a bottleneck, what hears the stream before it, and the norm behind it."""
     stream.require_layers(config.leave_out, "leave_out")
     if isinstance(config.reduction_factor, dict):
-        stream.require_layers((name for name in config.reduction_factor if name != "default"), "reduction_factor")
+        stream.require_layers(
+            (name for name in config.reduction_factor if name != "default"), "reduction_factor"
+        )
     result: dict[str, Place] = {}
     for sublayer in stream.sublayers():
         if not config.takes(sublayer):
@@ -417,8 +488,8 @@ def stream_places(
         for path, role in wanted:
             layer = Layer("stream", sublayer.width, sublayer.width, False, type(module(path)).__name__)
             result.setdefault(path, Place(path, layer, role, module(path), sublayer, sublayer.layer))
-    more = coupling_places(stream, module, everywhere) if config.inv_adapter else []
-    return [*result.values(), *more, *(listening_places(stream, everywhere) if config.use_gating else [])]
+    more = coupling_places(stream, module, candidates) if config.inv_adapter else []
+    return [*result.values(), *more, *(observer_places(stream, candidates) if config.use_gating else [])]
 
 
 def link(config: BnConfig, parts: Parts) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from grafts.config import AdapterConfig, Names, config, option
 from grafts.errors import ConfigError, UnmatchedTargetError
 from grafts.methods._registry import Parts, Place, method
-from grafts.methods._tensor_merging import Blend
+from grafts.methods._tensor_merging import TensorMerging
 from grafts.methods.shared.rescale import scaled
 from grafts.modules.layers import Layer
 from grafts.modules.patterns import matches, nearest_modules, unmatched
@@ -22,23 +22,29 @@ from grafts.structure.roles import FFN_OUT, FUSED, KEY, KEY_VALUE, VALUE
 
 @config
 class IA3Config(AdapterConfig):
-    """What an (IA)3 adapter is: one learned vector a target, which multiplies its output, or its input in a feed-forward.
+    """What an (IA)3 adapter is: one learned vector a target, which multiplies its output, or its input in a
+    feed-forward.
 
-    Without ``target_modules`` the targets are the key and value projections and the feed-forward output of every layer, as
-    in the paper (section 3.3).
+    Without ``target_modules`` the targets are the key and value projections and the feed-forward output of
+    every layer, as in the paper (section 3.3).
 
-    >>> IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]).feedforward_modules
+    >>> config = IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])
+    >>> config.feedforward_modules
     ('down_proj',)
     """
 
     feedforward_modules: Names = option(
         None,
-        "Which targets have their input scaled and not their output: a list or a regular expression like target_modules; "
-        "nothing takes the targets that are the output projection of a feed-forward.",
+        "Which targets have their input scaled and not their output: a list or a regular expression like "
+        "target_modules; nothing takes the targets that are the output projection of a feed-forward.",
     )
-    fan_in_fan_out: bool = option(False, "Written for other libraries; here the layout of a weight is found out.")
+    fan_in_fan_out: bool = option(
+        False, "Written for other libraries; here the layout of a weight is found out."
+    )
     init_ia3_weights: bool = option(
-        True, "Start with ones, at which nothing changes; False starts with normal random numbers, which no training needs."
+        True,
+        "Start with ones, at which nothing changes; False starts with normal random numbers, which no "
+        "training needs.",
     )
 
     peft_type: ClassVar[str] = "IA3"
@@ -62,8 +68,8 @@ class IA3Part(ModulePart):
     """(IA)3 beside one layer.
 
     Attributes:
-        ia3_l: the vector, ``(out, 1)`` for the output of a linear, ``(1, in)`` for its input, ``(1, channels, 1, ...)`` beside
-            a convolution.
+        ia3_l: the vector, ``(out, 1)`` for the output of a linear, ``(1, in)`` for its input,
+            ``(1, channels, 1, ...)`` beside a convolution.
         layer: what it stands beside.
     """
 
@@ -114,13 +120,16 @@ def feedforwards_among_targets(config: IA3Config, places: Sequence[Place]) -> No
     paths = [place.path for place in places]
     if stray := unmatched(paths, config.feedforward_modules or ()):
         raise UnmatchedTargetError(
-            f"feedforward_modules={stray[0]!r} matches none of the targets, so nothing would be scaled there\n"
+            f"feedforward_modules={stray[0]!r} matches none of the targets, so nothing would be scaled "
+            f"there\n"
             f"  targets: {nearest_modules(stray[0], paths)}"
         )
 
 
 def file_values(values: Mapping[str, Any], parts: Parts) -> dict[str, Any]:
-    """The feed-forward modules where the structure of the model has told them, as some of the names of the targets."""
+    """The feed-forward modules where the structure of the model has told them, as some of the names of the
+    targets.
+    """
     if values["feedforward_modules"] is not None:
         return {}
     before = [path for path, part in parts.items() if part.when == "before"]
@@ -132,20 +141,26 @@ def file_values(values: Mapping[str, Any], parts: Parts) -> dict[str, Any]:
     return {"target_modules": list(parts), "feedforward_modules": before}
 
 
-def combined(sources: Sequence[tuple[IA3Config, Parts, float]], blend: Blend) -> tuple[IA3Config, dict[str, Tensor]]:
+def combined(
+    sources: Sequence[tuple[IA3Config, Parts, float]], blend: TensorMerging
+) -> tuple[IA3Config, dict[str, Tensor]]:
     """One (IA)3 adapter made from several.
 
     - ``"linear"``: the weighted sum of the vectors;
-    - ``"geometric"``: the product of the vectors, each to the power of its weight, which is what scaling with one after
-      the other means. Signs multiply as they are.
+    - ``"geometric"``: the product of the vectors, each to the power of its weight, which is what scaling with
+      one after the other means. Signs multiply as they are.
     """
     tensors: dict[str, Tensor] = {}
     for path in dict.fromkeys(path for _, parts, _ in sources for path in parts):
         here = [(cast("IA3Part", parts[path]), weight) for _, parts, weight in sources if path in parts]
         if len({part.when for part, _ in here}) > 1:
-            raise ConfigError(f"{path!r} has its input scaled by one of the adapters and its output by another")
+            raise ConfigError(
+                f"{path!r} has its input scaled by one of the adapters and its output by another"
+            )
         vectors = torch.stack([part.ia3_l for part, _ in here])
-        weights = torch.tensor([weight for _, weight in here]).to(vectors).view(-1, *[1] * (vectors.dim() - 1))
+        weights = (
+            torch.tensor([weight for _, weight in here]).to(vectors).view(-1, *[1] * (vectors.dim() - 1))
+        )
         if blend.method == "linear":
             tensors[f"{path}.ia3_l".lstrip(".")] = (vectors * weights).sum(0)
         else:

@@ -1,4 +1,6 @@
-"""Invertible adapters after the embeddings, undone before the head (Pfeiffer et al. 2020, arXiv:2005.00052, section 3.3)."""
+"""Invertible adapters after the embeddings, undone before the head (Pfeiffer et al. 2020, arXiv:2005.00052,
+section 3.3).
+"""
 
 from __future__ import annotations
 
@@ -24,14 +26,16 @@ BLOCKS = ("nice", "glow")
 
 @config
 class InvertibleConfig(AdapterConfig):
-    """What an invertible adapter is: a coupling block after the embeddings, and its inverse before the language model's head.
+    """What an invertible adapter is: a coupling block after the embeddings, and its inverse before the
+    language model's head.
 
     >>> InvertibleConfig(block="glow").reduction_factor
     2
     """
 
     block: str = option(
-        "nice", "Additive coupling (nice, Dinh et al. 2014) or affine coupling (glow, Kingma & Dhariwal 2018)."
+        "nice",
+        "Additive coupling (nice, Dinh et al. 2014) or affine coupling (glow, Kingma & Dhariwal 2018).",
     )
     reduction_factor: float = option(2, "Half of the hidden size divided by the size inside.")
     non_linearity: str | None = option("relu", "The activation, by its name in `transformers`.")
@@ -44,7 +48,9 @@ class InvertibleConfig(AdapterConfig):
         self.require("block", self.block in BLOCKS, f"one of {', '.join(BLOCKS)}")
         number = isinstance(self.reduction_factor, (int, float)) and self.reduction_factor > 0
         self.require("reduction_factor", number, "a number above 0")
-        self.require("non_linearity", is_activation(self.non_linearity), "an activation of transformers, or None")
+        self.require(
+            "non_linearity", is_activation(self.non_linearity), "an activation of transformers, or None"
+        )
 
 
 class Network(nn.Module):
@@ -93,7 +99,9 @@ class Nice(nn.Module):
 
 
 class Glow(nn.Module):
-    """Affine coupling (Kingma & Dhariwal 2018, table 1), its scales between exp(-5) and exp(5) (Ardizzone et al. 2019)."""
+    """Affine coupling (Kingma & Dhariwal 2018, table 1), its scales between exp(-5) and exp(5) (Ardizzone et
+    al. 2019).
+    """
 
     clamp = 5.0
 
@@ -151,7 +159,9 @@ class CouplingPart(ModulePart):
         return result
 
 
-def coupling_places(stream: Stream, module: Callable[[str], nn.Module], everywhere: Sequence[Place]) -> list[Place]:
+def coupling_places(
+    stream: Stream, module: Callable[[str], nn.Module], candidates: Sequence[Place]
+) -> list[Place]:
     """The embeddings, and the head that gives tokens from hidden states of their size, if there is one.
 
     Raises:
@@ -159,15 +169,19 @@ def coupling_places(stream: Stream, module: Callable[[str], nn.Module], everywhe
     """
     if stream.embeddings is None:
         raise ConfigError("an invertible adapter needs model_embeddings, which the interface does not give")
-    first = next((place.layer for place in everywhere if place.path == stream.embeddings), None)
+    first = next((place.layer for place in candidates if place.path == stream.embeddings), None)
     size = first.out_features if first is not None else stream.layers[0].width
     rows = first.in_features if first is not None and first.kind == "embedding" else None
-    heads = [place for place in everywhere if place.role == HEAD and place.layer.is_linear and rows is not None]
+    heads = [
+        place for place in candidates if place.role == HEAD and place.layer.is_linear and rows is not None
+    ]
     heads = [place for place in heads if place.layer.in_features == size and place.layer.out_features == rows]
     layer = Layer("stream", size, size, False, type(module(stream.embeddings)).__name__)
     result = [Place(stream.embeddings, layer, BEGIN, module(stream.embeddings))]
     for head in heads:
-        result.append(Place(head.path, Layer("stream", size, size, False, head.layer.class_name), END, head.host))
+        result.append(
+            Place(head.path, Layer("stream", size, size, False, head.layer.class_name), END, head.host)
+        )
     return result
 
 
@@ -180,9 +194,9 @@ def link_couplings(parts: Parts) -> None:
 
 
 def _places(
-    config: InvertibleConfig, stream: Stream, module: Callable[[str], nn.Module], everywhere: Sequence[Place]
+    config: InvertibleConfig, stream: Stream, module: Callable[[str], nn.Module], candidates: Sequence[Place]
 ) -> list[Place]:
-    return coupling_places(stream, module, everywhere)
+    return coupling_places(stream, module, candidates)
 
 
 @method(

@@ -1,4 +1,6 @@
-"""P-tuning: virtual tokens in front of the input, made by a small network (Liu et al. 2021, arXiv:2103.10385)."""
+"""P-tuning: virtual tokens in front of the input, made by a small network (Liu et al. 2021,
+arXiv:2103.10385).
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,9 @@ class PromptEncoderConfig(VirtualTokensConfig):
     encoder_hidden_size: int | None = option(None, "Its hidden size; that of the embeddings if not given.")
     encoder_num_layers: int = option(2, "How many layers an LSTM has.")
     encoder_dropout: float = option(0.0, "Dropout between the layers of an LSTM, while training.")
-    flat: bool = option(False, "Only what the network has made, as in files that do not hold it; training goes on with that.")
+    flat: bool = option(
+        False, "Only what the network has made, as in files that do not hold it; training goes on with that."
+    )
     decoder_tokens: bool = option(False, DECODER_TOKENS)
 
     peft_type: ClassVar[str] = "P_TUNING"
@@ -49,14 +53,17 @@ class PromptEncoderConfig(VirtualTokensConfig):
         kind = self.encoder_reparameterization_type
         self.require("encoder_reparameterization_type", kind in ("MLP", "LSTM"), "'MLP' or 'LSTM'")
         size = self.encoder_hidden_size
-        self.require("encoder_hidden_size", size is None or (isinstance(size, int) and size > 0), "a positive number")
+        self.require(
+            "encoder_hidden_size", size is None or (isinstance(size, int) and size > 0), "a positive number"
+        )
         self.require("encoder_dropout", 0 <= self.encoder_dropout < 1, "at least 0 and below 1")
         layers = self.encoder_num_layers
         self.require("encoder_num_layers", isinstance(layers, int) and layers > 0, "a positive number")
 
 
 class PromptEncoder(nn.Module):
-    """The network that makes virtual tokens (Liu et al. 2021, section 3.2); names are those of the files in memory.
+    """The network that makes virtual tokens (Liu et al. 2021, section 3.2); names are those of the files in
+    memory.
 
     Attributes:
         embedding: what it starts from, ``(tokens, embedding size)``.
@@ -71,11 +78,19 @@ class PromptEncoder(nn.Module):
         self.lstm_head: nn.LSTM | None = None
         if config.encoder_reparameterization_type == "LSTM":
             layers, dropout = config.encoder_num_layers, config.encoder_dropout
-            self.lstm_head = nn.LSTM(size, hidden, layers, dropout=dropout, bidirectional=True, batch_first=True)
-            self.mlp_head = nn.Sequential(nn.Linear(2 * hidden, 2 * hidden), nn.ReLU(), nn.Linear(2 * hidden, size))
+            self.lstm_head = nn.LSTM(
+                size, hidden, layers, dropout=dropout, bidirectional=True, batch_first=True
+            )
+            self.mlp_head = nn.Sequential(
+                nn.Linear(2 * hidden, 2 * hidden), nn.ReLU(), nn.Linear(2 * hidden, size)
+            )
         else:
             self.mlp_head = nn.Sequential(
-                nn.Linear(size, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, size)
+                nn.Linear(size, hidden),
+                nn.ReLU(),
+                nn.Linear(hidden, hidden),
+                nn.ReLU(),
+                nn.Linear(hidden, size),
             )
 
     def forward(self) -> Tensor:
@@ -103,7 +118,7 @@ class EncodedPromptPart(VirtualPart):
         self.encoder = PromptEncoder(config, self.total, size) if owner else None
         self.source: tuple[EncodedPromptPart, ...] = (self,)
 
-    def virtual(self) -> Tensor:
+    def virtual_tokens(self) -> Tensor:
         """The embeddings, ``(length, embedding size)``."""
         if self.prompt is not None:
             return self.prompt

@@ -36,14 +36,21 @@ class PromptTuningConfig(VirtualTokensConfig):
     """
 
     prompt_tuning_init: str = option(
-        "RANDOM", "Start with normal random numbers (RANDOM), a text's tokens (TEXT), or random tokens (SAMPLE_VOCAB)."
+        "RANDOM",
+        "Start with normal random numbers (RANDOM), a text's tokens (TEXT), or random tokens (SAMPLE_VOCAB).",
     )
-    prompt_tuning_init_text: str | None = option(None, "The text; repeated or cut to the number of virtual tokens.")
+    prompt_tuning_init_text: str | None = option(
+        None, "The text; repeated or cut to the number of virtual tokens."
+    )
     tokenizer_name_or_path: str | None = option(None, "The tokenizer that makes the text into tokens.")
-    tokenizer_kwargs: dict[str, Any] | None = option(None, "What else AutoTokenizer.from_pretrained is given.")
+    tokenizer_kwargs: dict[str, Any] | None = option(
+        None, "What else AutoTokenizer.from_pretrained is given."
+    )
     after_first: bool = option(False, "Put them after the first token (BOS, CLS) and not before it.")
     after_embeddings: bool = option(
-        False, "Put them behind the embeddings' positions and norm, as AdapterHub does; for models with a module of those."
+        False,
+        "Put them behind the embeddings' positions and norm, as AdapterHub does; for models with a module of "
+        "those.",
     )
     decoder_tokens: bool = option(False, DECODER_TOKENS)
 
@@ -62,7 +69,11 @@ class PromptTuningConfig(VirtualTokensConfig):
             for field in ("prompt_tuning_init_text", "tokenizer_name_or_path"):
                 self.require(field, bool(getattr(self, field)), "given where prompt_tuning_init is 'TEXT'")
         trusted = (self.tokenizer_kwargs or {}).get("trust_remote_code")
-        self.require("tokenizer_kwargs", not trusted, "without trust_remote_code, which would run code of the tokenizer")
+        self.require(
+            "tokenizer_kwargs",
+            not trusted,
+            "without trust_remote_code, which would run code of the tokenizer",
+        )
 
 
 class PromptPart(VirtualPart):
@@ -93,11 +104,14 @@ class PromptPart(VirtualPart):
             repeated = ids * math.ceil((self.offset + self.length) / len(ids))
             tokens = torch.tensor(repeated[self.offset : self.offset + self.length])
             if int(tokens.max()) >= embed.num_embeddings:
-                raise ConfigError(f"the tokenizer gives token {int(tokens.max())}, and there are {embed.num_embeddings} rows")
+                raise ConfigError(
+                    f"the tokenizer gives token {int(tokens.max())}, and there are {embed.num_embeddings} "
+                    f"rows"
+                )
         with torch.no_grad():
             self.prompt.copy_(embed(tokens.to(embed.weight.device)))
 
-    def virtual(self) -> Tensor:
+    def virtual_tokens(self) -> Tensor:
         """The embeddings, ``(length, embedding size)`` (Lester et al. 2021, section 2)."""
         assert self.prompt is not None
         return self.prompt
@@ -107,7 +121,9 @@ def _text_tokens(config: PromptTuningConfig) -> list[int]:
     from transformers import AutoTokenizer  # noqa: PLC0415 - only for those who start with a text
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(config.tokenizer_name_or_path, **(config.tokenizer_kwargs or {}))
+        tokenizer = AutoTokenizer.from_pretrained(
+            config.tokenizer_name_or_path, **(config.tokenizer_kwargs or {})
+        )
     except (OSError, ValueError) as error:
         raise ConfigError(f"tokenizer_name_or_path={config.tokenizer_name_or_path!r}: {error}") from error
     ids: list[int] = tokenizer(config.prompt_tuning_init_text)["input_ids"]

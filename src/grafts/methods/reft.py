@@ -1,4 +1,6 @@
-"""ReFT: interventions on the hidden states of a few positions (Wu et al. 2024, https://arxiv.org/abs/2404.03592)."""
+"""ReFT: interventions on the hidden states of a few positions (Wu et al. 2024,
+https://arxiv.org/abs/2404.03592).
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,7 @@ from grafts.errors import ConfigError
 from grafts.methods._registry import Parts, Place, method
 from grafts.methods.shared.activations import activation, is_activation
 from grafts.methods.shared.seeding import seeded
-from grafts.methods.shared.token_positions import TokenCounter, inside, listening_places
+from grafts.methods.shared.token_positions import TokenCounter, inside, observer_places
 from grafts.methods.shared.weighted_average import averaged
 from grafts.modules.layers import Layer
 from grafts.sites.module import ModulePart
@@ -25,30 +27,38 @@ from grafts.structure.residual_stream import LAYER, Stream, require_width
 class ReftConfig(AdapterConfig):
     """What a ReFT adapter is: ``h + R^T (W h + b - R h)`` on the first and last tokens behind each layer.
 
-    LoReFT has orthonormal rows of R (eq. 2); NoReFT has not (``orthogonality=False``); DiReFT leaves R h out as well
-    (``subtract_projection=False``, eq. 3).
+    LoReFT has orthonormal rows of R (eq. 2); NoReFT has not (``orthogonality=False``); DiReFT leaves R h out
+    as well (``subtract_projection=False``, eq. 3).
 
     >>> ReftConfig(r=4, layers=(0, 2)).prefix_positions
     3
     """
 
-    layers: str | tuple[int, ...] = option("all", "Behind which layers, counted over the whole model; or 'all'.")
+    layers: str | tuple[int, ...] = option(
+        "all", "Behind which layers, counted over the whole model; or 'all'."
+    )
     prefix_positions: int = option(3, "How many of the first tokens of each row.")
-    suffix_positions: int = option(0, "How many of the last tokens of the input; generated ones are none of them.")
+    suffix_positions: int = option(
+        0, "How many of the last tokens of the input; generated ones are none of them."
+    )
     r: int = option(1, "The rank.")
     orthogonality: bool = option(True, "The rows of R are orthonormal, and stay so whatever training does.")
     subtract_projection: bool = option(True, "Subtract R h.")
     tied_weights: bool = option(False, "One intervention for first and last tokens.")
     dropout: float = option(0.05, "Dropout of the changed states.")
     non_linearity: str | None = option(None, "An activation of W h + b, by its name in `transformers`.")
-    init_weights_seed: int | None = option(None, "Start from this seed; PyTorch's own random numbers are left alone.")
+    init_weights_seed: int | None = option(
+        None, "Start from this seed; PyTorch's own random numbers are left alone."
+    )
 
     peft_type: ClassVar[str] = "REFT"
 
     def __post_init__(self) -> None:
         """Refuse values that cannot be."""
         super().__post_init__()
-        known = self.layers == "all" or (isinstance(self.layers, tuple) and all(isinstance(i, int) for i in self.layers))
+        known = self.layers == "all" or (
+            isinstance(self.layers, tuple) and all(isinstance(i, int) for i in self.layers)
+        )
         self.require("layers", known, "'all' or a list of numbers")
         self.require("r", isinstance(self.r, int) and self.r > 0, "a whole number above 0")
         for name in ("prefix_positions", "suffix_positions"):
@@ -57,7 +67,9 @@ class ReftConfig(AdapterConfig):
         some = self.prefix_positions + self.suffix_positions > 0
         self.require("prefix_positions", some, "above 0 where suffix_positions is 0: else nothing is changed")
         self.require("dropout", 0 <= self.dropout < 1, "at least 0 and below 1")
-        self.require("non_linearity", is_activation(self.non_linearity), "an activation of transformers, or None")
+        self.require(
+            "non_linearity", is_activation(self.non_linearity), "an activation of transformers, or None"
+        )
 
 
 class Intervention(nn.Module):
@@ -65,7 +77,8 @@ class Intervention(nn.Module):
 
     Attributes:
         learned_source: W and b, ``(r, hidden)`` and ``(r,)``.
-        projection: R, ``(r, hidden)``; where it is to be orthonormal, any matrix with the same row space, of which R is made.
+        projection: R, ``(r, hidden)``; where it is to be orthonormal, any matrix with the same row space, of
+            which R is made.
     """
 
     def __init__(self, config: ReftConfig, size: int) -> None:
@@ -76,7 +89,9 @@ class Intervention(nn.Module):
         self.learned_source = nn.Linear(size, config.r)
         self.projection = nn.Parameter(torch.empty(config.r, size))
         if not self.projection.is_meta:
-            nn.init.orthogonal_(self.projection) if self.orthogonal else nn.init.kaiming_uniform_(self.projection, a=5**0.5)
+            nn.init.orthogonal_(self.projection) if self.orthogonal else nn.init.kaiming_uniform_(
+                self.projection, a=5**0.5
+            )
 
     def rotation(self) -> Tensor:
         """R, ``(r, hidden)``; of a matrix M its Q in ``M = L Q``, which no scaling of M changes."""
@@ -97,7 +112,9 @@ class Intervention(nn.Module):
         """
         rotation = self.rotation().to(h.dtype)
         source = self.act(
-            nn.functional.linear(h, self.learned_source.weight.to(h.dtype), self.learned_source.bias.to(h.dtype))
+            nn.functional.linear(
+                h, self.learned_source.weight.to(h.dtype), self.learned_source.bias.to(h.dtype)
+            )
         )
         if self.subtract:
             source = source - h @ rotation.T
@@ -108,7 +125,8 @@ class ReftPart(ModulePart):
     """The interventions behind one layer.
 
     Attributes:
-        units: for the first tokens and the last ones; one for both where they are tied, or only one is wanted.
+        units: for the first tokens and the last ones; one for both where they are tied, or only one is
+            wanted.
         counter: what knows the tokens of the present call; none where the model does not say which are real.
     """
 
@@ -117,7 +135,9 @@ class ReftPart(ModulePart):
         self.config, self.path = config, place.path
         self.width = size = place.layer.out_features
         if config.orthogonality and config.r > size:
-            raise ConfigError(f"{place.path!r}: r={config.r} orthonormal rows cannot be had in {size} dimensions")
+            raise ConfigError(
+                f"{place.path!r}: r={config.r} orthonormal rows cannot be had in {size} dimensions"
+            )
         wanted = [kind for kind, count in _counts(config).items() if count]
         names = ["both"] if config.tied_weights else wanted
         with seeded(config.init_weights_seed, place.number):
@@ -148,10 +168,14 @@ class ReftPart(ModulePart):
         return result
 
     def _positions(self, y: Tensor) -> dict[str, Tensor]:
-        """Which positions are first and which are last tokens of their rows, ``(batch, positions)`` each; none is both."""
+        """Which positions are first and which are last tokens of their rows, ``(batch, positions)`` each;
+        none is both.
+        """
         heard = self.counter[0] if self.counter else None
         number, left = (None, None) if heard is None else (heard.number, heard.left)
-        if number is None or left is None or number.shape[1] != y.shape[1]:  # the model does not say which tokens are real
+        if (
+            number is None or left is None or number.shape[1] != y.shape[1]
+        ):  # the model does not say which tokens are real
             number = torch.arange(y.shape[1], device=y.device).expand(y.shape[0], -1)
             left = y.shape[1] - 1 - number
         if number.shape[0] != y.shape[0]:  # beams of one row side by side
@@ -169,7 +193,7 @@ def _counts(config: ReftConfig) -> dict[str, int]:
 
 
 def stream_places(
-    config: ReftConfig, stream: Stream, module: Callable[[str], nn.Module], everywhere: Sequence[Place]
+    config: ReftConfig, stream: Stream, module: Callable[[str], nn.Module], candidates: Sequence[Place]
 ) -> list[Place]:
     """The layers, and the inputs that say which tokens are real."""
     stream.require_layers(() if isinstance(config.layers, str) else config.layers, "layers")
@@ -178,7 +202,7 @@ def stream_places(
         if config.layers == "all" or layer.number in config.layers:
             size = Layer("stream", layer.width, layer.width, False, type(module(layer.path)).__name__)
             result.append(Place(layer.path, size, LAYER, module(layer.path), None, layer.number))
-    return [*result, *listening_places(stream, everywhere)]
+    return [*result, *observer_places(stream, candidates)]
 
 
 def link(config: ReftConfig, parts: Parts) -> None:

@@ -13,7 +13,8 @@ from grafts.sites.site import Part
 
 @config
 class UnionConfig(AdapterConfig):
-    """What a union is: several configs under one name; their parts act, are trained, saved and deleted together.
+    """What a union is: several configs under one name; their parts act, are trained, saved and deleted
+    together.
 
     >>> from grafts import LoraConfig, BnConfig
     >>> len(UnionConfig(configs=[LoraConfig(), BnConfig()]).configs)
@@ -30,10 +31,14 @@ class UnionConfig(AdapterConfig):
         fits = len(self.configs) > 0 and all(isinstance(one, AdapterConfig) for one in self.configs)
         self.require("configs", fits, "a list of configs")
         self.require(
-            "configs", not any(isinstance(one, UnionConfig) for one in self.configs), "a list of configs that are no unions"
+            "configs",
+            not any(isinstance(one, UnionConfig) for one in self.configs),
+            "a list of configs that are no unions",
         )
         for field in ("target_modules", "exclude_modules", "modules_to_save", "target_roles"):
-            self.require(field, getattr(self, field) is None, "given to the configs of the union, not to itself")
+            self.require(
+                field, getattr(self, field) is None, "given to the configs of the union, not to itself"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """The config as plain data."""
@@ -54,10 +59,14 @@ class UnionConfig(AdapterConfig):
             ConfigError: one of the configs names no method.
         """
         each = data.get("configs")
-        if not isinstance(each, (list, tuple)) or not all(isinstance(one, Mapping) and "peft_type" in one for one in each):
+        if not isinstance(each, (list, tuple)) or not all(
+            isinstance(one, Mapping) and "peft_type" in one for one in each
+        ):
             raise ConfigError("a union's configs are a list, each with its peft_type")
         made = tuple(
-            method_named(str(one["peft_type"])).config.from_dict({k: v for k, v in one.items() if k != "peft_type"})
+            method_named(str(one["peft_type"])).config.from_dict(
+                {k: v for k, v in one.items() if k != "peft_type"}
+            )
             for one in each
         )
         return super().from_dict({**data, "configs": made})

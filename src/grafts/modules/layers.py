@@ -13,7 +13,9 @@ from typing import Literal
 
 from torch import nn
 
-LayerKind = Literal["linear", "transposed-linear", "embedding", "convolution", "attention", "attending", "input", "stream"]
+LayerKind = Literal[
+    "linear", "transposed-linear", "embedding", "convolution", "attention", "attending", "input", "stream"
+]
 
 
 @dataclass(frozen=True)
@@ -21,20 +23,24 @@ class Layer:
     """A module that adapters can stand beside, described by its sizes.
 
     Attributes:
-        kind: ``"linear"``, ``"transposed-linear"`` (`Conv1D` of `transformers`, as in GPT-2), ``"embedding"``,
-            ``"convolution"`` (`nn.Conv1d`, `nn.Conv2d`, `nn.Conv3d`) or ``"attention"`` (`nn.MultiheadAttention`); of a
-            module that is no layer itself ``"attending"`` (it calls an attention kernel) or ``"input"`` (it takes the
-            tokens' embeddings); of one that reads or writes the residual stream ``"stream"``.
-        in_features: size of the last input dimension; for an embedding the number of rows, else of the channels.
+        kind: ``"linear"``, ``"transposed-linear"`` (`Conv1D` of `transformers`, as in GPT-2),
+            ``"embedding"``, ``"convolution"`` (`nn.Conv1d`, `nn.Conv2d`, `nn.Conv3d`) or ``"attention"``
+            (`nn.MultiheadAttention`); of a module that is no layer itself ``"attending"`` (it calls an
+            attention kernel) or ``"input"`` (it takes the tokens' embeddings); of one that reads or writes
+            the residual stream ``"stream"``.
+        in_features: size of the last input dimension; for an embedding the number of rows, else of the
+            channels.
         out_features: size of the last output dimension, or of the channels.
         bias: whether the module adds a bias.
         class_name: the module's class, for people.
         kernel_size: of a convolution.
         groups: of a convolution.
         heads: how many heads of keys an attending module has; 0 where that is not known.
-        values: how wide the values of all heads of an attending module are, where that is not ``out_features``; else 0.
-        projections: the names of an attending module's linears for keys and values, where nothing else is between them and
-            the kernel and the module does more than attention; None where the module itself can be run over a prompt.
+        values: how wide the values of all heads of an attending module are, where that is not
+            ``out_features``; else 0.
+        projections: the names of an attending module's linears for keys and values, where nothing else is
+            between them and the kernel and the module does more than attention; None where the module itself
+            can be run over a prompt.
     """
 
     kind: LayerKind
@@ -60,17 +66,20 @@ class Layer:
 
     @property
     def matrix(self) -> tuple[int, int]:
-        """The sizes of its weight as a matrix ``(out, in)``: of an embedding transposed, of a convolution flattened."""
+        """The sizes of its weight as a matrix ``(out, in)``: of an embedding transposed, of a convolution
+        flattened.
+        """
         return self.out_features, self.in_features // self.groups * math.prod(self.kernel_size)
 
 
 def describe(module: nn.Module) -> Layer | None:
     """The layer that ``module`` is, or None where no adapter of the module site knows its kind.
 
-    A linear is anything with ``in_features`` and ``out_features`` that derives from `nn.Linear` or is called a linear
-    (quantizers bring their own classes). An embedding is an `nn.Embedding` that looks up its input as it is: subclasses
-    that compute other indices in ``forward`` are not understood, those that scale the rows are. A module that its owner
-    never calls is no layer: what stands beside it would silently do nothing.
+    A linear is anything with ``in_features`` and ``out_features`` that derives from `nn.Linear` or is called
+    a linear (quantizers bring their own classes). An embedding is an `nn.Embedding` that looks up its input
+    as it is: subclasses that compute other indices in ``forward`` are not understood, those that scale the
+    rows are. A module that its owner never calls is no layer: what stands beside it would silently do
+    nothing.
     """
     name = type(module).__name__
     has_bias = getattr(module, "bias", None) is not None
@@ -79,17 +88,31 @@ def describe(module: nn.Module) -> Layer | None:
             return None
         return Layer("embedding", module.num_embeddings, module.embedding_dim, has_bias, name)
     if type(module) is nn.modules.linear.NonDynamicallyQuantizableLinear:
-        return None  # the output projection of nn.MultiheadAttention, which reads its weight and never calls it
+        return (
+            None  # the output projection of nn.MultiheadAttention, which reads its weight and never calls it
+        )
     if isinstance(module, _CONVOLUTIONS):
         if type(module).forward not in [known.forward for known in _CONVOLUTIONS]:
             return None  # it may pad or standardise on its own
-        return Layer("convolution", module.in_channels, module.out_channels, has_bias, name, module.kernel_size, module.groups)
+        return Layer(
+            "convolution",
+            module.in_channels,
+            module.out_channels,
+            has_bias,
+            name,
+            module.kernel_size,
+            module.groups,
+        )
     if isinstance(module, nn.MultiheadAttention):
         return Layer("attention", module.embed_dim, module.embed_dim, module.in_proj_bias is not None, name)
     sizes = getattr(module, "in_features", None), getattr(module, "out_features", None)
-    if isinstance(sizes[0], int) and isinstance(sizes[1], int) and (isinstance(module, nn.Linear) or "Linear" in name):
+    if (
+        isinstance(sizes[0], int)
+        and isinstance(sizes[1], int)
+        and (isinstance(module, nn.Linear) or "Linear" in name)
+    ):
         return Layer("linear", sizes[0], sizes[1], has_bias, name)
-    if _is_conv1d(module):
+    if is_conv1d(module):
         rows, columns = module.weight.shape  # type: ignore[misc]
         return Layer("transposed-linear", rows, columns, has_bias, name)
     return None
@@ -97,7 +120,8 @@ def describe(module: nn.Module) -> Layer | None:
 
 @functools.cache
 def only_read(cls: type[nn.Module]) -> frozenset[str]:
-    """The names of modules of which a class reads the weight or bias and which it never calls, as its code shows.
+    """The names of modules of which a class reads the weight or bias and which it never calls, as its code
+    shows.
 
     >>> sorted(only_read(nn.Linear))
     []
@@ -114,7 +138,11 @@ def only_read(cls: type[nn.Module]) -> frozenset[str]:
         steps = list(dis.get_instructions(written))
         for step, following in itertools.zip_longest(steps, steps[1:]):
             if step.opname in ("LOAD_ATTR", "LOAD_METHOD") and isinstance(step.argval, str):
-                reads = following is not None and following.opname == "LOAD_ATTR" and following.argval in ("weight", "bias")
+                reads = (
+                    following is not None
+                    and following.opname == "LOAD_ATTR"
+                    and following.argval in ("weight", "bias")
+                )
                 (read if reads else used).add(step.argval)
     return frozenset(read - used)
 
@@ -122,7 +150,7 @@ def only_read(cls: type[nn.Module]) -> frozenset[str]:
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
-def _is_conv1d(module: nn.Module) -> bool:
+def is_conv1d(module: nn.Module) -> bool:
     """Whether this is `transformers.pytorch_utils.Conv1D`; where that was never imported, nothing is one."""
     loaded = sys.modules.get("transformers.pytorch_utils")
     return loaded is not None and isinstance(module, loaded.Conv1D)

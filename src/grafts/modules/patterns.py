@@ -13,7 +13,8 @@ V = TypeVar("V")
 
 
 def matches(path: str, patterns: str | Sequence[str]) -> bool:
-    """Whether ``path`` is selected: by a regular expression for all of it, or by a list of names or ends of names.
+    """Whether ``path`` is selected: by a regular expression for all of it, or by a list of names or ends of
+    names.
 
     >>> path = "layers.0.q_proj"
     >>> matches(path, ["q_proj"]), matches(path, "q_proj"), matches(path, r".*\\.q_proj")
@@ -25,7 +26,8 @@ def matches(path: str, patterns: str | Sequence[str]) -> bool:
 
 
 def owner_and_name(path: str) -> tuple[str, str]:
-    """The path of the module that a linear belongs to, and its name there; one that only wraps it is passed over.
+    """The path of the module that a linear belongs to, and its name there; one that only wraps it is passed
+    over.
 
     >>> owner_and_name("layers.0.self_attn.q_proj.linear")
     ('layers.0.self_attn', 'q_proj')
@@ -59,11 +61,16 @@ def unmatched(paths: Iterable[str], patterns: str | Sequence[str]) -> list[str]:
     """The patterns that select none of ``paths``."""
     paths = list(paths)
     each = [patterns] if isinstance(patterns, str) else [[name] for name in patterns]
-    return [one if isinstance(one, str) else one[0] for one in each if not any(matches(path, one) for path in paths)]
+    return [
+        one if isinstance(one, str) else one[0]
+        for one in each
+        if not any(matches(path, one) for path in paths)
+    ]
 
 
 def pattern_value(path: str, by_pattern: Mapping[str, V], default: V) -> V:
-    """The value of the first pattern that matches the end of ``path`` (from a dot or the start), else ``default``.
+    """The value of the first pattern that matches the end of ``path`` (from a dot or the start), else
+    ``default``.
 
     >>> pattern_value("model.layers.1.v_proj", {"^model.layers.1.v_proj": 6, "q_proj": 2}, 4)
     6
@@ -75,12 +82,16 @@ def pattern_value(path: str, by_pattern: Mapping[str, V], default: V) -> V:
 
 
 def layer_index(path: str, layers_pattern: Sequence[str]) -> int | None:
-    """The index of the repeated layer that ``path`` lies in: the first number in it, after a list of that name if given.
+    """The index of the repeated layer that ``path`` lies in: the first number in it, after a list of that
+    name if given.
 
     >>> layer_index("model.layers.3.mlp.experts.0.w1", []), layer_index("model.layers.3.q_proj", ["h"])
     (3, None)
     """
-    expressions = [rf"(?:^|.*?\.){name}\.(\d+)\." for name in layers_pattern] or [r"(?:^|.*?\.)[^.]+\.(\d+)\.", r"(\d+)\."]
+    expressions = [rf"(?:^|.*?\.){name}\.(\d+)\." for name in layers_pattern] or [
+        r"(?:^|.*?\.)[^.]+\.(\d+)\.",
+        r"(\d+)\.",
+    ]
     found = (compiled(expression).match(path) for expression in expressions)
     return next((int(match.group(1)) for match in found if match), None)
 
@@ -99,4 +110,6 @@ def nearest_modules(pattern: str, paths: Iterable[str]) -> str:
     counts = Counter(path.rsplit(".", 1)[-1] for path in paths if path)
     wanted = re.sub(r"[^\w.]", "", pattern).rsplit(".", 1)[-1]
     names = nearest(wanted, counts) or [name for name, _ in counts.most_common(6)]
-    return ", ".join(f"{name!r} ({counts[name]} module{'s' * (counts[name] != 1)})" for name in names) or "none"
+    return (
+        ", ".join(f"{name!r} ({counts[name]} module{'s' * (counts[name] != 1)})" for name in names) or "none"
+    )

@@ -1,13 +1,15 @@
 """What a call carries: tokens, cache, mask, positions, recognised by what they are and not by one spelling.
 
-The arguments of a model have other names in other versions of `transformers`. So sites do not read an argument of a call by
-its name: they ask for a `Kind`, and this module finds it,
+The arguments of a model have other names in other versions of `transformers`. So sites do not read an
+argument of a call by its name: they ask for a `Kind`, and this module finds it,
 
-1. by name, if the keyword of the call or the parameter of the module's ``forward`` is one of the `SPELLINGS` of that kind;
-2. a cache by its protocol too, under any name: it says how many positions it holds (``get_seq_length``).
+1. by name, if the keyword of the call or the parameter of the module's ``forward`` is one of the `SPELLINGS`
+of that kind; 2. a cache by its protocol too, under any name: it says how many positions it holds
+(``get_seq_length``).
 
-What is left over may be something that an acting adapter has to know. The ``refuse_...`` methods of `CallArguments` look for
-that by what a value could be: an adapter that overlooks a cache, a mask or positions gives wrong numbers without a word.
+What is left over may be something that an acting adapter has to know. The ``refuse_...`` methods of
+`CallArguments` look for that by what a value could be: an adapter that overlooks a cache, a mask or positions
+gives wrong numbers without a word.
 """
 
 from __future__ import annotations
@@ -74,7 +76,20 @@ _OF_NO_TOKEN = frozenset({"head_mask", "cross_attn_head_mask", "decoder_head_mas
 # What the arguments of other inputs than the text begin with: there may be as many images as tokens.
 _OTHER_INPUTS = ("visual_", "image_", "pixel_", "video_", "audio_", "entity_", "encoder_", "cross_")
 # Values of these types hold no tokens of calls before.
-_PLAIN: tuple[type, ...] = (bool, int, float, complex, str, bytes, Enum, range, slice, set, frozenset, type(None))
+_PLAIN: tuple[type, ...] = (
+    bool,
+    int,
+    float,
+    complex,
+    str,
+    bytes,
+    Enum,
+    range,
+    slice,
+    set,
+    frozenset,
+    type(None),
+)
 _PLAIN += (torch.dtype, torch.device, torch.Size, torch.Generator)
 
 
@@ -161,7 +176,8 @@ class CallArguments:
             name = self.signature.parameter(kind)
         if name is None:
             raise StateError(
-                f"the acting adapters have to change the {kind.value} of this call, and the module takes no {kind.value}"
+                f"the acting adapters have to change the {kind.value} of this call, and the module takes no "
+                f"{kind.value}"
             )
         self.values[name] = value
 
@@ -198,13 +214,20 @@ class CallArguments:
         if len(names) == 0:
             return None
         if any(self.values[name] is not self.values[names[0]] for name in names):
-            raise StateError(f"the call carries several caches, {', '.join(names)}, and nothing says which one is meant")
+            raise StateError(
+                f"the call carries several caches, {', '.join(names)}, and nothing says which one is meant"
+            )
         return names[0]
 
     def _unknown(self) -> Iterator[tuple[str, Any]]:
         """The arguments of no known kind, but for those that cannot matter."""
         for name, value in self.values.items():
-            if name not in KIND_OF and name not in _OF_NO_TOKEN and not isinstance(value, _PLAIN) and not is_cache(value):
+            if (
+                name not in KIND_OF
+                and name not in _OF_NO_TOKEN
+                and not isinstance(value, _PLAIN)
+                and not is_cache(value)
+            ):
                 yield name, value
         for number, value in enumerate(self.unnamed):
             yield f"argument {len(self.signature.names) + number}", value
@@ -221,12 +244,13 @@ class CallArguments:
         if self.get(Kind.TOKENS) is None and self.get(Kind.EMBEDDINGS) is None:
             wanted = " or ".join((*SPELLINGS[Kind.TOKENS], *SPELLINGS[Kind.EMBEDDINGS]))
             raise StateError(
-                f"a {type(host).__name__} was called with {', '.join(self.values) or 'nothing'}, and its adapters look for "
-                f"{wanted} ({versions()})"
+                f"a {type(host).__name__} was called with {', '.join(self.values) or 'nothing'}, and its "
+                f"adapters look for {wanted} ({versions()})"
             )
 
     def refuse_unknown_cache(self, host: nn.Module) -> None:
-        """Refuse a cache that does not say how many tokens it holds, and what may be a cache under a name that is not known.
+        """Refuse a cache that does not say how many tokens it holds, and what may be a cache under a name
+        that is not known.
 
         Raises:
             StateError: naming the argument.
@@ -234,9 +258,9 @@ class CallArguments:
         name = self._name(Kind.CACHE)
         if name is not None and not says_length(self.values[name]):
             raise StateError(
-                f"a {type(host).__name__} was called with {name!r} (a {type(self.values[name]).__name__}), which does not say "
-                f"how many tokens it holds (recurrent states count none), and its adapters have to know: call it without, "
-                f"in generate with use_cache=False ({versions()})"
+                f"a {type(host).__name__} was called with {name!r} (a {type(self.values[name]).__name__}), "
+                "which does not say how many tokens it holds (recurrent states count none), and its "
+                f"adapters have to know: call it without, in generate with use_cache=False ({versions()})"
             )
         for name, value in self._unknown():
             if could_be_cache(value):
@@ -259,7 +283,8 @@ class CallArguments:
                 raise self._refused(host, name, "has something for each token, and may be a mask")
 
     def refuse_unknown_of_tokens(self, host: nn.Module, past: int) -> None:
-        """Refuse what else there is for each token: where virtual tokens are put in, it would have to follow them.
+        """Refuse what else there is for each token: where virtual tokens are put in, it would have to follow
+        them.
 
         Args:
             host: the module that is called.
@@ -279,7 +304,8 @@ class CallArguments:
         """The tensors of no known kind that have the shape of something for each token."""
         embeddings = self.get(Kind.EMBEDDINGS)
         tokens = self.get(Kind.TOKENS) if embeddings is None else embeddings
-        # In a step of one token any (batch, 1) has that shape; what really is for each token was refused at the beginning.
+        # In a step of one token any (batch, 1) has that shape; what really is for each token was refused at
+        # the beginning.
         if past > 0 and tokens.shape[1] == 1:
             return
         for name, value in self._unknown():
@@ -288,9 +314,11 @@ class CallArguments:
                     yield name, tensor
 
     def refuse_unknown_states(self, hidden: Tensor) -> None:
-        """Refuse a call of attention that may attend to other states than its input, by a name that is not known.
+        """Refuse a call of attention that may attend to other states than its input, by a name that is not
+        known.
 
-        Only states of another length can be told from what else belongs to the input (embeddings of its positions).
+        Only states of another length can be told from what else belongs to the input (embeddings of its
+        positions).
 
         Args:
             hidden: its input, ``(batch, tokens, size)``.
@@ -304,27 +332,32 @@ class CallArguments:
             batch, tokens, size = value.shape
             if batch == hidden.shape[0] and tokens != hidden.shape[1] and size == hidden.shape[2]:
                 raise StateError(
-                    f"attention was called with {name!r}, {tuple(value.shape)}, which may be what it attends to and which its "
-                    f"adapters do not know; they know {' and '.join(SPELLINGS[Kind.ENCODER_STATES])} ({versions()})"
+                    f"attention was called with {name!r}, {tuple(value.shape)}, which may be what it attends "
+                    "to and which its adapters do not know; they know "
+                    f"{' and '.join(SPELLINGS[Kind.ENCODER_STATES])} ({versions()})"
                 )
 
     def _refused(self, host: nn.Module, name: str, what: str) -> StateError:
         cls = type(self.values[name]).__name__ if name in self.values else "value"
         known = ", ".join(name for name in self.signature.parameters if name in KIND_OF)
         return StateError(
-            f"a {type(host).__name__} was called with {name!r} (a {cls}), which {what} and which the adapters that act "
-            f"there do not know; of its arguments they know {known or 'none'}: leave it out, deactivate them, or use a method "
-            f"that has nothing to do with it ({versions()})"
+            f"a {type(host).__name__} was called with {name!r} (a {cls}), which {what} and which the "
+            f"adapters that act there do not know; of its arguments they know {known or 'none'}: leave it "
+            f"out, deactivate them, or use a method that has nothing to do with it ({versions()})"
         )
 
 
 def is_cache(value: Any) -> bool:
-    """Whether a value keeps keys and values and says of how many positions, as every cache of `transformers` does."""
+    """Whether a value keeps keys and values and says of how many positions, as every cache of `transformers`
+    does.
+    """
     return callable(getattr(value, "get_seq_length", None))
 
 
 def says_length(cache: Any) -> bool:
-    """Whether a cache can say how many positions it holds: one of nothing but recurrent states (Mamba) cannot."""
+    """Whether a cache can say how many positions it holds: one of nothing but recurrent states (Mamba)
+    cannot.
+    """
     layers = getattr(cache, "layers", None) or ()
     return is_cache(cache) and (len(layers) == 0 or any(is_cache(layer) for layer in layers))
 
@@ -332,10 +365,12 @@ def says_length(cache: Any) -> bool:
 def could_be_cache(value: Any) -> bool:
     """Whether a value of no known kind may hold the tokens of calls before.
 
-    That is an object that is neither plain data nor made of tensors, and what caches were before there was a class for
+    That is an object that is neither plain data nor made of tensors, and what caches were before there was a
+    class for
     them: tuples with the keys and values of each layer, ``(batch, heads, tokens, size)``.
 
-    >>> could_be_cache(object()), could_be_cache(2.0), could_be_cache((torch.ones(1, 7, 4), torch.ones(1, 7, 4)))
+    >>> states = torch.ones(1, 7, 4)
+    >>> could_be_cache(object()), could_be_cache(2.0), could_be_cache((states, states))
     (True, False, False)
     >>> could_be_cache(((torch.ones(1, 2, 7, 4), torch.ones(1, 2, 7, 4)),))
     True
@@ -359,8 +394,8 @@ def _are_keys_and_values(value: Any) -> bool:
 def could_be_mask(value: Tensor) -> bool:
     """Whether a tensor may say which tokens are real: yes or no of each, or something of each query and key.
 
-    >>> could_be_mask(torch.tensor([[1, 0]])), could_be_mask(torch.tensor([[True]])), could_be_mask(torch.tensor([[1, 7]]))
-    (True, True, False)
+    >>> [could_be_mask(torch.tensor([values])) for values in ([1, 0], [True], [1, 7])]
+    [True, True, False]
     """
     if value.dim() == 4 or value.dtype == torch.bool:
         return True
@@ -390,7 +425,8 @@ def is_for_each_token(value: Tensor, tokens: Tensor, past: int) -> bool:
         past: how many positions came before.
 
     >>> ids = torch.ones(2, 7)
-    >>> [is_for_each_token(torch.ones(shape), ids, 0) for shape in ((2, 7), (1, 7, 4), (2, 1, 7, 9), (3, 2, 7))]
+    >>> shapes = ((2, 7), (1, 7, 4), (2, 1, 7, 9), (3, 2, 7))
+    >>> [is_for_each_token(torch.ones(shape), ids, 0) for shape in shapes]
     [True, True, True, True]
     >>> [is_for_each_token(torch.ones(shape), ids, 0) for shape in ((2, 4), (7,), (5, 7))]
     [False, False, False]
@@ -401,7 +437,9 @@ def is_for_each_token(value: Tensor, tokens: Tensor, past: int) -> bool:
     if not 2 <= len(shape) <= 4:
         return False
     by_token = shape[0] in (1, batch) and shape[1] in lengths  # (batch, tokens, ...)
-    by_query = len(shape) == 4 and shape[0] in (1, batch) and shape[2] in lengths  # (batch, heads, queries, keys)
+    by_query = (
+        len(shape) == 4 and shape[0] in (1, batch) and shape[2] in lengths
+    )  # (batch, heads, queries, keys)
     of_kinds = len(shape) == 3 and shape[1] == batch and shape[2] in lengths  # (kinds, batch, tokens)
     return by_token or by_query or of_kinds
 
@@ -422,8 +460,8 @@ def cache_in(output: Any) -> Any:
 def offset_parameter(positions: type[nn.Module]) -> str | None:
     """The parameter of a module that embeds positions which says how many positions came before, or None.
 
-    It is the one that is the number 0 where it is not given: ``cache_length`` from `transformers` 5.24 on, before
-    ``past_key_values_length``.
+    It is the one that is the number 0 where it is not given: ``cache_length`` from `transformers` 5.24 on,
+    before ``past_key_values_length``.
     """
     for parameter in list(inspect.signature(positions.forward).parameters.values())[1:]:
         if type(parameter.default) is int and parameter.default == 0:

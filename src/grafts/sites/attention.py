@@ -1,9 +1,11 @@
-"""The attention site: inside attention, after rotary and cache, where queries, keys, values and mask are known.
+"""The attention site: inside attention, after rotary and cache, where queries, keys, values and mask are
+known.
 
-Modern `transformers` models fetch their attention kernel by the name that the attention module's config gives. An adapted
-module gets a view of its config that names the kernel of this file while an adapter acts there, and delegates everything
-else; that kernel calls the real one. Other modules are watched during their forward: a call of
-`F.scaled_dot_product_attention` is intercepted, or the steps of attention written out. A module without adapters, and a
+Modern `transformers` models fetch their attention kernel by the name that the attention module's config
+gives. An adapted module gets a view of its config that names the kernel of this file while an adapter acts
+there, and delegates everything else; that kernel calls the real one. Other modules are watched during their
+forward: a call of `F.scaled_dot_product_attention` is intercepted, or the steps of attention written out. A
+    module without adapters, and a
 module whose adapters are idle, runs the real kernel itself.
 """
 
@@ -20,7 +22,7 @@ from torch.utils.hooks import RemovableHandle
 
 from grafts.errors import StateError
 from grafts.sites.arguments import SPELLINGS, CallArguments, CallSignature, Kind
-from grafts.sites.attention_interception import Interception, Steps
+from grafts.sites.attention_interception import Interception, UnfusedAttention
 from grafts.sites.attention_routes import route_of, unflatten, written_forward
 from grafts.sites.prefix import Prefix, PrefixedCache, extended
 from grafts.sites.site import Part, Site
@@ -39,7 +41,8 @@ class Attention:
         key_heads: how many heads the keys have.
         scaling: what the products of queries and keys are multiplied by.
         hidden: the module's input, ``(batch, queries, hidden)``.
-        prompt_bias: what the caller gave for the prompts of each row, ``(batch, 1 or length, hidden)``, or None.
+        prompt_bias: what the caller gave for the prompts of each row, ``(batch, 1 or length, hidden)``, or
+            None.
         cache: what the module was called with to keep keys and values, or None.
         begin: where the queries stand, ``(queries,)``, where the caller has said so.
         where: which rows of the batch these are; None for all.
@@ -61,7 +64,8 @@ class Attention:
 
         Args:
             prompt: ``(batch or 1, length, hidden)``.
-            names: the module's children that make keys and values; without them the module itself runs over the prompt.
+            names: the module's children that make keys and values; without them the module itself runs over
+                the prompt.
 
         Returns:
             Keys and values, ``(batch or 1, key-value heads, length, head_dim)``.
@@ -70,11 +74,14 @@ class Attention:
             keys, values = self.site.project(self.host, prompt)
         else:
             keys, values = (
-                unflatten(self.host.get_submodule(name)(prompt), -1, (self.key_heads, -1)).transpose(1, 2) for name in names
+                unflatten(self.host.get_submodule(name)(prompt), -1, (self.key_heads, -1)).transpose(1, 2)
+                for name in names
             )
         if self.where is None or keys.shape[0] in (1, self.query.shape[0]):
             return keys, values
-        return keys.index_select(0, self.where), values.index_select(0, self.where)  # rows have chosen in the projections too
+        return keys.index_select(0, self.where), values.index_select(
+            0, self.where
+        )  # rows have chosen in the projections too
 
     def past(self) -> int:
         """How many tokens came before the queries; looks into the cache, which has taken in theirs."""
@@ -99,10 +106,12 @@ class Attention:
 
 
 class AttendingPart(Part):
-    """What one adapter holds and computes inside one attention module. A method writes one of the two functions.
+    """What one adapter holds and computes inside one attention module. A method writes one of the two
+    functions.
 
     Attributes:
-        after_projection: what `beside` gives is added to the module's output and not before its output projection.
+        after_projection: what `beside` gives is added to the module's output and not before its output
+            projection.
         takes_bias: it reads the call's ``prompt_bias``.
     """
 
@@ -118,7 +127,8 @@ class AttendingPart(Part):
         return None
 
     def position_bias(self, attention: Attention) -> Tensor | None:
-        """What is added to the scores of what stands `in_front`, in a model whose scores have a bias by position.
+        """What is added to the scores of what stands `in_front`, in a model whose scores have a bias by
+        position.
 
         Returns:
             ``(1, heads, queries, length)``, or None.
@@ -157,7 +167,9 @@ class AttentionSite(Site):
             host.__dict__["config"] = ConfigView(host.config, self)
         before = host.register_forward_pre_hook(self._before, with_kwargs=True)
         # a mode has to be left also when the module fails; hooks that are called come what may do not compile
-        return before, host.register_forward_hook(self._after, with_kwargs=True, always_call=self.route != "interface")
+        return before, host.register_forward_hook(
+            self._after, with_kwargs=True, always_call=self.route != "interface"
+        )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Make the kernel known where a model is unpickled."""
@@ -182,7 +194,7 @@ class AttentionSite(Site):
                 self._mode.__enter__()  # type: ignore[no-untyped-call]
 
     def _watch(self, host: nn.Module, batch: int) -> Interception:
-        return Interception(self, host) if self.route == "call" else Steps(self, host, batch)
+        return Interception(self, host) if self.route == "call" else UnfusedAttention(self, host, batch)
 
     def _after(self, host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         if self._mode is not None:
@@ -191,7 +203,9 @@ class AttentionSite(Site):
         called = self._called is not None
         late, self._late, self._called = self._late, None, None
         if called and output is not None and not self._reached:
-            raise StateError(f"a {type(host).__name__} came to no attention kernel, so its adapters could not act")
+            raise StateError(
+                f"a {type(host).__name__} came to no attention kernel, so its adapters could not act"
+            )
         if late is None:
             return output
         if isinstance(output, Tensor):
@@ -217,15 +231,21 @@ class AttentionSite(Site):
         finally:
             self._captured = None
         if not captured:
-            raise StateError(f"a {type(host).__name__} came to no attention kernel when it was run over a prompt")
+            raise StateError(
+                f"a {type(host).__name__} came to no attention kernel when it was run over a prompt"
+            )
         return captured[0]
 
     def _neutral(self, prompt: Tensor) -> dict[str, Any]:
-        """The arguments of the present call with ``prompt`` for tokens at position 0, without mask and cache."""
+        """The arguments of the present call with ``prompt`` for tokens at position 0, without mask and
+        cache.
+        """
         called = self._called
         assert called is not None
         hidden, length = called.first(), prompt.shape[1]
-        others = [name for name in SPELLINGS[Kind.ENCODER_STATES] if isinstance(called.values.get(name), Tensor)]
+        others = [
+            name for name in SPELLINGS[Kind.ENCODER_STATES] if isinstance(called.values.get(name), Tensor)
+        ]
         if not others:
             called.refuse_unknown_states(hidden)
         result = {name: _neutral(name, value, length) for name, value in called.values.items()}
@@ -248,7 +268,9 @@ class AttentionSite(Site):
     def kernel(
         self, host: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, arguments: dict[str, Any]
     ) -> tuple[Tensor, Tensor | None]:
-        """The kernel of an adapted module of `transformers`; the arguments are those of every kernel there."""
+        """The kernel of an adapted module of `transformers`; the arguments are those of every kernel
+        there.
+        """
         if self._captured is not None:
             self._captured.append((key, value))
             return query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[-1]), None
@@ -260,7 +282,9 @@ class AttentionSite(Site):
         paged = arguments.get("cache")
         if prefix is not None:
             keys = key.shape[2] if paged is None or mask is None else mask.shape[-1]
-            mask, arguments = extended(mask, name, _is_causal(host, arguments), query, keys, prefix, arguments)
+            mask, arguments = extended(
+                mask, name, _is_causal(host, arguments), query, keys, prefix, arguments
+            )
             if paged is None:
                 key, value = prefix.before(key, value)
             else:
@@ -281,7 +305,9 @@ class AttentionSite(Site):
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
-        """`F.scaled_dot_product_attention` in an adapted module that calls it itself; the arguments are its own."""
+        """`F.scaled_dot_product_attention` in an adapted module that calls it itself; the arguments are its
+        own.
+        """
         if self._captured is not None:
             self._captured.append((key, value))
             return query.new_zeros(*query.shape[:-1], value.shape[-1])
@@ -299,7 +325,9 @@ class AttentionSite(Site):
         return output if added is None else output + added
 
     def prefix_scores(self, host: nn.Module, query: Tensor, key: Tensor, scaling: float) -> Tensor | None:
-        """The scores of a prefix, ``(batch or 1, heads, queries, length)``, for a module that computes in steps, or None."""
+        """The scores of a prefix, ``(batch or 1, heads, queries, length)``, for a module that computes in
+        steps, or None.
+        """
         if self._captured is not None:
             return None
         prefix = self._prefixes(self._present(host, query, key, scaling), key)
@@ -352,7 +380,9 @@ class AttentionSite(Site):
             if added is None:
                 continue
             if where is not None:
-                added = now.query.new_zeros(*now.query.shape[:-1], added.shape[-1]).index_copy(0, where, added)
+                added = now.query.new_zeros(*now.query.shape[:-1], added.shape[-1]).index_copy(
+                    0, where, added
+                )
             if part.after_projection:
                 heads = added.transpose(1, 2).flatten(2)
                 self._late = heads if self._late is None else self._late + heads
@@ -411,7 +441,9 @@ def _neutral(name: str, value: Any, length: int) -> Any:
 
 
 class ConfigView:
-    """A model's config as one attention module sees it: the same, but for the name of the kernel while adapters act there."""
+    """A model's config as one attention module sees it: the same, but for the name of the kernel while
+    adapters act there.
+    """
 
     def __init__(self, config: Any, site: AttentionSite) -> None:
         self.__dict__.update(_grafts_config=config, _grafts_site=site)
@@ -439,7 +471,9 @@ def real_config(config: Any) -> Any:
 def attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **arguments: Any
 ) -> tuple[Tensor, Tensor | None]:
-    """The kernel that adapted modules of `transformers` fetch; see its `AttentionInterface` for the arguments."""
+    """The kernel that adapted modules of `transformers` fetch; see its `AttentionInterface` for the
+    arguments.
+    """
     site = module._modules[AttentionSite.child]
     assert isinstance(site, AttentionSite)
     return site.kernel(module, query, key, value, attention_mask, arguments)

@@ -51,7 +51,9 @@ class Interception(TorchFunctionMode):
         if func is F.scaled_dot_product_attention:
             self.reached = True
             return self.site.call(self.host, *args, **(kwargs or {}))
-        if func is Tensor.unflatten:  # compilers cannot trace it from here, though they can where it was written
+        if (
+            func is Tensor.unflatten
+        ):  # compilers cannot trace it from here, though they can where it was written
             return unflatten(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
@@ -63,12 +65,13 @@ _MULTIPLES = {torch.mul, Tensor.mul, Tensor.mul_, Tensor.__mul__, Tensor.__imul_
 _SOFTMAXES = {torch.softmax, F.softmax, Tensor.softmax}
 
 
-class Steps(Interception):
-    """Follows a module that computes attention in steps: queries by keys, some number, softmax, weights by values.
+class UnfusedAttention(Interception):
+    """Follows a module that computes attention in steps: queries by keys, some number, softmax, weights by
+    values.
 
-    All of them are four-dimensional, ``(batch, heads, ..., ...)``, or have batch and heads in one dimension. The softmax is
-    given the scores of a prefix as well and gives back the weights of the module's own keys; what the prefix and the prompts
-    give is added to the last product.
+    All of them are four-dimensional, ``(batch, heads, ..., ...)``, or have batch and heads in one dimension.
+    The softmax is given the scores of a prefix as well and gives back the weights of the module's own keys;
+    what the prefix and the prompts give is added to the last product.
 
     Attributes:
         query: the queries, once they were multiplied by keys.
@@ -113,7 +116,9 @@ class Steps(Interception):
         return super().__torch_function__(func, types, args, kwargs)
 
     def _rows(self, x: Tensor) -> bool:
-        """Whether batch and heads may be the first dimension; a module that knows its heads says how large the batch is."""
+        """Whether batch and heads may be the first dimension; a module that knows its heads says how large
+        the batch is.
+        """
         heads = getattr(self.host, "num_heads", None)
         if x.dim() == 3 and isinstance(heads, int) and x.shape[0] % heads == 0:
             self.batch = x.shape[0] // heads
@@ -131,18 +136,27 @@ class Steps(Interception):
     def _are_scores(self, x: Tensor) -> bool:
         assert self.query is not None
         assert self.key is not None
-        return x.shape[-1] == self.key.shape[2] and x.numel() // x.shape[-1] == self.query.numel() // self.query.shape[-1]
+        return (
+            x.shape[-1] == self.key.shape[2]
+            and x.numel() // x.shape[-1] == self.query.numel() // self.query.shape[-1]
+        )
 
     def _begin(self, left: Any, right: Any) -> None:
         self.query, self.key, self.scaling = self._four(left), self._four(right).transpose(-1, -2), 1.0
 
     def _product(self, left: Tensor, right: Tensor, product: Callable[[], Tensor]) -> Tensor:
-        if self._weights is not None and left.numel() == self._weights.numel() and left.shape[-1] == self._weights[-1]:
+        if (
+            self._weights is not None
+            and left.numel() == self._weights.numel()
+            and left.shape[-1] == self._weights[-1]
+        ):
             self.reached, self._weights = True, None
             assert self.query is not None
             assert self.key is not None
             values = self._four(right)
-            output = self.site.read(self.host, self.query, self.key, self.scaling, self._four(left), values, self._of_prefix)
+            output = self.site.read(
+                self.host, self.query, self.key, self.scaling, self._four(left), values, self._of_prefix
+            )
             return output if left.dim() == 4 else output.reshape(-1, *output.shape[2:])
         self._begin(left, right)
         self._scores = product()

@@ -40,7 +40,13 @@ def route_of(cls: type[nn.Module]) -> Route | None:
         return None
     if "ALL_ATTENTION_FUNCTIONS" in code.co_names and "ALL_ATTENTION_FUNCTIONS" in forward.__globals__:
         return "interface"
-    methods = [inspect.unwrap(f) for c in cls.__mro__ if c is not nn.Module for f in vars(c).values() if inspect.isfunction(f)]
+    methods = [
+        inspect.unwrap(f)
+        for c in cls.__mro__
+        if c is not nn.Module
+        for f in vars(c).values()
+        if inspect.isfunction(f)
+    ]
     everything = {name for f in methods if hasattr(f, "__code__") for name in f.__code__.co_names}
     for names in (set(code.co_names), everything):  # what it calls itself says more than what it could call
         if "scaled_dot_product_attention" in names:

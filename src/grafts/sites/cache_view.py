@@ -1,4 +1,6 @@
-"""What a cache with virtual tokens says of its length: with them to the model, and without them to everyone else."""
+"""What a cache with virtual tokens says of its length: with them to the model, and without them to everyone
+else.
+"""
 
 from __future__ import annotations
 
@@ -8,16 +10,17 @@ from torch import Tensor
 
 from grafts.errors import StateError
 from grafts.sites.arguments import versions
-from grafts.sites.virtual_positions import Room
+from grafts.sites.virtual_positions import PromptLayout
 
 
 class CacheView:
-    """What a cache says of its length: with virtual tokens to the model, while it runs, and without them to everyone else.
+    """What a cache says of its length: with virtual tokens to the model, while it runs, and without them to
+    everyone else.
 
     It answers for two of the cache's methods, as attributes of the cache, and is copied and pickled with it.
     """
 
-    def __init__(self, cache: Any, room: Room) -> None:
+    def __init__(self, cache: Any, room: PromptLayout) -> None:
         self.room, self.inside = room, True
         # one by one, and as attributes: compilers before torch 2.9 cannot follow a change of ``__dict__``
         cache.get_seq_length = _Length(cache, self)
@@ -52,8 +55,12 @@ class _Crop:
         self.cache, self.view = cache, view
 
     def __call__(self, max_length: int) -> Any:
-        """Forget the last ``-max_length`` tokens; in older versions, where it may be positive, all but the first."""
-        return type(self.cache).crop(self.cache, max_length + self.view.room.count if max_length > 0 else max_length)
+        """Forget the last ``-max_length`` tokens; in older versions, where it may be positive, all but the
+        first.
+        """
+        return type(self.cache).crop(
+            self.cache, max_length + self.view.room.count if max_length > 0 else max_length
+        )
 
 
 def forget_view(cache: Any) -> None:
@@ -62,7 +69,7 @@ def forget_view(cache: Any) -> None:
         cache.__dict__.pop(name, None)
 
 
-def make_room(cache: Any, count: int, window: int | None) -> None:
+def enlarge_cache(cache: Any, count: int, window: int | None) -> None:
     """Enlarge an empty static cache, which was made for the tokens alone, by ``count`` positions.
 
     Args:
@@ -78,7 +85,9 @@ def make_room(cache: Any, count: int, window: int | None) -> None:
     for layer in layers:
         slides = getattr(layer, "is_sliding", False) and window is not None
         layer.max_cache_len = (
-            min(layer.max_cache_len + more, max(window, layer.max_cache_len)) if slides else layer.max_cache_len + more
+            min(layer.max_cache_len + more, max(window, layer.max_cache_len))
+            if slides
+            else layer.max_cache_len + more
         )
         layer.is_initialized = False
     cache.__dict__["grafts_room"] = count
@@ -99,8 +108,9 @@ def past_of(cache: Any, position: Tensor | None, view: CacheView | None) -> int:
         begin = int(position[0])  # older static caches cannot count padding; callers count tokens
         if begin and cache is None:
             raise StateError(
-                f"the tokens of this call go to position {begin}, and it carries no cache that is recognised: give the cache "
-                f"of the tokens before, or, if the model keeps it to itself, call it with use_cache=False ({versions()})"
+                f"the tokens of this call go to position {begin}, and it carries no cache that is "
+                "recognised: give the cache of the tokens before, or, if the model keeps it to itself, call "
+                f"it with use_cache=False ({versions()})"
             )
         return begin + view.room.count if begin and view is not None else begin
     if cache is None:
@@ -108,7 +118,7 @@ def past_of(cache: Any, position: Tensor | None, view: CacheView | None) -> int:
     length = cache.get_seq_length()
     if length is None:
         raise StateError(
-            f"a {type(cache).__name__} does not say how many tokens it holds, and the acting adapters have to know: "
-            f"call the model with use_cache=False ({versions()})"
+            f"a {type(cache).__name__} does not say how many tokens it holds, and the acting adapters have "
+            f"to know: call the model with use_cache=False ({versions()})"
         )
     return int(length)

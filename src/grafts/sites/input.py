@@ -1,8 +1,9 @@
-"""The model site: at the base model's own call, where virtual tokens come in front of the input and go from the output.
+"""The model site: at the base model's own call, where virtual tokens come in front of the input and go from
+the output.
 
-They are put in when a sequence begins (at an empty cache). Mask, positions and token types follow; their positions are cut
-off what the model gives, so that heads, labels and ``generate`` need to know nothing of them. A cache that holds them says
-its length without them to everyone but the model.
+They are put in when a sequence begins (at an empty cache). Mask, positions and token types follow; their
+positions are cut off what the model gives, so that heads, labels and ``generate`` need to know nothing of
+them. A cache that holds them says its length without them to everyone but the model.
 """
 
 from __future__ import annotations
@@ -27,20 +28,20 @@ from grafts.sites.arguments import (
     says_length,
     versions,
 )
-from grafts.sites.cache_view import CacheView, forget_view, make_room, past_of
+from grafts.sites.cache_view import CacheView, enlarge_cache, forget_view, past_of
 from grafts.sites.site import Part, Site
-from grafts.sites.virtual_positions import Room, taken
+from grafts.sites.virtual_positions import PromptLayout, at_positions
 
 
-class ModelPart(Part):
+class InputPart(Part):
     """What one adapter holds at a module that takes the tokens' embeddings.
 
     Attributes:
         length: how many virtual tokens it puts in.
         shift: by how much it moves the positions of the tokens besides.
         after_first: its virtual tokens come after the first token of each row (BOS, CLS) and not before it.
-        after_embeddings: they come among what the module's child ``embeddings`` gives, so without positions and norms of
-            their own.
+        after_embeddings: they come among what the module's child ``embeddings`` gives, so without positions
+            and norms of their own.
         kept: their positions stay in the output (of an encoder, whose decoder attends to them).
         encoder_length: how many positions the encoder's output has more than its mask, for a decoder.
     """
@@ -52,7 +53,7 @@ class ModelPart(Part):
     kept: bool = False
     encoder_length: int = 0
 
-    def virtual(self) -> Tensor:
+    def virtual_tokens(self) -> Tensor:
         """The embeddings of the virtual tokens, ``(length, embedding size)``."""
         raise NotImplementedError
 
@@ -61,33 +62,37 @@ class ModelPart(Part):
         return cast("nn.Module", host.get_input_embeddings())  # type: ignore[operator]
 
 
-class ListeningPart(ModelPart):
+class TokenObserver(InputPart):
     """A part that puts nothing in, and is told of the tokens of each call."""
 
-    def hear(self, number: Tensor, left: Tensor, past: int) -> None:
+    def observe(self, number: Tensor, left: Tensor, past: int) -> None:
         """A call begins.
 
         Args:
-            number: of each position among the real tokens of its row, those before this call too, ``(batch, positions)``;
-                -1 where there is padding or a virtual token.
+            number: of each position among the real tokens of its row, those before this call too,
+                ``(batch, positions)``; -1 where there is padding or a virtual token.
             left: how many real tokens of the row come after it, ``(batch, positions)``; -1 likewise.
             past: how many tokens the cache holds.
         """
         raise NotImplementedError
 
 
-_Groups = list[tuple[str | None, list[ModelPart]]]  # the parts that act, by the key of their adapter where rows choose
+_Groups = list[
+    tuple[str | None, list[InputPart]]
+]  # the parts that act, by the key of their adapter where rows choose
 
 
-class ModelSite(Site):
+class InputSite(Site):
     """All adapters at one module that takes the tokens' embeddings."""
 
     child = "grafts_model"
-    _room: Room | None = None
+    _room: PromptLayout | None = None
     _shift: int | Tensor = 0
-    _pending: tuple[Room, Tensor, Tensor] | None = None  # what the embeddings are to be given
+    _pending: tuple[PromptLayout, Tensor, Tensor] | None = None  # what the embeddings are to be given
     _own: Tensor | int = 0  # where the tokens are in the output, or how many positions come before them
-    _counted: int | None = None  # how many positions the cache has to hold after the present call, which begins a sequence
+    _counted: int | None = (
+        None  # how many positions the cache has to hold after the present call, which begins a sequence
+    )
 
     def hooks(self, host: nn.Module) -> tuple[RemovableHandle, ...]:
         """Act before and after the module."""
@@ -122,7 +127,8 @@ class ModelSite(Site):
         if isinstance(shift, Tensor):
             if bool((shift != shift[:1]).any()):
                 raise StateError(
-                    "adapter_names: this model makes its positions itself, so its rows cannot count other prefixes"
+                    "adapter_names: this model makes its positions itself, so its rows cannot count other "
+                    "prefixes"
                 )
             shift = int(shift[0])
         given = self.embedded_signature.bind(args, kwargs)
@@ -151,15 +157,17 @@ class ModelSite(Site):
         acting = [part for _, parts in groups for part in parts]
         puts = any(part.length for part in acting)
         placed = puts or view is not None
-        listens = any(isinstance(part, ListeningPart) for part in acting)
-        # Where positions are given and nothing is put in, the cache need not be asked, which on a GPU takes time.
+        listens = any(isinstance(part, TokenObserver) for part in acting)
+        # Where positions are given and nothing is put in, the cache need not be asked, which on a GPU takes
+        # time.
         asks = placed or listens or given.get(Kind.POSITIONS) is None
         past = self._past(host, given, view, puts=puts, listens=listens) if asks else 0
         batch = tokens.shape[0]
         if puts and past > 0 and view is None:
             raise StateError(
-                f"the cache holds {past} tokens and no virtual tokens in front of them, which the acting adapters put in "
-                "where a sequence begins: begin with an empty cache, or go on with the adapters that it was made with"
+                f"the cache holds {past} tokens and no virtual tokens in front of them, which the acting "
+                "adapters put in where a sequence begins: begin with an empty cache, or go on with the "
+                "adapters that it was made with"
             )
         shift = self._shift = self._numbers(groups, "shift", batch, tokens)
         if past == 0 and placed:
@@ -172,7 +180,12 @@ class ModelSite(Site):
                 room = None
         self._room = room
         # Where the call says itself how many tokens came before, there is nothing to doubt.
-        if asks and past == 0 and given.get(Kind.CACHE_POSITIONS) is None and not torch.compiler.is_compiling():
+        if (
+            asks
+            and past == 0
+            and given.get(Kind.CACHE_POSITIONS) is None
+            and not torch.compiler.is_compiling()
+        ):
             self._counted = tokens.shape[1] + (0 if room is None else room.count)
         if listens:
             self._tell(groups, given, room, past, tokens)
@@ -180,13 +193,18 @@ class ModelSite(Site):
         if self.signature.takes(Kind.ENCODER_MASK):
             encoder = self._numbers(groups, "encoder_length", batch, tokens)
             after_first = any(part.after_first for part in acting)
-            _lengthen_encoder_mask(given, encoder, batch, after_first=after_first, snug=_counts_distances(host))
+            _lengthen_encoder_mask(
+                given, encoder, batch, after_first=after_first, before_text=_counts_distances(host)
+            )
         if view is not None:
             view.inside = True
         return given.passed_on()
 
-    def _past(self, host: nn.Module, given: CallArguments, view: CacheView | None, *, puts: bool, listens: bool) -> int:
-        """How many positions came before, virtual tokens too, of a call that carries nothing that is not known.
+    def _past(
+        self, host: nn.Module, given: CallArguments, view: CacheView | None, *, puts: bool, listens: bool
+    ) -> int:
+        """How many positions came before, virtual tokens too, of a call that carries nothing that is not
+        known.
 
         Args:
             host: the module.
@@ -213,7 +231,9 @@ class ModelSite(Site):
             given.refuse_unknown_mask(host, past)
         return past
 
-    def _tell(self, groups: _Groups, given: CallArguments, room: Room | None, past: int, tokens: Tensor) -> None:
+    def _tell(
+        self, groups: _Groups, given: CallArguments, room: PromptLayout | None, past: int, tokens: Tensor
+    ) -> None:
         """Tell the parts that listen which tokens there are.
 
         Args:
@@ -235,21 +255,27 @@ class ModelSite(Site):
         left = torch.where(real.bool(), count[:, -1:] - count, absent)[:, -new:]
         if room is not None and not past:
             first = room.first(mask, batch, tokens.device)
-            number, left = (room.inserted(x + 1, x.new_zeros(batch, room.count), first) - 1 for x in (number, left))
+            number, left = (
+                room.inserted(x + 1, x.new_zeros(batch, room.count), first) - 1 for x in (number, left)
+            )
         for key, parts in groups:
-            where = None if key is None or self.setup.rows is None else self.setup.rows.of(key, batch, tokens.device)
-            for part in (x for x in parts if isinstance(x, ListeningPart)):
+            where = (
+                None
+                if key is None or self.setup.rows is None
+                else self.setup.rows.of(key, batch, tokens.device)
+            )
+            for part in (x for x in parts if isinstance(x, TokenObserver)):
                 heard, behind = ((x if where is None else x.index_select(0, where)) for x in (number, left))
-                part.hear(heard, behind, before)
+                part.observe(heard, behind, before)
 
     def _parts_by_row(self) -> _Groups:
         """The parts that act now; by the key of their adapter where rows choose."""
         rows = self.setup.rows
         if rows is None:
-            return [(None, cast("list[ModelPart]", self.running()))]
-        result: dict[str, list[ModelPart]] = {key: [] for key in rows.keys}
+            return [(None, cast("list[InputPart]", self.running()))]
+        result: dict[str, list[InputPart]] = {key: [] for key in rows.keys}
         for key, part in self.routed(rows):
-            result[key].append(cast("ModelPart", part))
+            result[key].append(cast("InputPart", part))
         return list(result.items())
 
     def _numbers(self, groups: _Groups, name: str, batch: int, like: Tensor) -> int | Tensor:
@@ -264,18 +290,22 @@ class ModelSite(Site):
         return result
 
     def _require_replaceable(self, host: nn.Module) -> None:
-        """Refuse to give embeddings in place of token ids to a model that makes more of the ids (Gemma 3n, Gemma 4).
+        """Refuse to give embeddings in place of token ids to a model that makes more of the ids (Gemma 3n,
+        Gemma 4).
 
         Raises:
             StateError: naming what it makes.
         """
         if PER_LAYER_INPUTS in self.signature.parameters:
             raise StateError(
-                f"a {type(host).__name__} makes {PER_LAYER_INPUTS} of its token ids, which virtual tokens do not have and "
-                "which embeddings in place of the ids would lose: choose a method without virtual tokens"
+                f"a {type(host).__name__} makes {PER_LAYER_INPUTS} of its token ids, which virtual tokens do "
+                "not have and which embeddings in place of the ids would lose: choose a method without "
+                "virtual tokens"
             )
 
-    def _begin(self, groups: _Groups, given: CallArguments, host: nn.Module, batch: int, tokens: Tensor) -> Room | None:
+    def _begin(
+        self, groups: _Groups, given: CallArguments, host: nn.Module, batch: int, tokens: Tensor
+    ) -> PromptLayout | None:
         """Put virtual tokens among ``inputs_embeds``; returns the room that they take."""
         groups = [(key, [part for part in parts if part.length]) for key, parts in groups]
         parts = [part for _, some in groups for part in some]
@@ -283,9 +313,13 @@ class ModelSite(Site):
             return None
         _require_rows(given, _PLACED)
         if len({part.after_first for part in parts}) > 1:
-            raise StateError("adapters whose virtual tokens come before and after the first token cannot act together")
+            raise StateError(
+                "adapters whose virtual tokens come before and after the first token cannot act together"
+            )
         if len({part.after_embeddings for part in parts}) > 1:
-            raise StateError("adapters whose virtual tokens come before and after the embeddings cannot act together")
+            raise StateError(
+                "adapters whose virtual tokens come before and after the embeddings cannot act together"
+            )
         embeds, mask = given.get(Kind.EMBEDDINGS), given.get(Kind.MASK)
         if embeds is None:
             self._require_replaceable(host)
@@ -293,14 +327,16 @@ class ModelSite(Site):
         masked = parts[0].after_first and mask is not None and not torch.compiler.is_compiling()
         if masked and not bool(mask[:, : tokens.shape[1]].ne(0).any(1).all()):
             raise StateError(
-                "virtual tokens that come after the first token need it in the call with which a sequence begins, and a row "
-                "has nothing but padding there: pad on the right, or take longer chunks"
+                "virtual tokens that come after the first token need it in the call with which a sequence "
+                "begins, and a row has nothing but padding there: pad on the right, or take longer chunks"
             )
         pooled, embedded = getattr(host, "pooler", None) is not None, parts[0].after_embeddings
-        snug = mask is not None and _counts_distances(host)
+        before_text = mask is not None and _counts_distances(host)
         if self.setup.rows is None:
-            virtual = torch.cat([part.virtual() for part in parts]).to(embeds.device, embeds.dtype)
-            room = Room(virtual.shape[0], tokens.shape[1], None, parts[0].after_first, snug, pooled, embedded)
+            virtual = torch.cat([part.virtual_tokens() for part in parts]).to(embeds.device, embeds.dtype)
+            room = PromptLayout(
+                virtual.shape[0], tokens.shape[1], None, parts[0].after_first, before_text, pooled, embedded
+            )
             virtual = virtual.expand(batch, -1, -1)
         else:
             count = max(sum(part.length for part in some) for _, some in groups)
@@ -310,12 +346,25 @@ class ModelSite(Site):
                 if some:
                     assert key is not None
                     where = self.setup.rows.of(key, batch, embeds.device)
-                    own = torch.cat([part.virtual() for part in some]).to(embeds.device, embeds.dtype)
-                    padded = nn.functional.pad(own, (0, 0, 0, count - own.shape[0])).expand(where.shape[0], -1, -1)
+                    own = torch.cat([part.virtual_tokens() for part in some]).to(embeds.device, embeds.dtype)
+                    padded = nn.functional.pad(own, (0, 0, 0, count - own.shape[0])).expand(
+                        where.shape[0], -1, -1
+                    )
                     virtual = virtual.index_copy(0, where, padded)
                     lengths[where] = own.shape[0]
-            even = None not in self.setup.rows.names and len({sum(part.length for part in some) for _, some in groups}) == 1
-            room = Room(count, tokens.shape[1], None if even else lengths, parts[0].after_first, snug, pooled, embedded)
+            even = (
+                None not in self.setup.rows.names
+                and len({sum(part.length for part in some) for _, some in groups}) == 1
+            )
+            room = PromptLayout(
+                count,
+                tokens.shape[1],
+                None if even else lengths,
+                parts[0].after_first,
+                before_text,
+                pooled,
+                embedded,
+            )
         first = room.first(mask, batch, embeds.device)
         if embedded:
             self._pending = room, virtual, first
@@ -325,16 +374,27 @@ class ModelSite(Site):
             given.set(Kind.EMBEDDINGS, room.inserted(embeds, virtual, first))
             types = given.get(Kind.TOKEN_TYPES)
             if types is not None:
-                given.set(Kind.TOKEN_TYPES, room.inserted(types, types.new_zeros(batch, room.count, *types.shape[2:]), first))
+                given.set(
+                    Kind.TOKEN_TYPES,
+                    room.inserted(types, types.new_zeros(batch, room.count, *types.shape[2:]), first),
+                )
         if any(part.kept for part in parts):
             self._own = 0
         else:
             self._own = room.count if room.even else room.tokens(first)
-        make_room(given.get(Kind.CACHE), room.count, getattr(getattr(host, "config", None), "sliding_window", None))
+        enlarge_cache(
+            given.get(Kind.CACHE), room.count, getattr(getattr(host, "config", None), "sliding_window", None)
+        )
         return room
 
     def _move(
-        self, given: CallArguments, host: nn.Module, room: Room | None, past: int, tokens: Tensor, shift: int | Tensor
+        self,
+        given: CallArguments,
+        host: nn.Module,
+        room: PromptLayout | None,
+        past: int,
+        tokens: Tensor,
+        shift: int | Tensor,
     ) -> None:
         """Let mask and positions follow the virtual tokens.
 
@@ -356,17 +416,25 @@ class ModelSite(Site):
                 _square(given, batch, count + new, device)
             return
         if room is not None and given.get(Kind.CACHE_POSITIONS) is not None:
-            given.set(Kind.CACHE_POSITIONS, torch.arange(past, past + new + (0 if past else count), device=device))
+            given.set(
+                Kind.CACHE_POSITIONS, torch.arange(past, past + new + (0 if past else count), device=device)
+            )
         uneven = room is not None and room.lengths is not None
         positions = given.get(Kind.POSITIONS)
-        if positions is None and not uneven and not (room and room.snug) and not isinstance(shift, Tensor) and shift == 0:
+        if (
+            positions is None
+            and not uneven
+            and not (room and room.before_text)
+            and not isinstance(shift, Tensor)
+            and shift == 0
+        ):
             return
         if positions is None and not self.signature.takes(Kind.POSITIONS):
             relative = hasattr(getattr(host, "config", None), "relative_attention_num_buckets")
-            if uneven and not relative and (past or not cast("Room", room).gap_last):
+            if uneven and not relative and (past or not cast("PromptLayout", room).pads_after):
                 raise StateError(
-                    f"adapter_names: a {type(host).__name__} takes no position_ids, so its rows cannot have different "
-                    "numbers of virtual tokens"
+                    f"adapter_names: a {type(host).__name__} takes no position_ids, so its rows cannot have "
+                    "different numbers of virtual tokens"
                 )
             return
         if positions is None:
@@ -380,29 +448,39 @@ class ModelSite(Site):
             given.set(Kind.POSITIONS, positions + shift + lengths)
             return
         assert first is not None
-        if positions.dim() == 3:  # several for each token, of time, height and width: (kinds, batch or 1, tokens)
+        if (
+            positions.dim() == 3
+        ):  # several for each token, of time, height and width: (kinds, batch or 1, tokens)
             several = [self._positioned(kind.expand(batch, -1), room, first, shift) for kind in positions]
             given.set(Kind.POSITIONS, torch.stack(several))
         else:
             given.set(Kind.POSITIONS, self._positioned(positions.expand(batch, -1), room, first, shift))
 
     @staticmethod
-    def _positioned(positions: Tensor, room: Room, first: Tensor, shift: int | Tensor) -> Tensor:
+    def _positioned(positions: Tensor, room: PromptLayout, first: Tensor, shift: int | Tensor) -> Tensor:
         """The positions of the tokens, ``(batch, tokens)``, with those of the virtual tokens among them."""
         device = positions.device
         lengths = room.count if room.lengths is None else room.lengths
         start = positions.gather(1, first - 1) + 1 if room.after_first else torch.zeros_like(first)
         virtual = start + torch.arange(room.count, device=device)[None]
-        moved = torch.where(torch.arange(positions.shape[1], device=device)[None] >= first, positions + lengths, positions)
+        moved = torch.where(
+            torch.arange(positions.shape[1], device=device)[None] >= first, positions + lengths, positions
+        )
         return room.inserted(moved + shift, virtual + shift, first)
 
-    def _masked(self, given: CallArguments, room: Room, past: int, batch: int, new: int, device: torch.device) -> Tensor:
-        """Let the mask follow; returns before which of a row's own tokens the virtual ones stand, ``(batch, 1)``."""
+    def _masked(
+        self, given: CallArguments, room: PromptLayout, past: int, batch: int, new: int, device: torch.device
+    ) -> Tensor:
+        """Let the mask follow; returns before which of a row's own tokens the virtual ones stand,
+        ``(batch, 1)``.
+        """
         mask = given.get(Kind.MASK)
         _require_plain(mask, _PLACED)
         first = room.first(mask, batch, device)
         if mask is None and room.lengths is not None:
-            mask = torch.ones(batch, past + new - (room.count if past else 0), dtype=torch.long, device=device)
+            mask = torch.ones(
+                batch, past + new - (room.count if past else 0), dtype=torch.long, device=device
+            )
         if mask is not None:
             given.set(Kind.MASK, room.inserted(mask, None, first))
         return first
@@ -427,14 +505,15 @@ class ModelSite(Site):
         return _cut(output, own, room.count + room.own)
 
 
-ModelPart.site = ModelSite
+InputPart.site = InputSite
 
 _PLACED, _COUNTED = "virtual tokens need", "an adapter that counts tokens needs"
 _PACKED = "{} one sequence a row, and these lie packed in one row: pad them instead"
 
 
 def _require_positions(host: nn.Module, output: Any, length: int) -> None:
-    """Refuse an output of which nobody knows where the tokens are in it: of a module that changes how many there are.
+    """Refuse an output of which nobody knows where the tokens are in it: of a module that changes how many
+    there are.
 
     Raises:
         StateError: its hidden states have another number of positions than went in.
@@ -450,16 +529,18 @@ def _require_positions(host: nn.Module, output: Any, length: int) -> None:
         if states.shape[1] == length:
             return
         raise StateError(
-            f"a {type(host).__name__} gives {states.shape[1]} positions for {length} that went in, so those of the virtual "
-            "tokens cannot be told from the others: choose a method without virtual tokens"
+            f"a {type(host).__name__} gives {states.shape[1]} positions for {length} that went in, so those "
+            "of the virtual tokens cannot be told from the others: choose a method without virtual tokens"
         )
 
 
 def _require_counted(host: nn.Module, cache: Any, counted: int) -> None:
-    """Refuse to go on from a cache that holds something else than what was counted, once a sequence, when it begins.
+    """Refuse to go on from a cache that holds something else than what was counted, once a sequence, when it
+    begins.
 
-    A cache that reached the model by a way that is not known makes every later call look like the beginning of another
-    sequence. Where the model gives it back, as all of `transformers` do, this says so at the first such call.
+    A cache that reached the model by a way that is not known makes every later call look like the beginning
+    of another sequence. Where the model gives it back, as all of `transformers` do, this says so at the first
+    such call.
 
     Args:
         host: the module that was called.
@@ -474,8 +555,9 @@ def _require_counted(host: nn.Module, cache: Any, counted: int) -> None:
     held = int(cache.get_seq_length())
     if held != counted:
         raise StateError(
-            f"the cache of a {type(host).__name__} holds {held} positions after a call in which its adapters counted "
-            f"{counted}, so the next tokens would be wrong: call it with use_cache=False, and report this with {versions()}"
+            f"the cache of a {type(host).__name__} holds {held} positions after a call in which its adapters "
+            f"counted {counted}, so the next tokens would be wrong: call it with use_cache=False, and report "
+            f"this with {versions()}"
         )
 
 
@@ -514,19 +596,22 @@ def _require_plain(mask: Any, who: str) -> None:
     """
     if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
         raise StateError(
-            f"{who} a mask of the shape (batch, tokens), or none; it cannot be had for sequences packed into one row"
+            f"{who} a mask of the shape (batch, tokens), or none; it cannot be had for sequences packed into "
+            f"one row"
         )
 
 
 def embeds_positions(host: nn.Module) -> bool:
-    """Whether a module makes positions itself and embeds them in a child that can be told of others (BART's decoder)."""
+    """Whether a module makes positions itself and embeds them in a child that can be told of others (BART's
+    decoder).
+    """
     child = getattr(host, "embed_positions", None)
     return isinstance(child, nn.Module) and offset_parameter(type(child)) is not None
 
 
 def _cut(value: Any, own: Tensor | int, length: int) -> Any:
-    """An output, or several, with the tokens' own positions only: hidden states ``(batch, positions, size)`` and what
-    attention has done from them, ``(batch, heads, positions, keys)``.
+    """An output, or several, with the tokens' own positions only: hidden states ``(batch, positions, size)``
+    and what attention has done from them, ``(batch, heads, positions, keys)``.
 
     Args:
         value: the output.
@@ -542,11 +627,13 @@ def _cut(value: Any, own: Tensor | int, length: int) -> Any:
     dim = {3: 1, 4: 2}.get(value.dim(), 0) if isinstance(value, Tensor) else 0
     if not dim or value.shape[dim] != length:
         return value
-    return value.narrow(dim, own, length - own) if isinstance(own, int) else taken(value, own, dim)
+    return value.narrow(dim, own, length - own) if isinstance(own, int) else at_positions(value, own, dim)
 
 
 def _square(given: CallArguments, batch: int, length: int, device: torch.device) -> None:
-    """Give the mask for every query, to models before `transformers` 5, which else make it for as many as there are tokens."""
+    """Give the mask for every query, to models before `transformers` 5, which else make it for as many as
+    there are tokens.
+    """
     mask = given.get(Kind.MASK)
     mask = torch.ones(batch, length, dtype=torch.long, device=device) if mask is None else mask
     given.set(Kind.MASK, mask[:, None].expand(batch, length, length))
@@ -555,10 +642,15 @@ def _square(given: CallArguments, batch: int, length: int, device: torch.device)
 def _counts_distances(host: nn.Module) -> bool:
     """Whether it matters to a model how many positions, padding too, lie between two tokens."""
     config = getattr(host, "config", None)
-    return any(getattr(config, name, None) is not None for name in ("sliding_window", "relative_attention_num_buckets"))
+    return any(
+        getattr(config, name, None) is not None
+        for name in ("sliding_window", "relative_attention_num_buckets")
+    )
 
 
-def _lengthen_encoder_mask(given: CallArguments, lengths: int | Tensor, batch: int, *, after_first: bool, snug: bool) -> None:
+def _lengthen_encoder_mask(
+    given: CallArguments, lengths: int | Tensor, batch: int, *, after_first: bool, before_text: bool
+) -> None:
     """Let a decoder see the virtual tokens of its encoder.
 
     Args:
@@ -566,7 +658,7 @@ def _lengthen_encoder_mask(given: CallArguments, lengths: int | Tensor, batch: i
         lengths: how many there are, or how many each row has, ``(batch, 1)``.
         batch: how many rows.
         after_first: whether they stand after the first token.
-        snug: whether they stand after padding.
+        before_text: whether they stand after padding.
     """
     states, mask = given.get(Kind.ENCODER_STATES), given.get(Kind.ENCODER_MASK)
     if states is None or (isinstance(lengths, int) and lengths == 0):
@@ -576,5 +668,7 @@ def _lengthen_encoder_mask(given: CallArguments, lengths: int | Tensor, batch: i
     if mask is None and isinstance(lengths, Tensor):
         mask = torch.ones(batch, own, dtype=torch.long, device=states.device)
     if mask is not None and mask.dim() == 2 and mask.shape[1] == own:
-        room = Room(count, own, None if isinstance(lengths, int) else lengths, after_first, snug, False)
+        room = PromptLayout(
+            count, own, None if isinstance(lengths, int) else lengths, after_first, before_text, False
+        )
         given.set(Kind.ENCODER_MASK, room.inserted(mask, None, room.first(mask, batch, mask.device)))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from grafts.errors import StateError
-from grafts.modules.weights import read, written
+from grafts.modules.weights import read_weights, to_storage
 from grafts.sites.setup import Rows
 from grafts.sites.site import Part, Site
 
@@ -21,14 +21,16 @@ from grafts.sites.site import Part, Site
 class ModulePart(Part):
     """What one adapter holds and computes beside one module.
 
-    A method writes a subclass: its tensors as parameters, its math as ``forward``, whose arguments depend on `when`:
+    A method writes a subclass: its tensors as parameters, its math as ``forward``, whose arguments depend on
+    `when`:
 
     - ``"sees"``: ``forward(x)`` is told of the module's input and changes nothing;
     - ``"before"``: ``forward(x)`` returns the module's new input;
-    - ``"after"``: ``forward(x, y)`` returns the module's new output, ``y`` being the output so far, of several the first;
+    - ``"after"``: ``forward(x, y)`` returns the module's new output, ``y`` being the output so far, of
+      several the first;
     - ``"instead"``: ``forward(*args, **kwargs)`` takes the module's own arguments and returns its new output;
-    - ``"weights"``: no ``forward``; the module computes with the tensors that `merged` gives. For a module that uses
-      several weights inside, where nothing can stand beside one of them.
+    - ``"weights"``: no ``forward``; the module computes with the tensors that `merged` gives. For a module
+      that uses several weights inside, where nothing can stand beside one of them.
 
     Attributes:
         reads_base: ``forward`` takes the base module as one argument more, to read its weights.
@@ -38,7 +40,9 @@ class ModulePart(Part):
     reads_base: bool = False
 
     def forward_(self, x: Tensor, y: Tensor, *base: nn.Module) -> Tensor:
-        """``forward`` of a part that acts after the module, free to write into ``y``, which nobody else holds."""
+        """``forward`` of a part that acts after the module, free to write into ``y``, which nobody else
+        holds.
+        """
         return cast("Tensor", self(x, y, *base))
 
 
@@ -84,7 +88,7 @@ class ModuleSite(Site):
             elif part.when == "weights":
                 weights.append(part)
         if weights:
-            tensors = written(host, fold(read(host), weights))
+            tensors = to_storage(host, fold(read_weights(host), weights))
             self._swapped = {name: _swap(host, name, tensor) for name, tensor in tensors.items()}
         return (args, kwargs) if changed else None
 
@@ -129,7 +133,9 @@ class ModuleSite(Site):
                 changed = True
         return (args, kwargs) if changed else None
 
-    def _after_rows(self, rows: Rows, host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    def _after_rows(
+        self, rows: Rows, host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> Any:
         for key, part in self._routed(rows):
             if part.when in ("sees", "before"):
                 continue
@@ -137,7 +143,9 @@ class ModuleSite(Site):
             where = rows.of(key, y.shape[0], y.device)
             if part.when == "instead":
                 given = [_rows_of(value, where, rows) for value in (*args, *kwargs.values())]
-                new = _first_output(host, part(*given[: len(args)], **dict(zip(kwargs, given[len(args) :], strict=True))))
+                new = _first_output(
+                    host, part(*given[: len(args)], **dict(zip(kwargs, given[len(args) :], strict=True)))
+                )
             else:
                 x = _rows_of(_first_input(args, kwargs), where, rows)
                 new = part(x, y.index_select(0, where), *((host,) if part.reads_base else ()))
@@ -148,7 +156,8 @@ class ModuleSite(Site):
 def fold(base: Mapping[str, Tensor], parts: Sequence[Part]) -> dict[str, Tensor]:
     """The tensors of one module that ``parts`` change, with all of them folded in.
 
-    What acts on the module's input acts on its columns, and so comes after everything that adds to its weight.
+    What acts on the module's input acts on its columns, and so comes after everything that adds to its
+    weight.
 
     Args:
         base: the module's tensors, as `grafts.modules.weights.read` gives them.
@@ -177,14 +186,20 @@ def _spread(x: Tensor, rows: Rows) -> Tensor:
 
 def _rows_of(value: Any, where: Tensor, rows: Rows) -> Any:
     """The chosen rows of a module's argument, if it is a tensor that has them."""
-    return _spread(value, rows).index_select(0, where.to(value.device)) if isinstance(value, Tensor) and value.dim() else value
+    return (
+        _spread(value, rows).index_select(0, where.to(value.device))
+        if isinstance(value, Tensor) and value.dim()
+        else value
+    )
 
 
 def _is_fresh(host: nn.Module, output: Any) -> bool:
-    """Whether the host's output is memory that nobody else can hold: not a hook, not the graph of the backward pass.
+    """Whether the host's output is memory that nobody else can hold: not a hook, not the graph of the
+    backward pass.
 
-    That is so where the host is known to do one product or one look-up with a plain weight and nothing stands between it
-    and the site. There a part may add into the output, which saves a pass over it and its memory once more.
+    That is so where the host is known to do one product or one look-up with a plain weight and nothing stands
+    between it and the site. There a part may add into the output, which saves a pass over it and its memory
+    once more.
     """
     return (
         type(host).forward in (nn.Linear.forward, nn.Embedding.forward)
@@ -211,7 +226,8 @@ def _first_output(host: nn.Module, output: Any) -> Tensor:
         value = next(iter(output.values())) if isinstance(output, Mapping) else output[0]
     if not isinstance(value, Tensor):
         raise StateError(
-            f"the output of a {type(host).__name__} is no tensor and begins with none, so no adapter can act on it"
+            f"the output of a {type(host).__name__} is no tensor and begins with none, so no adapter can act "
+            f"on it"
         )
     return value
 
@@ -227,7 +243,9 @@ def _with_first_output(output: Any, y: Tensor) -> Any:
     return type(output)(y, *rest) if hasattr(output, "_fields") else type(output)((y, *rest))
 
 
-def _with_first_input(args: tuple[Any, ...], kwargs: dict[str, Any], x: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _with_first_input(
+    args: tuple[Any, ...], kwargs: dict[str, Any], x: Any
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if args:
         return (x, *args[1:]), kwargs
     return args, {**kwargs, next(iter(kwargs)): x}

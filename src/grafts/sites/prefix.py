@@ -21,8 +21,8 @@ class Prefix:
         keys: the keys.
         values: the values.
         visible: which of them each row attends to, ``(batch, length)``; None for all.
-        bias: what is added to their scores where a model's scores have a bias by position, ``(1, heads, queries, length)``;
-            None for nothing.
+        bias: what is added to their scores where a model's scores have a bias by position,
+            ``(1, heads, queries, length)``; None for nothing.
     """
 
     keys: Tensor
@@ -49,7 +49,9 @@ class Prefix:
         visible = None
         if any(p.visible is not None for p in prefixes):
             seen = [torch.ones(batch, p.length, dtype=torch.bool, device=p.keys.device) for p in prefixes]
-            visible = torch.cat([all_ if p.visible is None else p.visible for p, all_ in zip(prefixes, seen, strict=True)], 1)
+            visible = torch.cat(
+                [all_ if p.visible is None else p.visible for p, all_ in zip(prefixes, seen, strict=True)], 1
+            )
         keys, values = (
             torch.cat([x.expand(batch, *x.shape[1:]) for x in xs], 2)
             for xs in ([p.keys for p in prefixes], [p.values for p in prefixes])
@@ -70,15 +72,17 @@ class Prefix:
     def before(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """The module's keys and values with these in front."""
         return tuple(  # type: ignore[return-value]
-            torch.cat([own.expand(x.shape[0], *own.shape[1:]), x], 2) for own, x in ((self.keys, key), (self.values, value))
+            torch.cat([own.expand(x.shape[0], *own.shape[1:]), x], 2)
+            for own, x in ((self.keys, key), (self.values, value))
         )
 
 
 class PrefixedCache:
-    """The cache of continuous batching as a kernel sees it, which gets all keys and values from it: a prefix comes in front.
+    """The cache of continuous batching as a kernel sees it, which gets all keys and values from it: a prefix
+    comes in front.
 
-    The sequences of a batch lie packed in one row there, and a mask tells them apart; all of them attend to the prefix.
-    Kernels ask whether it is a cache of that class, so it says that it is.
+    The sequences of a batch lie packed in one row there, and a mask tells them apart; all of them attend to
+    the prefix. Kernels ask whether it is a cache of that class, so it says that it is.
     """
 
     def __init__(self, cache: Any, prefix: Prefix) -> None:
@@ -90,7 +94,9 @@ class PrefixedCache:
         return type(self._cache)
 
     def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """The keys and values of the cache with those in front; ``(1, heads, keys, size)`` or ``(keys, heads, size)``."""
+        """The keys and values of the cache with those in front; ``(1, heads, keys, size)`` or
+        ``(keys, heads, size)``.
+        """
         key, value = self._cache.update(*args, **kwargs)
         if key.dim() == 4:
             return self._prefix.before(key, value)
@@ -103,7 +109,13 @@ class PrefixedCache:
 
 
 def extended(
-    mask: Any, name: str | None, causal: bool, query: Tensor, keys: int, prefix: Prefix, arguments: Mapping[str, Any]
+    mask: Any,
+    name: str | None,
+    causal: bool,
+    query: Tensor,
+    keys: int,
+    prefix: Prefix,
+    arguments: Mapping[str, Any],
 ) -> tuple[Any, dict[str, Any]]:
     """A kernel's mask and arguments for keys with a prefix, which every query attends to.
 
@@ -121,7 +133,11 @@ def extended(
     """
     changed = dict(arguments)
     if (bias := arguments.get("position_bias")) is not None:
-        own = bias.new_zeros(*bias.shape[:3], prefix.length) if prefix.bias is None else prefix.bias.to(bias.dtype)
+        own = (
+            bias.new_zeros(*bias.shape[:3], prefix.length)
+            if prefix.bias is None
+            else prefix.bias.to(bias.dtype)
+        )
         changed["position_bias"] = torch.cat([own.expand(*bias.shape[:3], -1), bias], -1)
     if name is not None and "flash" in name:
         return _extended_flash(mask, keys, prefix, changed, query.shape[0]), changed
@@ -129,7 +145,9 @@ def extended(
         return _extended_flex(mask, query, keys, prefix), changed
     batch, queries = query.shape[0], query.shape[2]
     if mask is None and name not in (None, "eager") and causal and queries > 1:
-        mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril()[None, None]  # as the kernel's own
+        mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril()[
+            None, None
+        ]  # as the kernel's own
         changed.pop("is_causal", None)
     if mask is None and prefix.visible is None:
         return None, changed
@@ -143,12 +161,16 @@ def extended(
         return F.pad(mask, (prefix.length, 0), value=boolean), changed
     seen = prefix.visible[:, None, None, :]
     if not boolean:
-        seen = torch.zeros(seen.shape, dtype=mask.dtype, device=mask.device).masked_fill(~seen, torch.finfo(mask.dtype).min)
+        seen = torch.zeros(seen.shape, dtype=mask.dtype, device=mask.device).masked_fill(
+            ~seen, torch.finfo(mask.dtype).min
+        )
     shape = batch, mask.shape[1], queries
     return torch.cat([seen.expand(*shape, -1), mask.expand(*shape, -1)], -1), changed
 
 
-def _extended_flash(mask: Tensor | None, keys: int, prefix: Prefix, arguments: Mapping[str, Any], batch: int) -> Tensor | None:
+def _extended_flash(
+    mask: Tensor | None, keys: int, prefix: Prefix, arguments: Mapping[str, Any], batch: int
+) -> Tensor | None:
     """For kernels that take a padding mask ``(batch, keys)``, and align their causal mask to the end."""
     if arguments.get("sliding_window") is not None or arguments.get("cu_seq_lens_q") is not None:
         raise StateError(
@@ -181,4 +203,6 @@ def _extended_flex(mask: Any, query: Tensor, keys: int, prefix: Prefix) -> Any:
         there = ~in_prefix if own is None else ~in_prefix & own(b, h, q, (k - length).clamp_min(0))
         return here | there
 
-    return create_block_mask(mask_mod, query.shape[0], None, query.shape[2], keys + length, device=str(query.device))
+    return create_block_mask(
+        mask_mod, query.shape[0], None, query.shape[2], keys + length, device=str(query.device)
+    )

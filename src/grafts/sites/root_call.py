@@ -1,5 +1,5 @@
-"""The model's own calls: arguments that are meant for its adapters (which one each row of the batch wants, and for prompts),
-and outputs that cannot be trained by."""
+"""The model's own calls: arguments that are meant for its adapters (which one each row of the batch wants,
+and for prompts), and outputs that cannot be trained by."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ from torch.utils.hooks import RemovableHandle
 
 from grafts.errors import StateError
 from grafts.sites.arguments import SPELLINGS, Kind
-from grafts.sites.input import ModelSite
+from grafts.sites.input import InputSite
 from grafts.sites.setup import Rows, Setup
 from grafts.sites.site import sites_in
 
 ARGUMENT, BIAS = "adapter_names", "prompt_bias"
-ENTERED = "_adapters_entered"  # whether a call of the model has come through its hooks and is on its way to ``forward``
+# The name of a flag at the model: a call has come through its hooks and is on its way to ``forward``.
+ENTERED = "_adapters_entered"
 Choose = Callable[[Sequence[str | None]], Rows]
 
 
-class Calls:
+class RootCallHooks:
     """Takes ``adapter_names`` and ``prompt_bias`` out of the model's calls, and tells the sites of them.
 
     Attributes:
@@ -87,7 +88,9 @@ class Calls:
     def _after(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self.setup.rows = None
         self.setup.prompt_bias = None
-        if output is not None and self._end is not None:  # PyTorch is looking at its hooks when the call has failed
+        if (
+            output is not None and self._end is not None
+        ):  # PyTorch is looking at its hooks when the call has failed
             self._end.remove()
             self._end = None
 
@@ -95,16 +98,23 @@ class Calls:
         """Let an output that nothing trainable has made say so when it is trained by.
 
         Args:
-            call: the model, its positional and its named arguments, and its output; in one, because the compiler of PyTorch
-                looks at each argument of a hook and warns of tensors that are no leaves.
+            call: the model, its positional and its named arguments, and its output; in one, because the
+                compiler of PyTorch looks at each argument of a hook and warns of tensors that are no leaves.
         """
         if not call[0].training or not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return None
         model, args, kwargs, output = call
-        values = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple) else (output,)
+        values = (
+            output.values()
+            if isinstance(output, Mapping)
+            else output
+            if isinstance(output, tuple)
+            else (output,)
+        )
         floats = [value for value in values if isinstance(value, Tensor) and value.is_floating_point()]
         wanted = any(isinstance(value, Tensor) and value.requires_grad for value in (*args, *kwargs.values()))
-        # embeddings may have been made to want gradients (for reentrant checkpointing), so that alone says nothing
+        # embeddings may have been made to want gradients (for reentrant checkpointing), so that alone says
+        # nothing
         if not floats or wanted or (any(value.requires_grad for value in floats) and self.trains(model)):
             return None
         anchor = torch.empty(0, requires_grad=True)
@@ -117,11 +127,18 @@ class Calls:
             StateError: no adapter that acts now takes it.
         """
         keys = self.setup.running if self.setup.rows is None else self.setup.rows.keys
-        parts = (site._modules[name] for _, site in sites_in(model) for key in keys for name in site.children_of.get(key, ()))
+        parts = (
+            site._modules[name]
+            for _, site in sites_in(model)
+            for key in keys
+            for name in site.children_of.get(key, ())
+        )
         if not any(getattr(part, "takes_bias", False) for part in parts):
             raise StateError("prompt_bias was given, and no adapter that acts in this call takes it")
 
-    def rows(self, model: nn.Module, names: Sequence[str | None], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Rows:
+    def rows(
+        self, model: nn.Module, names: Sequence[str | None], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Rows:
         """What the rows of a call ask for.
 
         Raises:
@@ -130,11 +147,19 @@ class Calls:
         """
         rows = self.choose(names)
         preferred = [
-            kwargs.get(name) for name in (getattr(model, "main_input_name", None), *SPELLINGS[Kind.EMBEDDINGS]) if name
+            kwargs.get(name)
+            for name in (getattr(model, "main_input_name", None), *SPELLINGS[Kind.EMBEDDINGS])
+            if name
         ]
-        given = [value for value in (*args, *preferred, *kwargs.values()) if isinstance(value, Tensor) and value.dim()]
+        given = [
+            value
+            for value in (*args, *preferred, *kwargs.values())
+            if isinstance(value, Tensor) and value.dim()
+        ]
         if given and given[0].shape[0] != len(rows.names):
-            raise StateError(f"adapter_names has {len(rows.names)} names for a batch of {given[0].shape[0]} rows")
+            raise StateError(
+                f"adapter_names has {len(rows.names)} names for a batch of {given[0].shape[0]} rows"
+            )
         return rows
 
 
@@ -169,15 +194,18 @@ class Untrainable(torch.autograd.Function):
             StateError: saying what is active.
         """
         raise StateError(
-            f"nothing is trainable: no parameter that acts in this call gets a gradient; active are {list(ctx.setup.active)}. "
-            "A loaded adapter is frozen: grafts.train_only(model, name) makes it trainable, as train=True does on loading"
+            "nothing is trainable: no parameter that acts in this call gets a gradient; active are "
+            f"{list(ctx.setup.active)}. A loaded adapter is frozen: grafts.train_only(model, name) makes it "
+            "trainable, as train=True does on loading"
         )
 
 
 class AdaptedGenerate:
-    """A model's ``generate`` with what is meant for its adapters: beams follow their row, virtual tokens have their mask."""
+    """A model's ``generate`` with what is meant for its adapters: beams follow their row, virtual tokens have
+    their mask.
+    """
 
-    def __init__(self, calls: Calls, model: nn.Module) -> None:
+    def __init__(self, calls: RootCallHooks, model: nn.Module) -> None:
         self.calls = calls
         self.model = model
 
@@ -198,7 +226,8 @@ class AdaptedGenerate:
         Args:
             args: its arguments.
             adapter_names: which adapter each row of the inputs wants, None for the bare base.
-            prompt_bias: what is added to the prompts of each row inside attention, ``(batch, 1 or length, hidden)``.
+            prompt_bias: what is added to the prompts of each row inside attention,
+                ``(batch, 1 or length, hidden)``.
             kwargs: its arguments.
 
         Raises:
@@ -211,11 +240,15 @@ class AdaptedGenerate:
             setup.rows = self.calls.rows(self.model, adapter_names, args, kwargs)
         if prompt_bias is not None:
             self.calls.require_bias(self.model)
-            beams = int(kwargs.get("num_beams") or getattr(kwargs.get("generation_config"), "num_beams", None) or 1)
+            beams = int(
+                kwargs.get("num_beams") or getattr(kwargs.get("generation_config"), "num_beams", None) or 1
+            )
             copies = max(beams, 1) * int(kwargs.get("num_return_sequences") or 1 if beams == 1 else 1)
             setup.prompt_bias = prompt_bias.repeat_interleave(copies, 0)
-        masks_inside = any(isinstance(site, ModelSite) and site.acts() for _, site in sites_in(self.model))
-        if masks_inside:  # static caches have their masks made outside of the model, which knows nothing of virtual tokens
+        masks_inside = any(isinstance(site, InputSite) and site.acts() for _, site in sites_in(self.model))
+        if (
+            masks_inside
+        ):  # static caches have their masks made outside of the model, which knows nothing of virtual tokens
             own["create_masks_for_generate"] = _mask_as_it_is
         try:
             return self.__wrapped__(*args, **kwargs)

@@ -1,4 +1,6 @@
-"""Which adapters run: one small object that every site of a model reads, and the names that adapters have in a model."""
+"""Which adapters run: one small object that every site of a model reads, and the names that adapters have in
+a model.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +12,25 @@ from torch import Tensor, nn
 
 from grafts.errors import StateError
 
-_OF_SITES = {"setup", "children_of", "parts", "running", "routed", "append", "remove", "attach", "detach", "hooks", "acts"}
+_OF_SITES = {
+    "setup",
+    "children_of",
+    "parts",
+    "running",
+    "routed",
+    "append",
+    "remove",
+    "attach",
+    "detach",
+    "hooks",
+    "acts",
+}
 _OF_SITES |= {"child", "project", "kernel", "call", "route", "signature", "functions", "eager"}
 
 
 def child_key(name: str) -> str:
-    """The key under which a site keeps the adapter ``name``: the name itself where PyTorch allows it, else escaped.
+    """The key under which a site keeps the adapter ``name``: the name itself where PyTorch allows it, else
+    escaped.
 
     >>> child_key("en"), child_key("v1.0"), child_key("train")
     ('en', 'v1%2E0', '%train')
@@ -60,8 +75,9 @@ class Rows:
         each, rest = divmod(length, len(self.names))
         if rest or not each:
             raise StateError(
-                f"adapter_names is given for {len(self.names)} rows, and a module with an adapter was called with {length}: "
-                "here the first dimension of its input is not the batch, so its rows cannot choose"
+                f"adapter_names is given for {len(self.names)} rows, and a module with an adapter was called "
+                f"with {length}: here the first dimension of its input is not the batch, so its rows cannot "
+                "choose"
             )
         indices = [row * each + i for row in self._of_key[key] for i in range(each)]
         return torch.tensor(indices, device=device)
@@ -73,10 +89,13 @@ class Setup:
     Attributes:
         active: names of the active adapters, in the order in which they act at a site.
         merged: names of the adapters that are folded into the base weights now.
-        running: what a site runs at a forward: the keys (see `child_key`) of the active adapters that are not merged.
-        rows: what the rows of the present call have asked for, instead of what is active; None outside such a call.
+        running: what a site runs at a forward: the keys (see `child_key`) of the active adapters that are not
+            merged.
+        rows: what the rows of the present call have asked for, instead of what is active; None outside such a
+            call.
         routed: whether the last call of the model was one in which the rows chose.
-        prompt_bias: what the present call gives for the prompts of its rows, ``(batch, 1 or length, hidden)``, or None.
+        prompt_bias: what the present call gives for the prompts of its rows,
+            ``(batch, 1 or length, hidden)``, or None.
     """
 
     def __init__(self) -> None:
@@ -96,7 +115,8 @@ class Setup:
     def require_forward(self) -> None:
         """Refuse to run during the backward pass of a call whose rows are gone.
 
-        Activation checkpointing computes a forward again there, which would silently take the active adapters.
+        Activation checkpointing computes a forward again there, which would silently take the active
+        adapters.
 
         Raises:
             StateError: saying so.

@@ -1,8 +1,8 @@
 """What all sites have in common: the parts of adapters at one module, as its children, and which of them run.
 
-There are three kinds of site, one file each: beside a module, inside attention, and in front of a model's input. A site is
-registered as a child of the module that it serves, under the name of its kind, and driven by PyTorch's hooks. The module's
-class, its own parameters and its ``forward`` stay untouched.
+There are three kinds of site, one file each: beside a module, inside attention, and in front of a model's
+input. A site is registered as a child of the module that it serves, under the name of its kind, and driven by
+PyTorch's hooks. The module's class, its own parameters and its ``forward`` stay untouched.
 """
 
 from __future__ import annotations
@@ -15,15 +15,16 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from grafts.errors import ConfigError, MergeError, StateError
-from grafts.modules.tree import SITE_NAMES, own_modules
+from grafts.modules.tree import SITE_NAMES, base_modules
 from grafts.sites.setup import Rows, Setup, child_key
 
 
 class Part(nn.Module):
     """What one adapter holds at one site. Each kind of site has a subclass that says what it computes there.
 
-    The policy on number formats, which every part keeps: tensors are stored in float32 (float64 beside a float64 base),
-    computed with in the format of the activations, and the output keeps the format that the base gave it.
+    The policy on number formats, which every part keeps: tensors are stored in float32 (float64 beside a
+    float64 base), computed with in the format of the activations, and the output keeps the format that the
+    base gave it.
 
     Attributes:
         site: the kind of site that it stands at.
@@ -44,8 +45,8 @@ class Part(nn.Module):
         """The module's tensors with this part folded in; differentiable with respect to the part.
 
         Args:
-            tensors: the module's parameters by name, as other parts have left them, at least float32, the weight of a
-                linear as ``(out_features, in_features)``.
+            tensors: the module's parameters by name, as other parts have left them, at least float32, the
+                weight of a linear as ``(out_features, in_features)``.
             base: the same as they are in the base.
 
         Returns:
@@ -56,22 +57,26 @@ class Part(nn.Module):
         """
         raise MergeError(f"a {type(self).__name__} has no exact merge")
 
-    def pieces(self) -> Mapping[str, Part]:
-        """The parts that this one is made of, by the prefix of their file names; most are of one piece, themselves."""
+    def components(self) -> Mapping[str, Part]:
+        """The parts that this one is made of, by the prefix of their file names; most are of one piece,
+        themselves.
+        """
         return {"": self}
 
     def from_base(self, host: nn.Module, *, fresh: bool) -> None:
-        """Take what the part needs from the base's weights; called once, when it has got its place and its tensors.
+        """Take what the part needs from the base's weights; called once, when it has got its place and its
+        tensors.
 
         Args:
             host: the base module.
-            fresh: the adapter is new, and not read from a file: tensors that start from the base's are to be set as well.
+            fresh: the adapter is new, and not read from a file: tensors that start from the base's are to be
+                set as well.
 
         Raises:
             MergeError: the weights cannot be read.
         """
 
-    def require_reservable(self, rank: int) -> None:
+    def check_reservable(self, rank: int) -> None:
         """Refuse a `reserve` that cannot be; most parts have one size.
 
         Raises:
@@ -81,8 +86,8 @@ class Part(nn.Module):
     def reserve(self, rank: int) -> None:
         """Make room for values of another rank, up to this one, in tensors that stay where they are."""
 
-    def require_room(self, other: Part) -> None:
-        """Refuse a `become` that cannot be.
+    def check_capacity(self, other: Part) -> None:
+        """Refuse a `copy_from` that cannot be.
 
         Raises:
             ConfigError: the other part's tensors are of other sizes.
@@ -92,18 +97,19 @@ class Part(nn.Module):
             if mine.get(name) != theirs.get(name):
                 raise ConfigError(f"its {name} is {mine.get(name)} here and {theirs.get(name)} there")
 
-    def become(self, other: Part) -> None:
+    def copy_from(self, other: Part) -> None:
         """Take the values of a part that was made for the same place, into the tensors that are there.
 
         Args:
-            other: a part for which `require_room` holds.
+            other: a part for which `check_capacity` holds.
         """
         values = {**dict(other.named_parameters()), **dict(other.named_buffers())}
         for name, tensor in (*self.named_parameters(), *self.named_buffers()):
             tensor.copy_(values[name])
 
     def tied(self, host: nn.Module) -> Part:
-        """A part with the same parameters, beside a module whose weight is the same tensor as this one's module's.
+        """A part with the same parameters, beside a module whose weight is the same tensor as this one's
+        module's.
 
         Args:
             host: the other module.
@@ -124,7 +130,8 @@ def _shapes(part: nn.Module) -> dict[str, tuple[int, ...]]:
 class Site(nn.Module, abc.ABC):
     """All adapters of one kind at one module; their parts are its children.
 
-    A part is called by its adapter's key (see `child_key`), further parts of the same adapter by key and number.
+    A part is called by its adapter's key (see `child_key`), further parts of the same adapter by key and
+    number.
 
     Attributes:
         child: the name of a site of this kind among the children of its module.
@@ -141,7 +148,9 @@ class Site(nn.Module, abc.ABC):
         self.children_of: dict[str, tuple[str, ...]] = {}
 
     def __init_subclass__(cls, **options: Any) -> None:
-        """Check that the name under which a site of this kind stands is known to those who walk over a base model."""
+        """Check that the name under which a site of this kind stands is known to those who walk over a base
+        model.
+        """
         super().__init_subclass__(**options)
         assert cls.child in SITE_NAMES, cls.child
 
@@ -171,7 +180,9 @@ class Site(nn.Module, abc.ABC):
         routed = [(key, part) for key in rows.keys for part in self._parts((key,))]
         for _, part in routed:
             if not part.routable:
-                raise StateError(f"adapter_names: a {type(part).__name__} acts on all rows of a batch at once")
+                raise StateError(
+                    f"adapter_names: a {type(part).__name__} acts on all rows of a batch at once"
+                )
         return routed
 
     def append(self, name: str, part: Part, host: nn.Module) -> None:
@@ -219,6 +230,6 @@ def sites_at(host: nn.Module) -> Iterator[Site]:
 
 def sites_in(root: nn.Module) -> Iterator[tuple[nn.Module, Site]]:
     """Every site below and at ``root``, with its module."""
-    for _, host in own_modules(root):
+    for _, host in base_modules(root):
         for site in sites_at(host):
             yield host, site

@@ -1,1 +1,1 @@
-"""What the modules of a model are for: roles, attention, the residual stream, and the interface that says so."""
+"""What a model's modules are for: roles, attention, the residual stream, and the interface that says so."""

@@ -1,6 +1,8 @@
-"""The attention modules of a model and the modules that take its input: where adapters act that stand beside no single layer.
+"""The attention modules of a model and the modules that take its input: where adapters act that stand beside
+no single layer.
 
-Worked out from what a module's class does (which kernel it calls), its projections and its sizes; nothing is run.
+Worked out from what a module's class does (which kernel it calls), its projections and its sizes; nothing is
+run.
 """
 
 from __future__ import annotations
@@ -18,11 +20,23 @@ from grafts.sites.arguments import CallSignature, Kind
 from grafts.sites.attention import real_config
 from grafts.sites.attention_routes import route_of
 
-SELF_ATTENTION, CROSS_ATTENTION, ENCODER_ATTENTION = "self-attention", "cross-attention", "encoder self-attention"
+SELF_ATTENTION, CROSS_ATTENTION, ENCODER_ATTENTION = (
+    "self-attention",
+    "cross-attention",
+    "encoder self-attention",
+)
 INPUT, ENCODER_INPUT, DECODER_INPUT = "input", "encoder input", "decoder input"
 
 _HEADS = ("num_attention_heads", "num_heads", "n_heads", "n_head", "nhead", "heads")
-_HEAD_DIM = ("head_dim", "attention_head_size", "key_value_proj_dim", "head_size", "d_kv", "attention_head_dim", "dim_head")
+_HEAD_DIM = (
+    "head_dim",
+    "attention_head_size",
+    "key_value_proj_dim",
+    "head_size",
+    "d_kv",
+    "attention_head_dim",
+    "dim_head",
+)
 
 
 def attending_modules(
@@ -30,8 +44,8 @@ def attending_modules(
 ) -> tuple[dict[str, Layer], dict[str, str]]:
     """The modules whose attention kernel can be reached, described as layers, and their roles, by path.
 
-    The sizes of such a layer are those of what it attends to: its input is what keys are projected from, its output the
-    keys of all heads.
+    The sizes of such a layer are those of what it attends to: its input is what keys are projected from, its
+    output the keys of all heads.
     """
     found, said = {}, {}
     children: dict[str, dict[str, Layer]] = defaultdict(dict)
@@ -49,7 +63,9 @@ def attending_modules(
         own = children[path]
         if len(below) == 1 and not {"key", "key+value", "query+key+value"} & own.keys():
             own = {**own, **children[below[0]]}
-        projection = next((own[role] for role in ("key", "key+value", "query+key+value", "query") if role in own), None)
+        projection = next(
+            (own[role] for role in ("key", "key+value", "query+key+value", "query") if role in own), None
+        )
         latent = _latent(module)
         if projection is None and latent is None:
             continue
@@ -74,7 +90,9 @@ def attending_modules(
 
 
 def _latent(module: nn.Module) -> tuple[int, int] | None:
-    """The widths of all heads' keys and values where they differ: latent attention (DeepSeek-V2 2024, section 2.1)."""
+    """The widths of all heads' keys and values where they differ: latent attention (DeepSeek-V2 2024, section
+    2.1).
+    """
     key, value, heads = (getattr(module, name, None) for name in ("qk_head_dim", "v_head_dim", "num_heads"))
     if not (isinstance(key, int) and isinstance(value, int)):
         return None
@@ -83,15 +101,21 @@ def _latent(module: nn.Module) -> tuple[int, int] | None:
 
 
 def _apart(module: nn.Module, names: Mapping[str, str]) -> tuple[str, str] | None:
-    """The names of the linears for keys and values of a module that does attention itself and norms its keys nowhere."""
+    """The names of the linears for keys and values of a module that does attention itself and norms its keys
+    nowhere.
+    """
     if route_of(type(module)) == "interface" or not {"key", "value"} <= set(names):  # type: ignore[arg-type]
         return None
-    normed = any(re.search(r"(^|_)k(ey)?_?(norm|ln)|norm_?k(ey)?$", name) for name, _ in module.named_children())
+    normed = any(
+        re.search(r"(^|_)k(ey)?_?(norm|ln)|norm_?k(ey)?$", name) for name, _ in module.named_children()
+    )
     return None if normed else (names["key"], names["value"])
 
 
 def _key_width(own: Mapping[str, Layer], queries: int) -> int:
-    """How wide the keys of all heads are, given the module's projections by role and the width of the queries."""
+    """How wide the keys of all heads are, given the module's projections by role and the width of the
+    queries.
+    """
     if "key" in own:
         return own["key"].out_features
     if "key+value" in own:
@@ -130,11 +154,13 @@ def crosses(path: str) -> bool:
     return any(word in name for word in ("cross", "encdec", "encoderattn"))
 
 
-def input_modules(model: nn.Module, modules: Mapping[str, nn.Module]) -> tuple[dict[str, Layer], dict[str, str]]:
+def input_modules(
+    model: nn.Module, modules: Mapping[str, nn.Module]
+) -> tuple[dict[str, Layer], dict[str, str]]:
     """The modules that take the tokens' embeddings, described as layers, and their roles, by path.
 
-    That is the base model of a `transformers` model, the encoder and the decoder where it has both, and any other model
-    whose ``forward`` takes ``inputs_embeds``.
+    That is the base model of a `transformers` model, the encoder and the decoder where it has both, and any
+    other model whose ``forward`` takes ``inputs_embeds``.
     """
     found, said = {}, {}
     for role, module in _input_modules(model):
@@ -156,7 +182,9 @@ def _input_modules(model: nn.Module) -> list[tuple[str, Any]]:
     encoder, decoder = _ask(model, "get_encoder"), _ask(model, "get_decoder")
     if getattr(config, "is_encoder_decoder", False) and _takes_embeds(encoder):
         return [(ENCODER_INPUT, encoder), (DECODER_INPUT, decoder)]
-    if encoder is not None and encoder is not decoder and _takes_embeds(base):  # a tower beside it is no stack of its own
+    if (
+        encoder is not None and encoder is not decoder and _takes_embeds(base)
+    ):  # a tower beside it is no stack of its own
         text = config.get_text_config() if hasattr(config, "get_text_config") else config
         decoder = decoder if text is not config else None
     # where a model has a stack inside its base, its head may call that one

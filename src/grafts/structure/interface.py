@@ -1,9 +1,11 @@
-"""`AdapterModelInterface`: generic accessor names -> a model's attribute names, and what they come to in a model.
+"""`AdapterModelInterface`: generic accessor names -> a model's attribute names, and what they come to in a
+model.
 
-Accessors are dotted paths: ``model_embeddings`` and ``model_layers`` from the base model, ``layer_...`` from each layer,
-``attn_...`` from the attention module. ``""`` is the module itself. Where layers differ an accessor is a tuple: the first path
-that a layer has is meant, and a None among them says that a layer may have none. Where that does not tell the layers apart it
-is a mapping: a layer's number, counted over the whole model, or ``"default"`` -> path or None.
+Accessors are dotted paths: ``model_embeddings`` and ``model_layers`` from the base model, ``layer_...`` from
+each layer, ``attn_...`` from the attention module. ``""`` is the module itself. Where layers differ an
+accessor is a tuple: the first path that a layer has is meant, and a None among them says that a layer may
+have none. Where that does not tell the layers apart it is a mapping: a layer's number, counted over the whole
+model, or ``"default"`` -> path or None.
 """
 
 from __future__ import annotations
@@ -19,7 +21,18 @@ from grafts.modules.layers import describe
 from grafts.modules.patterns import within
 from grafts.structure.attention_modules import CROSS_ATTENTION, ENCODER_ATTENTION, SELF_ATTENTION
 from grafts.structure.residual_stream import Stream, StreamLayer, Sublayer, SublayerKind
-from grafts.structure.roles import ATTENTION_OUT, FFN_GATE, FFN_IN, FFN_OUT, FUSED, KEY, KEY_VALUE, QUERY, VALUE, Anatomy
+from grafts.structure.roles import (
+    ATTENTION_OUT,
+    FFN_GATE,
+    FFN_IN,
+    FFN_OUT,
+    FUSED,
+    KEY,
+    KEY_VALUE,
+    QUERY,
+    VALUE,
+    ModelView,
+)
 
 Accessor = str | None | tuple[str | None, ...] | Mapping[str, str | None]
 METHODS = ("bottleneck", "prefix_tuning", "lora", "prompt_tuning", "reft", "invertible")
@@ -61,7 +74,8 @@ class AdapterModelInterface:
         layer_pre_self_attn: a module whose input is the stream that self-attention's output is added to.
         layer_pre_cross_attn: the same for cross-attention.
         layer_pre_ffn: the same for the feed-forward.
-        layer_ln_1: the norm *after* self-attention's output was added to the stream; none in models that norm before.
+        layer_ln_1: the norm *after* self-attention's output was added to the stream; none in models that norm
+            before.
         layer_ln_2: the same for the feed-forward.
         attn_qkv_proj: one projection for queries, keys and values, in place of the three.
         base_model: where the base model is in the model; by default what `transformers` says.
@@ -106,11 +120,23 @@ class AdapterModelInterface:
             if isinstance(value, Mapping):
                 value = {str(number): path for number, path in value.items()}
                 object.__setattr__(self, name, value)
-            steps = tuple(value.values()) if isinstance(value, Mapping) else value if isinstance(value, tuple) else (value,)
-            if isinstance(value, Mapping) and not all(number == "default" or number.isdigit() for number in value):
-                raise InterfaceError(f"{name} is {value!r}; a mapping is layer number, or 'default' -> dotted path or None")
+            steps = (
+                tuple(value.values())
+                if isinstance(value, Mapping)
+                else value
+                if isinstance(value, tuple)
+                else (value,)
+            )
+            if isinstance(value, Mapping) and not all(
+                number == "default" or number.isdigit() for number in value
+            ):
+                raise InterfaceError(
+                    f"{name} is {value!r}; a mapping is layer number, or 'default' -> dotted path or None"
+                )
             if not all(step is None or isinstance(step, str) for step in steps):
-                raise InterfaceError(f"{name} is {value!r}; it must be a dotted path, several in a tuple, or None")
+                raise InterfaceError(
+                    f"{name} is {value!r}; it must be a dotted path, several in a tuple, or None"
+                )
         if isinstance(self.adapter_methods, str):
             raise InterfaceError(f"adapter_methods is {self.adapter_methods!r}; it must be a list of names")
         object.__setattr__(self, "adapter_methods", tuple(self.adapter_methods))
@@ -119,11 +145,17 @@ class AdapterModelInterface:
                 raise InterfaceError(f"adapter_methods names {method!r}; {did_you_mean(method, METHODS)}")
         if not self.model_layers:
             raise InterfaceError("model_layers names no list of layers")
-        apart = [name for name in ("attn_q_proj", "attn_k_proj", "attn_v_proj") if getattr(self, name) is not None]
+        apart = [
+            name for name in ("attn_q_proj", "attn_k_proj", "attn_v_proj") if getattr(self, name) is not None
+        ]
         if None not in _alternatives(self.attn_qkv_proj) and None not in _alternatives(self.attn_q_proj):
-            raise InterfaceError("attn_qkv_proj is given beside attn_q_proj: every attention has one or the other")
+            raise InterfaceError(
+                "attn_qkv_proj is given beside attn_q_proj: every attention has one or the other"
+            )
         if 0 < len(apart) < 3:
-            raise InterfaceError(f"of the projections only {apart} are given; give queries, keys and values, or attn_qkv_proj")
+            raise InterfaceError(
+                f"of the projections only {apart} are given; give queries, keys and values, or attn_qkv_proj"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """The interface as plain data; accessors that are not given beyond the older ones are left out."""
@@ -142,7 +174,9 @@ class AdapterModelInterface:
         for name in data:
             if name not in known:
                 raise InterfaceError(f"an interface has no {name!r}; {did_you_mean(name, known)}")
-        missing = [name for name in ("adapter_methods", "model_embeddings", "model_layers") if name not in data]
+        missing = [
+            name for name in ("adapter_methods", "model_embeddings", "model_layers") if name not in data
+        ]
         if missing:
             raise InterfaceError(f"the interface has no {missing[0]!r}")
         return cls(**{"layer_self_attn": None, "layer_cross_attn": None, **data})
@@ -150,21 +184,32 @@ class AdapterModelInterface:
     def __str__(self) -> str:
         """The interface as Python, ready to paste."""
         values = {name: getattr(self, name) for name in ("adapter_methods", *accessor_names())}
-        required = ("adapter_methods", "model_embeddings", "model_layers", "layer_self_attn", "layer_cross_attn")
-        lines = [f"    {name}={value!r}," for name, value in values.items() if name in required or value is not None]
+        required = (
+            "adapter_methods",
+            "model_embeddings",
+            "model_layers",
+            "layer_self_attn",
+            "layer_cross_attn",
+        )
+        lines = [
+            f"    {name}={value!r},"
+            for name, value in values.items()
+            if name in required or value is not None
+        ]
         return "\n".join(["AdapterModelInterface(", *lines, ")"])
 
-    def resolve(self, body: Anatomy) -> Stream:
+    def resolve(self, view: ModelView) -> Stream:
         """What the accessors come to in a model; every layer is looked at.
 
         Args:
-            body: the model as it is built.
+            view: the model as it is built.
 
         Raises:
-            InterfaceError: an accessor leads nowhere; names layer, accessor, what stands there, and the nearest names.
+            InterfaceError: an accessor leads nowhere; names layer, accessor, what stands there, and the
+                nearest names.
         """
-        root = self._root(body)
-        reader = _Reader(body, self)
+        root = self._root(view)
+        reader = _Reader(view, self)
         embeddings = None
         if self.model_embeddings is not None:
             embeddings = reader.at(root, self.model_embeddings, "model_embeddings", "the base model")
@@ -172,22 +217,25 @@ class AdapterModelInterface:
         names = (self.model_layers,) if isinstance(self.model_layers, str) else self.model_layers
         for name in names:
             path = reader.at(root, name, "model_layers", "the base model")
-            children = body.modules[path].named_children()
-            own = [child for child, _ in children if f"{path}.{child}".lstrip(".") in body.modules]
+            children = view.modules[path].named_children()
+            own = [child for child, _ in children if f"{path}.{child}".lstrip(".") in view.modules]
             if not own:
-                raise InterfaceError(f"model_layers={name!r}: {path!r} is a {reader.kind(path)} and holds no layers")
+                raise InterfaceError(
+                    f"model_layers={name!r}: {path!r} is a {reader.kind(path)} and holds no layers"
+                )
             layers += [
-                reader.layer(f"{path}.{child}".lstrip("."), len(layers) + at, embeddings) for at, child in enumerate(own)
+                reader.layer(f"{path}.{child}".lstrip("."), len(layers) + at, embeddings)
+                for at, child in enumerate(own)
             ]
         reader.require_found()
         return Stream(embeddings, tuple(layers), reader.roles)
 
-    def _root(self, body: Anatomy) -> str:
+    def _root(self, view: ModelView) -> str:
         if self.base_model is not None:
-            if self.base_model not in body.modules:
-                raise InterfaceError(f"base_model={self.base_model!r}: {body.name} has no such module")
+            if self.base_model not in view.modules:
+                raise InterfaceError(f"base_model={self.base_model!r}: {view.name} has no such module")
             return self.base_model
-        return body.base
+        return view.base
 
 
 NEW = ("layer_gate_proj", "layer_ln_cross_attn")
@@ -202,7 +250,9 @@ def accessor_names() -> list[str]:
 def _alternatives(value: Accessor | Sequence[str], layer: int | None = None) -> tuple[str | None, ...]:
     """The paths that an accessor may mean, in a layer, or in any."""
     if isinstance(value, Mapping):
-        return (value.get(str(layer), value.get("default")),) if layer is not None else (*value.values(), None)
+        return (
+            (value.get(str(layer), value.get("default")),) if layer is not None else (*value.values(), None)
+        )
     return tuple(value) if isinstance(value, (tuple, list)) else (cast("str | None", value),)
 
 
@@ -213,15 +263,15 @@ class _Reader:
         roles: what was found so far, by path.
     """
 
-    def __init__(self, body: Anatomy, interface: AdapterModelInterface) -> None:
-        self.body, self.interface = body, interface
+    def __init__(self, view: ModelView, interface: AdapterModelInterface) -> None:
+        self.view, self.interface = view, interface
         self.roles: dict[str, str] = {}
         self._number = 0
         self._found: set[str] = set()
 
     def kind(self, path: str) -> str:
         """The class of a module, for messages."""
-        return type(self.body.modules[path]).__name__
+        return type(self.view.modules[path]).__name__
 
     def at(self, owner: str, accessor: str, name: str, where: str) -> str:
         """The path of what an accessor leads to.
@@ -230,30 +280,36 @@ class _Reader:
             InterfaceError: it leads nowhere.
         """
         path = f"{owner}.{accessor}".strip(".") if accessor else owner
-        if path in self.body.modules:
+        if path in self.view.modules:
             return path
         here = owner
         for step in accessor.split("."):
-            if f"{here}.{step}".lstrip(".") not in self.body.modules:
+            if f"{here}.{step}".lstrip(".") not in self.view.modules:
                 raise InterfaceError(self._nowhere(here, step, accessor, name, where))
             here = f"{here}.{step}".lstrip(".")
         raise AssertionError(path)
 
     def _nowhere(self, here: str, step: str, accessor: str, name: str, where: str) -> str:
-        module = self.body.modules[here]
+        module = self.view.modules[here]
         children = [child for child, _ in module.named_children() if not child.startswith("grafts")]
         other = getattr(module, step, None)
         stands = f"{step!r} there is a {type(other).__name__}" if other is not None else f"it has no {step!r}"
-        below = [path[len(here) + 1 if here else 0 :] for path in self.body.modules if within(path, [here]) or not here]
+        below = [
+            path[len(here) + 1 if here else 0 :]
+            for path in self.view.modules
+            if within(path, [here]) or not here
+        ]
         near = nearest(accessor.rpartition(".")[2], {path.rpartition(".")[2]: path for path in below if path})
         close = [path for name in near for path in below if path.rpartition(".")[2] == name][:3]
         return (
-            f"{name}={accessor!r} leads nowhere in {where}: {here or 'the model'} is a {type(module).__name__} and {stands}; "
-            f"it holds {', '.join(map(repr, children)) or 'nothing'}" + (f"; nearest: {close}" if close else "")
+            f"{name}={accessor!r} leads nowhere in {where}: {here or 'the model'} is a "
+            f"{type(module).__name__} and {stands}; it holds {', '.join(map(repr, children)) or 'nothing'}"
+            + (f"; nearest: {close}" if close else "")
         )
 
     def find(self, owner: str, name: str, where: str) -> str | None:
-        """The path of what one of the accessor's alternatives leads to, or None where a module may be without.
+        """The path of what one of the accessor's alternatives leads to, or None where a module may be
+        without.
 
         Raises:
             InterfaceError: none of them leads anywhere.
@@ -262,7 +318,7 @@ class _Reader:
         for accessor in alternatives:
             if accessor is not None:
                 path = f"{owner}.{accessor}".strip(".") if accessor else owner
-                if path in self.body.modules:
+                if path in self.view.modules:
                     self._found.add(name)
                     return path
         if None not in alternatives:
@@ -320,7 +376,7 @@ class _Reader:
             ("layer_output_proj", FFN_OUT),
         ):
             found = self.find(path, name, where)
-            if found is not None and found in self.body.layers and self.body.layers[found].is_linear:
+            if found is not None and found in self.view.layers and self.view.layers[found].is_linear:
                 self.roles[found] = role
 
     def _attention(self, owner: str, kind: str, where: str) -> str:
@@ -332,31 +388,33 @@ class _Reader:
         self.roles |= {path: role for role, path in found.items() if path is not None}
         if out is not None and out != owner:
             self.roles[out] = ATTENTION_OUT
-        for path, layer in self.body.layers.items():
+        for path, layer in self.view.layers.items():
             if layer.kind == "attending" and within(path, [owner]):
-                encoder = self.body.roles[path] == ENCODER_ATTENTION
-                self.roles[path] = CROSS_ATTENTION if kind == "cross" else ENCODER_ATTENTION if encoder else SELF_ATTENTION
+                encoder = self.view.roles[path] == ENCODER_ATTENTION
+                self.roles[path] = (
+                    CROSS_ATTENTION if kind == "cross" else ENCODER_ATTENTION if encoder else SELF_ATTENTION
+                )
         return owner if out is None else out
 
     def _width(self, out: str, before: str | None, norm: str | None, embeddings: str | None) -> int:
         """The size of the stream: that of a linear's output, of a norm, or of what is embedded."""
-        layer = self.body.layers.get(out)
+        layer = self.view.layers.get(out)
         if layer is not None and layer.is_linear:
             return layer.out_features
         for path in (norm, before):
-            weight = None if path is None else self.body.modules[path]._parameters.get("weight")
+            weight = None if path is None else self.view.modules[path]._parameters.get("weight")
             if weight is not None and weight.dim() == 1:
                 return weight.shape[0]
-        linears = [x for p, x in self.body.layers.items() if within(p, [out]) and x.is_linear]
+        linears = [x for p, x in self.view.layers.items() if within(p, [out]) and x.is_linear]
         sizes = [size for x in linears for size in (x.in_features, x.out_features)]
-        config: Any = getattr(self.body.modules[""], "config", None)
+        config: Any = getattr(self.view.modules[""], "config", None)
         text = config.get_text_config() if hasattr(config, "get_text_config") else config
         said = getattr(text, "hidden_size", None)
         if isinstance(said, int) and (said in sizes or not sizes):
             return said
         if sizes:
             return Counter(sizes).most_common(1)[0][0]
-        first = None if embeddings is None else describe(self.body.modules[embeddings])
+        first = None if embeddings is None else describe(self.view.modules[embeddings])
         if first is None:
             raise InterfaceError(f"the size of the stream at {out!r} cannot be told")
         return first.out_features

@@ -1,7 +1,8 @@
-"""The residual stream of a model, as adapters see it: where it begins, its layers, and what reads and writes it in each.
+"""The residual stream of a model, as adapters see it: where it begins, its layers, and what reads and writes
+it in each.
 
-Pure data. An interface (`grafts.structure.interface`) is resolved to it, and the methods that stand on the stream choose
-from it.
+Pure data. An interface (`grafts.structure.interface`) is resolved to it, and the methods that stand on the
+stream choose from it.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from grafts.errors import StateError, UnmatchedTargetError
 
 SublayerKind = Literal["self", "cross", "ffn"]
 
-# what a part is to do at its place on the stream: act on what is added, hear what it is added to, replace the norm of the sum
+# what a part is to do at its place on the stream: act on what is added, hear what it is added to, replace the
+# norm of the sum
 ADDED, RESIDUAL, NORMED = "added to the stream", "the stream before", "norm of the sum"
 LAYER, BEGIN, END = "layer output", "stream begins", "stream ends"
 OUTPUTS = (ADDED, LAYER, BEGIN, END)
@@ -48,7 +50,8 @@ class Sublayer:
         layer: the number of its layer among all layers of the model.
         kind: self-attention (or what mixes tokens in its place), cross-attention, or feed-forward.
         out: the path of the module whose output is added to the stream.
-        before: the path of the module whose first input is the stream that it is added to; None where that is not known.
+        before: the path of the module whose first input is the stream that it is added to; None where that is
+            not known.
         norm: the path of the norm that the sum goes through, in models that norm after adding.
         width: the size of the stream.
     """
@@ -101,7 +104,8 @@ class Stream:
         for number in numbers:
             if not str(number).isdigit() or int(number) >= len(self.layers):
                 raise UnmatchedTargetError(
-                    f"{option} names layer {number!r}; there are {len(self.layers)}, counted from 0 over the whole model"
+                    f"{option} names layer {number!r}; there are {len(self.layers)}, counted from 0 over the "
+                    f"whole model"
                 )
 
     def sublayers(self) -> list[Sublayer]:

@@ -1,7 +1,7 @@
 """What each layer of a model is there for, worked out from how the model is built.
 
-Roles are read off the module tree: which linears are siblings, how their names divide into words, which sizes they have,
-and what a `transformers` model says about its own head. No list of model types.
+Roles are read off the module tree: which linears are siblings, how their names divide into words, which sizes
+they have, and what a `transformers` model says about its own head. No list of model types.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import nn
 from grafts.errors import ConfigError, did_you_mean
 from grafts.modules.layers import Layer, describe, only_read
 from grafts.modules.patterns import collapsed, owner_and_name, within
-from grafts.modules.tree import own_modules
+from grafts.modules.tree import base_modules
 from grafts.structure.attention_modules import attending_modules, input_modules, named_embedding
 
 QUERY, KEY, VALUE, KEY_VALUE, FUSED = "query", "key", "value", "key+value", "query+key+value"
@@ -64,7 +64,7 @@ def roles_named(name: str) -> frozenset[str]:
 
 
 @dataclass(frozen=True)
-class Anatomy:
+class ModelView:
     """A base model as adapters see it; paths are those of `nn.Module.named_modules`, without adapters' own.
 
     Attributes:
@@ -96,14 +96,16 @@ class Anatomy:
         return ", ".join(f"{path!r} ({count})" for path, count in counts.items()) or "none"
 
 
-def anatomy(model: nn.Module) -> Anatomy:
+def look_at(model: nn.Module) -> ModelView:
     """Look at how ``model`` is built; nothing is run."""
-    modules = dict(own_modules(model))
+    modules = dict(base_modules(model))
     layers = {path: layer for path, module in modules.items() if (layer := describe(module)) is not None}
     for path, module in modules.items():
         if any(f"{path}.{name}".lstrip(".") in layers for name in module._modules):
             for name in only_read(type(module)):  # type: ignore[arg-type]
-                layers.pop(f"{path}.{name}".lstrip("."), None)  # beside what is never called nothing would act
+                layers.pop(
+                    f"{path}.{name}".lstrip("."), None
+                )  # beside what is never called nothing would act
     heads = _heads(model, modules, layers)
     attention = _attention_roles(layers)
     roles = {
@@ -114,19 +116,24 @@ def anatomy(model: nn.Module) -> Anatomy:
     for more, said in (attending_modules(model, modules, layers, roles), input_modules(model, modules)):
         layers |= more
         roles |= said
-    return Anatomy(type(model).__name__, modules, layers, heads, roles, embedding)
+    return ModelView(type(model).__name__, modules, layers, heads, roles, embedding)
 
 
-def told(body: Anatomy, roles: Mapping[str, str]) -> Anatomy:
-    """``body`` with what is known of its modules from elsewhere; attention may be recognised by that."""
-    roles = {**body.roles, **{path: role for path, role in roles.items() if body.roles.get(path) not in (HEAD, ROUTER)}}
-    layers = {path: layer for path, layer in body.layers.items() if layer.kind != "attending"}
-    more, said = attending_modules(body.modules[""], body.modules, layers, roles)
+def with_roles(view: ModelView, roles: Mapping[str, str]) -> ModelView:
+    """``view`` with what is known of its modules from elsewhere; attention may be recognised by that."""
+    roles = {
+        **view.roles,
+        **{path: role for path, role in roles.items() if view.roles.get(path) not in (HEAD, ROUTER)},
+    }
+    layers = {path: layer for path, layer in view.layers.items() if layer.kind != "attending"}
+    more, said = attending_modules(view.modules[""], view.modules, layers, roles)
     attending = {path: role for path, role in said.items() if path not in roles}
-    return replace(body, layers={**body.layers, **more}, roles={**roles, **attending})
+    return replace(view, layers={**view.layers, **more}, roles={**roles, **attending})
 
 
-def _input_embedding(model: nn.Module, layers: Mapping[str, Layer], modules: Mapping[str, nn.Module]) -> str | None:
+def _input_embedding(
+    model: nn.Module, layers: Mapping[str, Layer], modules: Mapping[str, nn.Module]
+) -> str | None:
     """What a `transformers` model says, else the only embedding that there is."""
     named = named_embedding(model)
     embeddings = [path for path, layer in layers.items() if layer.kind == "embedding"]
@@ -135,11 +142,14 @@ def _input_embedding(model: nn.Module, layers: Mapping[str, Layer], modules: Map
     return next((path for path in embeddings if modules[path] is named), None)
 
 
-def _heads(model: nn.Module, modules: Mapping[str, nn.Module], layers: Mapping[str, Layer]) -> tuple[str, ...]:
+def _heads(
+    model: nn.Module, modules: Mapping[str, nn.Module], layers: Mapping[str, Layer]
+) -> tuple[str, ...]:
     """Paths of the modules that make the model's output from its hidden states.
 
-    A `transformers` model names its output embeddings; where it has none, everything with parameters outside its base
-    model is head (a classifier). Elsewhere a linear outside the repeated layers that has the shape of the token embedding.
+    A `transformers` model names its output embeddings; where it has none, everything with parameters outside
+    its base model is head (a classifier). Elsewhere a linear outside the repeated layers that has the shape
+    of the token embedding.
     """
     output_embeddings = getattr(model, "get_output_embeddings", None)
     named = output_embeddings() if callable(output_embeddings) else None
@@ -148,12 +158,18 @@ def _heads(model: nn.Module, modules: Mapping[str, nn.Module], layers: Mapping[s
     base = getattr(model, "base_model", model)
     if isinstance(base, nn.Module) and base is not model:
         children = [(path, child) for path, child in modules.items() if path and "." not in path]
-        return tuple(path for path, child in children if child is not base and next(child.parameters(), None) is not None)
+        return tuple(
+            path
+            for path, child in children
+            if child is not base and next(child.parameters(), None) is not None
+        )
     vocabularies = {(x.in_features, x.out_features) for x in layers.values() if x.kind == "embedding"}
     return tuple(
         path
         for path, layer in layers.items()
-        if layer.is_linear and (layer.out_features, layer.in_features) in vocabularies and not re.search(r"(^|\.)\d+\.", path)
+        if layer.is_linear
+        and (layer.out_features, layer.in_features) in vocabularies
+        and not re.search(r"(^|\.)\d+\.", path)
     )
 
 
@@ -186,7 +202,9 @@ def _projection(name: str) -> str | None:
 
 
 def _attention_roles(layers: Mapping[str, Layer]) -> dict[str, str]:
-    """The roles of linears that stand in attention: siblings that project queries and values, or one fused linear."""
+    """The roles of linears that stand in attention: siblings that project queries and values, or one fused
+    linear.
+    """
     siblings: dict[str, dict[str, str]] = defaultdict(dict)
     for path, layer in layers.items():
         if layer.is_linear:
@@ -204,15 +222,21 @@ def _attention_roles(layers: Mapping[str, Layer]) -> dict[str, str]:
         if not split and FUSED not in said.values():
             continue
         result.update({children[name]: role for name, role in said.items()})
-        outputs = siblings.get(f"{parent.rpartition('.')[0]}.output", {}) if parent.endswith(".self") else children
+        outputs = (
+            siblings.get(f"{parent.rpartition('.')[0]}.output", {}) if parent.endswith(".self") else children
+        )
         rest = {name: path for name, path in outputs.items() if name not in said}
         queries = [layers[children[name]] for name, role in said.items() if role == QUERY]
         back = {
             name: path
             for name, path in rest.items()
-            if any((layers[path].in_features, layers[path].out_features) == (q.out_features, q.in_features) for q in queries)
+            if any(
+                (layers[path].in_features, layers[path].out_features) == (q.out_features, q.in_features)
+                for q in queries
+            )
         }
-        # where one module holds attention and feed-forward, the way out of attention is what undoes the queries' sizes
+        # where one module holds attention and feed-forward, the way out of attention is what undoes the
+        # queries' sizes
         result.update(dict.fromkeys((back or rest).values(), ATTENTION_OUT))
     return result
 

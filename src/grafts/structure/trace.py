@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from grafts.errors import InterfaceError
 from grafts.modules.layers import describe
-from grafts.modules.tree import own_modules
+from grafts.modules.tree import base_modules
 from grafts.sites.site import sites_in
 
 _LARGEST = 2_000_000_000  # numbers that a model without memory gets some for
@@ -112,7 +112,9 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Every operation."""
         inputs = tuple(self.number(t) for t in tensors_in((args, kwargs or {})))
         if func is torch.ops.aten._local_scalar_dense.default and args[0].device.type == "meta":
-            return {torch.bool: True}.get(args[0].dtype, 1.0 if args[0].is_floating_point() else 1)  # nobody knows
+            return {torch.bool: True}.get(
+                args[0].dtype, 1.0 if args[0].is_floating_point() else 1
+            )  # nobody knows
         result = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
         given = tensors_in(result)
@@ -164,7 +166,8 @@ def traced(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> Trace:
 
     Args:
         model: the model; adapters on it are idle for this run.
-        inputs: keyword arguments of its ``forward``; made from its config and its first layer where they are not given.
+        inputs: keyword arguments of its ``forward``; made from its config and its first layer where they are
+            not given.
 
     Raises:
         InterfaceError: it cannot be run.
@@ -184,8 +187,9 @@ def traced(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> Trace:
                 continue
             return trace
     raise InterfaceError(
-        f"this {type(model).__name__} could not be run on a tiny input ({failures[0] if failures else 'none could be made'}): "
-        "give one, as in grafts.infer_interface(model, inputs={'input_ids': ...}), or write the interface by hand"
+        f"this {type(model).__name__} could not be run on a tiny input "
+        f"({failures[0] if failures else 'none could be made'}): give one, as in "
+        "grafts.infer_interface(model, inputs={'input_ids': ...}), or write the interface by hand"
     )
 
 
@@ -205,7 +209,7 @@ def _with_memory(model: nn.Module) -> Iterator[nn.Module]:
 def _watched(model: nn.Module, trace: Trace) -> Iterator[None]:
     handles = []
     try:
-        for path, module in own_modules(model):
+        for path, module in base_modules(model):
 
             def before(_: nn.Module, args: Any, kwargs: Any, path: str = path) -> None:
                 trace.enter(path, args, kwargs)
@@ -213,7 +217,10 @@ def _watched(model: nn.Module, trace: Trace) -> Iterator[None]:
             def after(_: nn.Module, args: Any, output: Any) -> None:
                 trace.leave(output)
 
-            handles += [module.register_forward_pre_hook(before, with_kwargs=True), module.register_forward_hook(after)]
+            handles += [
+                module.register_forward_pre_hook(before, with_kwargs=True),
+                module.register_forward_hook(after),
+            ]
         yield
     finally:
         for handle in handles:
@@ -222,7 +229,9 @@ def _watched(model: nn.Module, trace: Trace) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _as_it_was(model: nn.Module) -> Iterator[None]:
-    """In evaluation mode, without adapters, and with the same random numbers and buffers after it as before."""
+    """In evaluation mode, without adapters, and with the same random numbers and buffers after it as
+    before.
+    """
     setups = [(setup, setup.running) for setup in {id(s.setup): s.setup for _, s in sites_in(model)}.values()]
     for setup, _ in setups:
         setup.running = ()
@@ -252,7 +261,9 @@ def example_inputs(model: nn.Module) -> list[dict[str, Any]]:
     tries: list[dict[str, Any]] = []
     with torch.device(device):
         if config is None:
-            tries = _for_plain(model, [n for n, p in names.items() if n != "self" and p.default is p.empty and p.kind < 2])
+            tries = _for_plain(
+                model, [n for n, p in names.items() if n != "self" and p.default is p.empty and p.kind < 2]
+            )
         else:
             ids = _ids(config)
             more = {"use_cache": False} if "use_cache" in names else {}
@@ -285,13 +296,18 @@ def _signals(config: Any, dtype: torch.dtype) -> list[tuple[str, Tensor]]:
     """Images and sounds by the name of their argument."""
     vision, audio = (getattr(config, name, None) or config for name in ("vision_config", "audio_config"))
     size = getattr(vision, "image_size", 32)
-    height, width = (size, size) if isinstance(size, int) else tuple(size)[:2] if isinstance(size, Sequence) else (32, 32)
+    height, width = (
+        (size, size) if isinstance(size, int) else tuple(size)[:2] if isinstance(size, Sequence) else (32, 32)
+    )
     channels = int(getattr(vision, "num_channels", None) or getattr(vision, "in_channels", None) or 3)
     bins = int(getattr(audio, "num_mel_bins", None) or getattr(audio, "feature_size", None) or 16)
     frames = 2 * int(getattr(audio, "max_source_positions", None) or 32)
     return [
         ("pixel_values", torch.rand(2, channels, height, width, dtype=dtype)),
-        ("pixel_values", torch.rand(2, int(getattr(config, "num_frames", 4)), channels, height, width, dtype=dtype)),
+        (
+            "pixel_values",
+            torch.rand(2, int(getattr(config, "num_frames", 4)), channels, height, width, dtype=dtype),
+        ),
         ("input_features", torch.rand(2, bins, frames, dtype=dtype)),
         ("input_features", torch.rand(2, 64, bins, dtype=dtype)),
         ("input_values", torch.rand(2, 2400, dtype=dtype)),
@@ -301,11 +317,13 @@ def _signals(config: Any, dtype: torch.dtype) -> list[tuple[str, Tensor]]:
 
 
 def _for_plain(model: nn.Module, required: Sequence[str]) -> list[dict[str, Any]]:
-    """For a model without a config: tokens for its first embedding, numbers for its first linear or convolution."""
+    """For a model without a config: tokens for its first embedding, numbers for its first linear or
+    convolution.
+    """
     if len(required) != 1:
         return []
     tries = []
-    for _, module in own_modules(model):
+    for _, module in base_modules(model):
         layer = describe(module)
         dtype = next((p.dtype for p in module.parameters()), torch.float32)
         if isinstance(module, nn.Embedding):

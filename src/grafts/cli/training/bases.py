@@ -21,7 +21,10 @@ def load_base(source: str, task: Task, labels: list[str] | None, dtype: str = "f
     """
     options: dict[str, Any] = {"dtype": getattr(torch, dtype)}
     if labels:
-        options |= {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}
+        options |= {
+            "id2label": dict(enumerate(labels)),
+            "label2id": {name: i for i, name in enumerate(labels)},
+        }
         # a head for other labels is no use: the adapter trains one of its own
         options |= {"num_labels": len(labels), "ignore_mismatched_sizes": True}
     model: nn.Module = _loaded(getattr(transformers, task.auto_class), source, **options)
@@ -59,7 +62,9 @@ def skeleton(source: str, task: Task | None) -> nn.Module:
         try:
             return auto.from_config(config)  # type: ignore[no-any-return]
         except ValueError as error:
-            raise RunError(f"{source!r} cannot do {task.name if task else 'anything known'}: {_first_line(error)}") from error
+            raise RunError(
+                f"{source!r} cannot do {task.name if task else 'anything known'}: {_first_line(error)}"
+            ) from error
 
 
 def _loaded(cls: Any, source: str, **options: Any) -> Any:
@@ -73,7 +78,8 @@ def _loaded(cls: Any, source: str, **options: Any) -> Any:
         what = cls.__name__.removeprefix("AutoModelFor").removeprefix("Auto")
         if not here.exists() and isinstance(error, OSError):
             raise RunError(
-                f"there is no model {source!r}: no such folder, and the hub does not give it ({_first_line(error)})"
+                f"there is no model {source!r}: no such folder, and the hub does not give it "
+                f"({_first_line(error)})"
             ) from error
         raise RunError(f"{source!r} cannot be loaded as {what}: {_first_line(error)}") from error
 

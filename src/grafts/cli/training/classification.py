@@ -28,7 +28,9 @@ def _indices(labels: Sequence[str], values: Sequence[Any], file: str, where: str
     index = {label: number for number, label in enumerate(labels)}
     for value in values:
         if str(value) not in index:
-            raise RunError(f"{file!r}: {where} has the unknown label {str(value)!r}; {did_you_mean(str(value), labels)}")
+            raise RunError(
+                f"{file!r}: {where} has the unknown label {str(value)!r}; {did_you_mean(str(value), labels)}"
+            )
     return [index[str(value)] for value in values]
 
 
@@ -50,7 +52,9 @@ class SequenceClassification:
             raise RunError(f"{file!r} has the label {found[0]!r} in every row: nothing to learn")
         return found
 
-    def encode(self, rows: datasets.Dataset, file: str, tokenizer: Any, settings: RunSettings) -> datasets.Dataset:
+    def encode(
+        self, rows: datasets.Dataset, file: str, tokenizer: Any, settings: RunSettings
+    ) -> datasets.Dataset:
         """``input_ids``, ``attention_mask`` and ``labels`` (a number a row)."""
         text, pair = settings.text_column or "text", settings.text_pair_column
         label = settings.label_column or "label"
@@ -58,10 +62,14 @@ class SequenceClassification:
             require_text(rows, column, file, "text_column" if column == text else "text_pair_column")
         require_column(rows, label, file, "label_column")
         numbers = [
-            _indices(settings.labels or [], [value], file, f"row {row + 1}")[0] for row, value in enumerate(rows[label])
+            _indices(settings.labels or [], [value], file, f"row {row + 1}")[0]
+            for row, value in enumerate(rows[label])
         ]
         encoded = tokenizer(
-            list(rows[text]), list(rows[pair]) if pair else None, truncation=True, max_length=settings.max_length
+            list(rows[text]),
+            list(rows[pair]) if pair else None,
+            truncation=True,
+            max_length=settings.max_length,
         )
         return datasets.Dataset.from_dict({**encoded, "labels": numbers})
 
@@ -89,7 +97,11 @@ class SequenceClassification:
         ).to(model.device)
         for row, scores in zip(rows, model(**batch).logits.float().softmax(-1), strict=True):
             best = int(scores.argmax())
-            yield {"text": row[text], "label": settings["labels"][best], "score": round(float(scores[best]), 4)}
+            yield {
+                "text": row[text],
+                "label": settings["labels"][best],
+                "score": round(float(scores[best]), 4),
+            }
 
 
 @register
@@ -106,10 +118,16 @@ class TokenClassification:
         self._require_lists(rows, file, settings)
         return sorted({str(value) for values in rows[settings.label_column or "tags"] for value in values})
 
-    def encode(self, rows: datasets.Dataset, file: str, tokenizer: Any, settings: RunSettings) -> datasets.Dataset:
-        """``input_ids``, ``attention_mask`` and ``labels``: the word's label at its first token, else -100."""
+    def encode(
+        self, rows: datasets.Dataset, file: str, tokenizer: Any, settings: RunSettings
+    ) -> datasets.Dataset:
+        """``input_ids``, ``attention_mask`` and ``labels``: the word's label at its first token, else
+        -100.
+        """
         if not tokenizer.is_fast:
-            raise RunError(f"token-classification needs a fast tokenizer, which {settings.model!r} does not have")
+            raise RunError(
+                f"token-classification needs a fast tokenizer, which {settings.model!r} does not have"
+            )
         words, tags = self._require_lists(rows, file, settings)
         encoded = tokenizer(words, is_split_into_words=True, truncation=True, max_length=settings.max_length)
         labels = []
@@ -117,7 +135,9 @@ class TokenClassification:
             numbers = _indices(settings.labels or [], values, file, f"row {row + 1}")
             ids = encoded.word_ids(row)
             first = [word is not None and (i == 0 or ids[i - 1] != word) for i, word in enumerate(ids)]
-            labels.append([numbers[word] if begins else IGNORED for word, begins in zip(ids, first, strict=True)])
+            labels.append(
+                [numbers[word] if begins else IGNORED for word, begins in zip(ids, first, strict=True)]
+            )
         return datasets.Dataset.from_dict({**encoded, "labels": labels})
 
     def _require_lists(
@@ -129,7 +149,9 @@ class TokenClassification:
         words, tags = list(rows[text]), list(rows[label])
         for row, (some, their) in enumerate(zip(words, tags, strict=True)):
             if not isinstance(some, list) or not isinstance(their, list) or len(some) != len(their):
-                raise RunError(f"{file!r}: row {row + 1} needs lists of equal length in {text!r} and {label!r}")
+                raise RunError(
+                    f"{file!r}: row {row + 1} needs lists of equal length in {text!r} and {label!r}"
+                )
         return words, tags
 
     def collator(self, tokenizer: Any, model: nn.Module) -> Callable[[list[Any]], Mapping[str, Any]]:
@@ -160,5 +182,7 @@ class TokenClassification:
         for row, some in enumerate(words):
             ids = batch.word_ids(row)
             first = {word: place for place, word in reversed(list(enumerate(ids))) if word is not None}
-            tags = [settings["labels"][choices[row][first[word]]] for word in range(len(some)) if word in first]
+            tags = [
+                settings["labels"][choices[row][first[word]]] for word in range(len(some)) if word in first
+            ]
             yield {"tokens": some, "tags": tags}

@@ -40,7 +40,9 @@ def read_rows(path: str | Path) -> datasets.Dataset:
             )
         except Exception as error:
             cause = error.__cause__ or error
-            raise RunError(f"{str(file)!r} cannot be read as {builder}: {' '.join(str(cause).split())[:300]}") from error
+            raise RunError(
+                f"{str(file)!r} cannot be read as {builder}: {' '.join(str(cause).split())[:300]}"
+            ) from error
     if not len(rows):
         raise RunError(f"{str(file)!r} holds no rows")
     return rows
@@ -50,7 +52,8 @@ def require_column(rows: datasets.Dataset, column: str, file: str, setting: str)
     """Refuse rows without a column, or with empty cells in it.
 
     Raises:
-        RunError: naming the file, the columns that are there and the setting to use; or the first row without a value.
+        RunError: naming the file, the columns that are there and the setting to use; or the first row without
+            a value.
     """
     if column not in rows.column_names:
         raise RunError(

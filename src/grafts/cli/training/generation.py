@@ -19,7 +19,9 @@ from grafts.errors import RunError
 
 
 class _Generation:
-    """What the two language tasks have in common: no labels, figures from the loss, answers from ``generate``."""
+    """What the two language tasks have in common: no labels, figures from the loss, answers from
+    ``generate``.
+    """
 
     predicts = False
 
@@ -40,7 +42,9 @@ class _Generation:
         texts = [row[column] for row in rows]
         encodes = bool(model.config.is_encoder_decoder)  # type: ignore[union-attr]
         side, tokenizer.padding_side = tokenizer.padding_side, "right" if encodes else "left"
-        batch = tokenizer(texts, truncation=True, max_length=settings["max_length"], padding=True, return_tensors="pt")
+        batch = tokenizer(
+            texts, truncation=True, max_length=settings["max_length"], padding=True, return_tensors="pt"
+        )
         tokenizer.padding_side = side
         batch.pop("token_type_ids", None)
         made = model.generate(  # type: ignore[operator]
@@ -50,7 +54,9 @@ class _Generation:
             pad_token_id=tokenizer.pad_token_id,
         )
         start = 0 if encodes else batch["input_ids"].shape[1]
-        for text, answer in zip(texts, tokenizer.batch_decode(made[:, start:], skip_special_tokens=True), strict=True):
+        for text, answer in zip(
+            texts, tokenizer.batch_decode(made[:, start:], skip_special_tokens=True), strict=True
+        ):
             yield {"text": text, "output": answer}
 
 
@@ -62,12 +68,18 @@ class CausalLM(_Generation):
     task_type = "CAUSAL_LM"
     auto_class = "AutoModelForCausalLM"
 
-    def encode(self, rows: datasets.Dataset, file: str, tokenizer: Any, settings: RunSettings) -> datasets.Dataset:
-        """``input_ids``: the texts joined and cut into blocks, or one text a row; each ends with the end-of-text token."""
+    def encode(
+        self, rows: datasets.Dataset, file: str, tokenizer: Any, settings: RunSettings
+    ) -> datasets.Dataset:
+        """``input_ids``: the texts joined and cut into blocks, or one text a row; each ends with the
+        end-of-text token.
+        """
         column = settings.text_column or "text"
         require_text(rows, column, file, "text_column")
         end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-        texts = [ids + end for ids in tokenizer(list(rows[column]), add_special_tokens=True)["input_ids"] if ids]
+        texts = [
+            ids + end for ids in tokenizer(list(rows[column]), add_special_tokens=True)["input_ids"] if ids
+        ]
         size = settings.max_length
         if settings.pack:
             joined = list(chain.from_iterable(texts))
@@ -77,7 +89,9 @@ class CausalLM(_Generation):
         blocks = [ids for ids in blocks if len(ids) > 1]
         if not blocks:
             raise RunError(f"{file!r} holds no text of two tokens or more")
-        return datasets.Dataset.from_dict({"input_ids": blocks, "attention_mask": [[1] * len(ids) for ids in blocks]})
+        return datasets.Dataset.from_dict(
+            {"input_ids": blocks, "attention_mask": [[1] * len(ids) for ids in blocks]}
+        )
 
     def collator(self, tokenizer: Any, model: nn.Module) -> Callable[[list[Any]], Mapping[str, Any]]:
         """Pads to the longest row; the labels are the inputs, but for the padding."""
@@ -85,7 +99,9 @@ class CausalLM(_Generation):
 
 
 class _CausalCollator:
-    """Pads, and marks as no label what is padding by the mask, so that real end-of-text tokens are learned."""
+    """Pads, and marks as no label what is padding by the mask, so that real end-of-text tokens are
+    learned.
+    """
 
     def __init__(self, tokenizer: Any) -> None:
         self.inner = DataCollatorForLanguageModeling(tokenizer, mlm=False)
@@ -104,13 +120,17 @@ class Seq2SeqLM(_Generation):
     task_type = "SEQ_2_SEQ_LM"
     auto_class = "AutoModelForSeq2SeqLM"
 
-    def encode(self, rows: datasets.Dataset, file: str, tokenizer: Any, settings: RunSettings) -> datasets.Dataset:
+    def encode(
+        self, rows: datasets.Dataset, file: str, tokenizer: Any, settings: RunSettings
+    ) -> datasets.Dataset:
         """``input_ids``, ``attention_mask`` of the source and ``labels`` of the target."""
         source, target = settings.text_column or "text", settings.target_column or "target"
         require_text(rows, source, file, "text_column")
         require_text(rows, target, file, "target_column")
         encoded = tokenizer(list(rows[source]), truncation=True, max_length=settings.max_length)
-        answers = tokenizer(text_target=list(rows[target]), truncation=True, max_length=settings.max_target_length)
+        answers = tokenizer(
+            text_target=list(rows[target]), truncation=True, max_length=settings.max_target_length
+        )
         kept = {key: encoded[key] for key in ("input_ids", "attention_mask")}
         return datasets.Dataset.from_dict({**kept, "labels": answers["input_ids"]})
 

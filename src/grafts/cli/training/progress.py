@@ -34,17 +34,23 @@ class ProgressBar(TrainerCallback):  # type: ignore[misc]
             disable=not console.is_terminal,
         )
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
         """Start the clock and the bar."""
         self.started = time.monotonic()
         if state.is_world_process_zero:
             self.progress.start()
             self.bar = self.progress.add_task(self.title, total=state.max_steps, loss="  -  ", speed="-")
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
         """Move the bar."""
         if state.is_world_process_zero:
-            self.progress.update(self.bar, completed=state.global_step, speed=f"{self._speed(args, state):.0f}")
+            self.progress.update(
+                self.bar, completed=state.global_step, speed=f"{self._speed(args, state):.0f}"
+            )
 
     def on_log(
         self,
@@ -60,7 +66,9 @@ class ProgressBar(TrainerCallback):  # type: ignore[misc]
             self.losses.append((state.global_step, self.loss))
             self.progress.update(self.bar, loss=f"{self.loss:.4f}")
 
-    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
         """Say a line where there is no bar."""
         if state.is_world_process_zero and not self.console.is_terminal:
             speed = self._speed(args, state)
@@ -69,7 +77,9 @@ class ProgressBar(TrainerCallback):  # type: ignore[misc]
                 f"loss {self.loss:.4f}, {speed:.0f} rows/s"
             )
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
         """Take the bar down."""
         self.close()
 

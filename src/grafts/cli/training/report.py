@@ -40,10 +40,23 @@ def loss_picture(losses: Losses, validation: Validation, format: str = "png") ->
     with matplotlib.rc_context({"svg.hashsalt": "grafts", "font.size": 10}):
         figure = Figure(figsize=(8, 3.4), layout="constrained")
         axes = figure.add_subplot()
-        axes.plot([step for step, _ in losses], [loss for _, loss in losses], color="#2f7d5b", linewidth=1.4, label="training")
+        axes.plot(
+            [step for step, _ in losses],
+            [loss for _, loss in losses],
+            color="#2f7d5b",
+            linewidth=1.4,
+            label="training",
+        )
         if validation:
             points = [(entry["step"], entry["eval_loss"]) for entry in validation]
-            axes.plot(*zip(*points, strict=True), "o-", color="#c2572b", markersize=5, linewidth=1.2, label="validation")
+            axes.plot(
+                *zip(*points, strict=True),
+                "o-",
+                color="#c2572b",
+                markersize=5,
+                linewidth=1.2,
+                label="validation",
+            )
             axes.legend(frameon=False)
         axes.set(xlabel="step", ylabel="loss", xlim=(0, None))
         axes.spines[["top", "right"]].set_visible(False)
@@ -53,7 +66,9 @@ def loss_picture(losses: Losses, validation: Validation, format: str = "png") ->
     return picture.getvalue()
 
 
-def report_page(settings: RunSettings, plan: Plan, metrics: Mapping[str, Any], losses: Losses, validation: Validation) -> str:
+def report_page(
+    settings: RunSettings, plan: Plan, metrics: Mapping[str, Any], losses: Losses, validation: Validation
+) -> str:
     """One HTML page on a run, with nothing to fetch: figures, loss curve, classes, adapter, settings."""
     curve = loss_picture(losses, validation, "svg").decode()
     title = f"{plan.method.title} on {'/'.join(Path(settings.model).parts[-2:])}"
@@ -67,7 +82,9 @@ def report_page(settings: RunSettings, plan: Plan, metrics: Mapping[str, Any], l
         f"<p class='soft'>{_text(plan.summary())}</p>",
         _table(("module", "role", "shape", "part", "count", "parameters"), plan.rows(), numbers=2),
         "<h2>Settings</h2>",
-        _table(("setting", "value"), [(k, v) for k, v in dataclasses.asdict(settings).items() if v is not None]),
+        _table(
+            ("setting", "value"), [(k, v) for k, v in dataclasses.asdict(settings).items() if v is not None]
+        ),
         "<h2>Versions</h2>",
         _table(("package", "version"), metrics["versions"].items()),
     ]
@@ -84,7 +101,9 @@ def _cards(plan: Plan, metrics: Mapping[str, Any]) -> str:
         for name in ("accuracy", "macro_f1", "perplexity", "loss"):
             if name in metrics.get(split, {}):
                 cards.append((f"{metrics[split][name]:.4g}", f"{split} {name.replace('_', ' ')}"))
-    cards.append((f"{plan.parameters:,}", f"trainable parameters ({plan.parameters / plan.base_parameters:.2%})"))
+    cards.append(
+        (f"{plan.parameters:,}", f"trainable parameters ({plan.parameters / plan.base_parameters:.2%})")
+    )
     cards.append((f"{metrics['seconds']:.0f} s", "training time"))
     return (
         '<div class="cards">'
@@ -112,9 +131,15 @@ def _class_tables(metrics: Mapping[str, Any]) -> Iterable[str]:
 def _table(head: Sequence[str], rows: Iterable[Sequence[Any]], numbers: int = 0) -> str:
     """A table whose last ``numbers`` columns are numbers."""
     kinds = [' class="n"' if index >= len(head) - numbers else "" for index in range(len(head))]
-    lines = ["<tr>" + "".join(f"<th{kind}>{_text(cell)}</th>" for kind, cell in zip(kinds, head, strict=True)) + "</tr>"]
+    lines = [
+        "<tr>"
+        + "".join(f"<th{kind}>{_text(cell)}</th>" for kind, cell in zip(kinds, head, strict=True))
+        + "</tr>"
+    ]
     for row in rows:
-        cells = (f"{cell:,}" if isinstance(cell, int) and not isinstance(cell, bool) else str(cell) for cell in row)
+        cells = (
+            f"{cell:,}" if isinstance(cell, int) and not isinstance(cell, bool) else str(cell) for cell in row
+        )
         lines.append(
             "<tr>"
             + "".join(

@@ -1,4 +1,6 @@
-"""One fine-tuning run, from settings to a directory that holds adapter, figures, settings, picture and report."""
+"""One fine-tuning run, from settings to a directory that holds adapter, figures, settings, picture and
+report.
+"""
 
 from __future__ import annotations
 
@@ -66,7 +68,8 @@ class Fitted:
 def run(settings: RunSettings, console: Console) -> Metrics:
     """Fine-tune as the settings say and write ``settings.output_dir``, whole or not at all.
 
-    Everything that can be checked is checked before training: files, columns, labels, model, and the room to write.
+    Everything that can be checked is checked before training: files, columns, labels, model, and the room to
+    write.
 
     Returns:
         The figures, as in ``metrics.json``.
@@ -81,11 +84,15 @@ def run(settings: RunSettings, console: Console) -> Metrics:
     files = {"train": settings.train_file, "validation": settings.validation_file, "test": settings.test_file}
     rows = {split: read_rows(file) for split, file in files.items() if file}
     if settings.labels is None:
-        settings = dataclasses.replace(settings, labels=task.labels(rows["train"], settings.train_file, settings))
+        settings = dataclasses.replace(
+            settings, labels=task.labels(rows["train"], settings.train_file, settings)
+        )
     set_seed(settings.seed)
     model = load_base(settings.model, task, settings.labels, settings.dtype)
     tokenizer = load_tokenizer(settings.model, model)
-    encoded = {split: task.encode(some, str(files[split]), tokenizer, settings) for split, some in rows.items()}
+    encoded = {
+        split: task.encode(some, str(files[split]), tokenizer, settings) for split, some in rows.items()
+    }
     grafts.add(model, config)
     plan = registry_of(model).require("default")
     if _is_first():
@@ -95,9 +102,17 @@ def run(settings: RunSettings, console: Console) -> Metrics:
         "train": {"loss": fitted.last_loss(), "rows": len(encoded["train"])},
         "parameters": {"trainable": plan.parameters, "base": plan.base_parameters},
         "seconds": round(fitted.seconds, 2),
-        "versions": {"grafts": grafts.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
+        "versions": {
+            "grafts": grafts.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
     }
-    metrics |= {split: evaluate(fitted.trainer, task, encoded[split], settings) for split in SPLITS[1:] if split in encoded}
+    metrics |= {
+        split: evaluate(fitted.trainer, task, encoded[split], settings)
+        for split in SPLITS[1:]
+        if split in encoded
+    }
     if _is_first():
         files_left = checkpoint_files(model, "default") | run_files(plan, settings, metrics, fitted)
         write_all(output, files_left)
@@ -206,7 +221,9 @@ def _is_first() -> bool:
 
 
 def _require_free(output: Path, overwrite: bool) -> None:
-    """Refuse an output directory that holds a run, or that cannot be written to, before anything else is done."""
+    """Refuse an output directory that holds a run, or that cannot be written to, before anything else is
+    done.
+    """
     if output.exists() and not output.is_dir():
         raise RunError(f"{str(output)!r} is a file; output_dir must be a folder")
     if output.is_dir() and (output / "adapter_config.json").exists() and not overwrite:
@@ -238,8 +255,11 @@ def _show(console: Console, metrics: Metrics, output: Path) -> None:
         if split in metrics:
             figures = {name: value for name, value in metrics[split].items() if isinstance(value, float)}
             console.print(
-                f"{split}: " + ", ".join(f"{k.replace('_', ' ')} {v:.4f}" for k, v in figures.items()), highlight=False
+                f"{split}: " + ", ".join(f"{k.replace('_', ' ')} {v:.4f}" for k, v in figures.items()),
+                highlight=False,
             )
     console.print(
-        f"trained in {metrics['seconds']:.0f} s; adapter and report are in {output}", highlight=False, soft_wrap=True
+        f"trained in {metrics['seconds']:.0f} s; adapter and report are in {output}",
+        highlight=False,
+        soft_wrap=True,
     )

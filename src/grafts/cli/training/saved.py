@@ -1,4 +1,6 @@
-"""An adapter's directory together with the base that it belongs on: what ``predict`` and ``merge`` start from."""
+"""An adapter's directory together with the base that it belongs on: what ``predict`` and ``merge`` start
+from.
+"""
 
 from __future__ import annotations
 
@@ -68,9 +70,16 @@ def open_adapter(
     source = model or settings.get("model") or config.base_model_name_or_path
     if not source:
         raise RunError(f"{str(directory)!r} does not name its base model: give it with --model")
-    name = task or settings.get("task") or next((n for n in task_names() if task_named(n).task_type == config.task_type), None)
+    name = (
+        task
+        or settings.get("task")
+        or next((n for n in task_names() if task_named(n).task_type == config.task_type), None)
+    )
     if name is None:
-        raise RunError(f"{str(directory)!r} does not name its task: give it with --task, one of {', '.join(task_names())}")
+        raise RunError(
+            f"{str(directory)!r} does not name its task: give it with --task, one of "
+            f"{', '.join(task_names())}"
+        )
     known = task_named(name)
     settings["labels"] = labels or settings.get("labels")
     if known.predicts and not settings["labels"]:

@@ -1,4 +1,6 @@
-"""The settings of a run: one dataclass that is the flags of ``grafts train``, the keys of its YAML file, and their help."""
+"""The settings of a run: one dataclass that is the flags of ``grafts train``, the keys of its YAML file, and
+their help.
+"""
 
 from __future__ import annotations
 
@@ -34,36 +36,49 @@ class RunSettings:
     method: str = setting(
         "lora",
         MODEL,
-        "The kind of adapter, its options being flags; or a preset or union: seq_bn[reduction_factor=8]|lora.",
+        "The kind of adapter, its options being flags; or a preset or union: "
+        "seq_bn[reduction_factor=8]|lora.",
     )
-    adapter: dict[str, Any] | None = setting(None, MODEL, "In YAML: the adapter's options, as in adapter: {r: 8}.")
+    adapter: dict[str, Any] | None = setting(
+        None, MODEL, "In YAML: the adapter's options, as in adapter: {r: 8}."
+    )
     dtype: str = setting("float32", MODEL, "What the base is held in: float32, bfloat16 or float16.")
 
     train_file: str = setting("", DATA, "Training data: .jsonl, .json, .csv, .tsv, .parquet or .txt.")
     validation_file: str | None = setting(None, DATA, "Data for figures after each epoch.")
     test_file: str | None = setting(None, DATA, "Data for the figures at the end.")
-    text_column: str | None = setting(None, DATA, "Column of the input: 'text', for token-classification 'tokens'.")
+    text_column: str | None = setting(
+        None, DATA, "Column of the input: 'text', for token-classification 'tokens'."
+    )
     text_pair_column: str | None = setting(None, DATA, "Column of a second text, for classifying pairs.")
-    label_column: str | None = setting(None, DATA, "Column of the label: 'label', for token-classification 'tags'.")
+    label_column: str | None = setting(
+        None, DATA, "Column of the label: 'label', for token-classification 'tags'."
+    )
     target_column: str | None = setting(None, DATA, "Column of the output text for seq2seq-lm: 'target'.")
     labels: list[str] | None = setting(
         None, DATA, "The labels in order, with commas; found in the training data if not given."
     )
     max_length: int = setting(128, DATA, "Tokens of an input; what is longer is cut.")
     max_target_length: int = setting(128, DATA, "Tokens of an output text; what is longer is cut.")
-    pack: bool = setting(True, DATA, "For causal-lm: join the texts and cut blocks of max_length, instead of one text a row.")
+    pack: bool = setting(
+        True, DATA, "For causal-lm: join the texts and cut blocks of max_length, instead of one text a row."
+    )
 
     epochs: float = setting(3.0, TRAINING, "How often to go through the training data.")
     max_steps: int | None = setting(None, TRAINING, "Stop after this many steps, whatever the epochs.")
     learning_rate: float = setting(1e-3, TRAINING, "The highest learning rate.")
-    lr_scheduler: str = setting("linear", TRAINING, "Its course, by the names of transformers: linear, cosine, constant ...")
+    lr_scheduler: str = setting(
+        "linear", TRAINING, "Its course, by the names of transformers: linear, cosine, constant ..."
+    )
     warmup_steps: int = setting(0, TRAINING, "Steps over which it rises from zero.")
     weight_decay: float = setting(0.0, TRAINING, "AdamW's weight decay.")
     batch_size: int = setting(32, TRAINING, "Rows a step on each device.")
     eval_batch_size: int = setting(64, TRAINING, "Rows at a time when not training.")
     gradient_accumulation_steps: int = setting(1, TRAINING, "Batches that make one step.")
     gradient_checkpointing: bool = setting(False, TRAINING, "Compute activations twice to save memory.")
-    precision: str = setting("float32", TRAINING, "What to compute in: float32, or bf16 or fp16 through autocast.")
+    precision: str = setting(
+        "float32", TRAINING, "What to compute in: float32, or bf16 or fp16 through autocast."
+    )
     seed: int = setting(0, TRAINING, "Seed of everything random.")
     device: str = setting("auto", TRAINING, "auto (a GPU where there is one) or cpu.")
 
@@ -78,7 +93,9 @@ class RunSettings:
         """
         for name in ("model", "task", "train_file", "output_dir"):
             if not getattr(self, name):
-                raise RunError(f"{name} is not given: use --{name.replace('_', '-')} or {name}: in the YAML file")
+                raise RunError(
+                    f"{name} is not given: use --{name.replace('_', '-')} or {name}: in the YAML file"
+                )
         may_be = {
             "dtype": ("float32", "bfloat16", "float16"),
             "precision": ("float32", "bf16", "fp16"),
@@ -87,7 +104,13 @@ class RunSettings:
         for name, values in may_be.items():
             if getattr(self, name) not in values:
                 raise RunError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(values)}")
-        for name in ("max_length", "max_target_length", "batch_size", "eval_batch_size", "gradient_accumulation_steps"):
+        for name in (
+            "max_length",
+            "max_target_length",
+            "batch_size",
+            "eval_batch_size",
+            "gradient_accumulation_steps",
+        ):
             if getattr(self, name) < 1:
                 raise RunError(f"{name} is {getattr(self, name)}; it must be at least 1")
         for name in ("epochs", "learning_rate"):
@@ -123,7 +146,10 @@ class RunSettings:
         if not isinstance(made, UnionConfig):
             return dataclasses.replace(made, **options)
         if self.adapter:
-            raise ConfigError(f"options of {self.method!r} stand in brackets behind the name of the part that they belong to")
+            raise ConfigError(
+                f"options of {self.method!r} stand in brackets behind the name of the part that they belong "
+                f"to"
+            )
         first = dataclasses.replace(made.configs[0], **options)
         return dataclasses.replace(made, configs=(first, *made.configs[1:]), **options)
 
@@ -138,11 +164,15 @@ class RunSettings:
         fields = {field.name for field in dataclasses.fields(cls)}
         for key in values:
             if key not in fields:
-                raise RunError(f"{str(file)!r} holds an unknown key {key!r}; {did_you_mean(str(key), fields)}")
+                raise RunError(
+                    f"{str(file)!r} holds an unknown key {key!r}; {did_you_mean(str(key), fields)}"
+                )
         if not isinstance(values.get("adapter"), (dict, type(None))):
             raise RunError(f"{str(file)!r}: adapter is {values['adapter']!r}; it must be options by name")
         values |= {key: value for key, value in flags.items() if value is not None}
-        values["adapter"] = (values.get("adapter") or {}) | {k: v for k, v in adapter_flags.items() if v is not None}
+        values["adapter"] = (values.get("adapter") or {}) | {
+            k: v for k, v in adapter_flags.items() if v is not None
+        }
         hints = typing.get_type_hints(cls)
         return cls(**{key: as_type(key, value, hints[key]) for key, value in values.items()})
 
@@ -172,7 +202,8 @@ def read_yaml(file: Path) -> Mapping[str, Any]:
 
 
 def as_type(name: str, value: Any, hint: Any) -> Any:
-    """``value`` in the type that the setting has; YAML reads ``3e-3`` as text, and whole numbers may be meant as fractions.
+    """``value`` in the type that the setting has; YAML reads ``3e-3`` as text, and whole numbers may be meant
+    as fractions.
 
     Raises:
         RunError: it does not fit.

@@ -1,4 +1,6 @@
-"""The tasks of ``grafts train`` and ``grafts predict``: what each asks of the data, the model and the figures."""
+"""The tasks of ``grafts train`` and ``grafts predict``: what each asks of the data, the model and the
+figures.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,9 @@ class Task(Protocol):
     def labels(self, rows: datasets.Dataset, file: str, settings: RunSettings) -> list[str] | None:
         """The labels that the training data use, sorted; None for tasks without labels."""
 
-    def encode(self, rows: datasets.Dataset, file: str, tokenizer: Any, settings: RunSettings) -> datasets.Dataset:
+    def encode(
+        self, rows: datasets.Dataset, file: str, tokenizer: Any, settings: RunSettings
+    ) -> datasets.Dataset:
         """Rows as the model's inputs. Raises RunError where a row cannot be."""
 
     def collator(self, tokenizer: Any, model: nn.Module) -> Callable[[list[Any]], Mapping[str, Any]]:

@@ -1,4 +1,6 @@
-"""Parts that an adapter of any method may have beside its own: trainable copies of modules, trainable biases and tokens."""
+"""Parts that an adapter of any method may have beside its own: trainable copies of modules, trainable biases
+and tokens.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 
 from grafts.errors import ConfigError, UnsupportedTargetError
 from grafts.modules.layers import describe, row_scale
-from grafts.modules.weights import read
+from grafts.modules.weights import read_weights
 from grafts.sites.module import ModulePart
 from grafts.sites.site import sites_in
 
@@ -20,8 +22,8 @@ from grafts.sites.site import sites_in
 class TrainableCopy(ModulePart):
     """A copy of a whole module that is used instead of it while its adapter is active (``modules_to_save``).
 
-    Like every part it is stored in float32 and computes in the base's own dtype, so a fresh copy gives the base's output
-    bitwise and training does not round its updates away.
+    Like every part it is stored in float32 and computes in the base's own dtype, so a fresh copy gives the
+    base's output bitwise and training does not round its updates away.
     """
 
     def __init__(self, host: nn.Module, file_prefix: str = "") -> None:
@@ -32,7 +34,9 @@ class TrainableCopy(ModulePart):
         self.dtypes = {name: parameter.dtype for name, parameter in self.module.named_parameters()}
         for name, parameter in self.module.named_parameters():
             if parameter.device.type == "meta":
-                raise ConfigError(f"its {name!r} is on the meta device (offloaded), so it cannot be copied for training")
+                raise ConfigError(
+                    f"its {name!r} is on the meta device (offloaded), so it cannot be copied for training"
+                )
             if not parameter.is_floating_point():
                 raise ConfigError(f"its {name!r} holds {parameter.dtype}, which cannot be trained")
             parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
@@ -42,13 +46,20 @@ class TrainableCopy(ModulePart):
         cast = {
             name: p.to(self.dtypes[name])
             for name, p in self.module.named_parameters()
-            if p.dtype.itemsize > self.dtypes[name].itemsize  # not where the whole model was made narrower since
+            if p.dtype.itemsize
+            > self.dtypes[name].itemsize  # not where the whole model was made narrower since
         }
-        return torch.func.functional_call(self.module, cast, args, kwargs) if cast else self.module(*args, **kwargs)
+        return (
+            torch.func.functional_call(self.module, cast, args, kwargs)
+            if cast
+            else self.module(*args, **kwargs)
+        )
 
     def file_tensors(self) -> Mapping[str, Tensor]:
         """The copy's parameters under the module's own names."""
-        return {f"{self.file_prefix}{name}": p for name, p in self.module.named_parameters(remove_duplicate=False)}
+        return {
+            f"{self.file_prefix}{name}": p for name, p in self.module.named_parameters(remove_duplicate=False)
+        }
 
     def tied(self, host: nn.Module) -> TrainableCopy:
         """A copy of a module that shares this one's weight, sharing it as well."""
@@ -63,7 +74,9 @@ class TrainableCopy(ModulePart):
         """The copy in place of the module."""
         transposed = (layer := describe(self.module)) is not None and layer.kind == "transposed-linear"
         own = {name: p.to(tensors[name].dtype) for name, p in self.module.named_parameters()}
-        return {name: p.T.clone() if transposed and name == "weight" else p.clone() for name, p in own.items()}
+        return {
+            name: p.T.clone() if transposed and name == "weight" else p.clone() for name, p in own.items()
+        }
 
 
 def copy_without_sites(module: nn.Module) -> nn.Module:
@@ -92,16 +105,22 @@ class BiasOffset(ModulePart):
     def __init__(self, host: nn.Module, file_name: str) -> None:
         super().__init__()
         assert isinstance(host.bias, Tensor)
-        self.channels = isinstance(host, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.modules.batchnorm._BatchNorm, nn.GroupNorm))
+        self.channels = isinstance(
+            host, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.modules.batchnorm._BatchNorm, nn.GroupNorm)
+        )
         if not self.channels and describe(host) is None and "Norm" not in type(host).__name__:
-            raise UnsupportedTargetError(f"a {type(host).__name__} is not known to add its bias to its output")
+            raise UnsupportedTargetError(
+                f"a {type(host).__name__} is not known to add its bias to its output"
+            )
         self.file_name = file_name
         start = host.bias.detach().to(torch.promote_types(host.bias.dtype, torch.float32), copy=True)
         self.value = nn.Parameter(start)
         self.register_buffer("base", start.clone(), persistent=False)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """``y`` plus how far the bias has moved; ``y`` is ``(*batch, out_features)``, or ``(batch, channels, *space)``."""
+        """``y`` plus how far the bias has moved; ``y`` is ``(*batch, out_features)``, or
+        ``(batch, channels, *space)``.
+        """
         moved = (self.value - self.base).to(y.dtype)
         return y + (moved.view(-1, *[1] * (y.dim() - 2)) if self.channels else moved)
 
@@ -116,10 +135,12 @@ class BiasOffset(ModulePart):
 
 
 class TrainableTokens(ModulePart):
-    """Trainable values of some rows of an embedding (``trainable_token_indices``), and of the same rows of a tied head.
+    """Trainable values of some rows of an embedding (``trainable_token_indices``), and of the same rows of a
+    tied head.
 
     Attributes:
-        trainable_tokens_delta: the rows' values, not their differences, ``(tokens, dim)``; the name is that of the files.
+        trainable_tokens_delta: the rows' values, not their differences, ``(tokens, dim)``; the name is that
+            of the files.
         tokens: which rows, ``(tokens,)``.
         slots: row -> its place among `tokens`, or -1; ``(rows,)``.
         base: the rows' values in the base, ``(tokens, dim)``.
@@ -136,7 +157,11 @@ class TrainableTokens(ModulePart):
             raise UnsupportedTargetError(f"a {type(host).__name__} has no rows for trainable_token_indices")
         self.embeds = layer.kind == "embedding"
         self.scale = row_scale(host) if self.embeds else 1.0
-        rows, dim = (layer.in_features, layer.out_features) if self.embeds else (layer.out_features, layer.in_features)
+        rows, dim = (
+            (layer.in_features, layer.out_features)
+            if self.embeds
+            else (layer.out_features, layer.in_features)
+        )
         if max(tokens) >= rows:
             raise ConfigError(
                 f"trainable_token_indices has {max(tokens)}, and there are {rows} rows: "
@@ -155,7 +180,7 @@ class TrainableTokens(ModulePart):
         self.tokens = torch.tensor(self.indices, device=device)
         self.slots = torch.full((self.rows,), -1, device=device)
         self.slots[self.tokens] = torch.arange(len(self.indices), device=device)
-        self.base = read(host)["weight"].to(device, self.trainable_tokens_delta.dtype)[self.tokens]
+        self.base = read_weights(host)["weight"].to(device, self.trainable_tokens_delta.dtype)[self.tokens]
         if fresh:
             with torch.no_grad():
                 self.trainable_tokens_delta.copy_(self.base)
@@ -178,7 +203,9 @@ class TrainableTokens(ModulePart):
         return torch.where((slot >= 0)[..., None], F.embedding(slot.clamp_min(0), values), y)
 
     def file_tensors(self) -> Mapping[str, Tensor]:
-        """The values, under the name that the file format gives them; a head that follows an embedding adds none."""
+        """The values, under the name that the file format gives them; a head that follows an embedding adds
+        none.
+        """
         if self.follows:
             return {}
         return {"token_adapter.trainable_tokens_delta": self.trainable_tokens_delta}

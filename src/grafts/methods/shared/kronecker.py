@@ -1,4 +1,6 @@
-"""Linears whose weight is a sum of Kronecker products (Zhang et al. 2021, eq. 4), for Compacter (Karimi et al. 2021)."""
+"""Linears whose weight is a sum of Kronecker products (Zhang et al. 2021, eq. 4), for Compacter (Karimi et
+al. 2021).
+"""
 
 from __future__ import annotations
 
@@ -44,8 +46,14 @@ class Hypercomplex:
             shapes = {"phm_rule_left": (n, n, 1), "phm_rule_right": (n, 1, n)}
         made = nn.ParameterDict({name: nn.Parameter(torch.empty(shape)) for name, shape in shapes.items()})
         for tensor in made.values():
-            reach = (1.0 if shared else 0.01) if self.rule == "uniform" else (self.rule_range if shared else 0.01)
-            (nn.init.uniform_(tensor, -reach, reach) if self.rule == "uniform" else nn.init.normal_(tensor, std=reach))
+            reach = (
+                (1.0 if shared else 0.01) if self.rule == "uniform" else (self.rule_range if shared else 0.01)
+            )
+            (
+                nn.init.uniform_(tensor, -reach, reach)
+                if self.rule == "uniform"
+                else nn.init.normal_(tensor, std=reach)
+            )
         return made
 
     def weight_tensors(self, inputs: int, outputs: int, prefix: str = "W") -> nn.ParameterDict:
@@ -56,17 +64,24 @@ class Hypercomplex:
         """
         n = self.dim
         if inputs % n or outputs % n:
-            raise ConfigError(f"phm_dim={n} has to divide both sizes of each linear, and one is {inputs} -> {outputs}")
+            raise ConfigError(
+                f"phm_dim={n} has to divide both sizes of each linear, and one is {inputs} -> {outputs}"
+            )
         shapes: dict[str, tuple[int, int, int]] = {prefix: (n, inputs // n, outputs // n)}
         if self.factorized:
-            shapes = {f"{prefix}_left": (n, inputs // n, self.rank), f"{prefix}_right": (n, self.rank, outputs // n)}
+            shapes = {
+                f"{prefix}_left": (n, inputs // n, self.rank),
+                f"{prefix}_right": (n, self.rank, outputs // n),
+            }
         made = nn.ParameterDict({name: nn.Parameter(torch.empty(shape)) for name, shape in shapes.items()})
         for tensor in made.values():
             for one in tensor.data:
                 if self.weights == "normal":
                     nn.init.normal_(one, std=self.rule_range)
                 else:
-                    (nn.init.xavier_uniform_ if self.weights == "glorot-uniform" else nn.init.xavier_normal_)(one)
+                    (nn.init.xavier_uniform_ if self.weights == "glorot-uniform" else nn.init.xavier_normal_)(
+                        one
+                    )
         return made
 
 

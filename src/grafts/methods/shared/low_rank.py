@@ -1,4 +1,5 @@
-"""A product of two thin matrices, ``B A``, beside each kind of layer: how its output is had, and what weight it stands for.
+"""A product of two thin matrices, ``B A``, beside each kind of layer: how its output is had, and what weight
+it stands for.
 
 Every method whose update is low-rank shares this; what A and B are made of is the method's own affair.
 """
@@ -19,7 +20,8 @@ from grafts.modules.layers import Layer, row_scale
 class Product(abc.ABC):
     """How ``s B A`` acts beside one layer; holds sizes and options only, no tensor.
 
-    With ``(out, in)`` the layer's `Layer.matrix`, A is ``(r, in)`` and B ``(out, r)``, in the shapes of `shapes`.
+    With ``(out, in)`` the layer's `Layer.matrix`, A is ``(r, in)`` and B ``(out, r)``, in the shapes of
+    `shapes`.
 
     Attributes:
         names: what the two are called in a checkpoint.
@@ -105,7 +107,9 @@ class LinearProduct(Product):
         u = self._down(x, y, a)
         if u.dtype != y.dtype:
             return y + (scaling * F.linear(u, b.to(u.dtype))).to(y.dtype)
-        flat = torch.addmm(y.reshape(-1, y.shape[-1]), u.reshape(-1, u.shape[-1]), b.to(u.dtype).T, alpha=scaling)
+        flat = torch.addmm(
+            y.reshape(-1, y.shape[-1]), u.reshape(-1, u.shape[-1]), b.to(u.dtype).T, alpha=scaling
+        )
         return flat.view(y.shape)
 
     def add_(self, y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
@@ -123,7 +127,9 @@ class LinearProduct(Product):
 
 
 class EmbeddingProduct(LinearProduct):
-    """Beside ``nn.Embedding``: x indices ``(*batch)``, y ``(*batch, dim)``; A ``(r, rows)``, B ``(dim, r)``."""
+    """Beside ``nn.Embedding``: x indices ``(*batch)``, y ``(*batch, dim)``; A ``(r, rows)``, B
+    ``(dim, r)``.
+    """
 
     names = ("lora_embedding_A", "lora_embedding_B")
 
@@ -162,8 +168,8 @@ class EmbeddingProduct(LinearProduct):
 class ConvProduct(Product):
     """Beside a convolution: A is a convolution like it with r channels, B one with a kernel of one point.
 
-    With groups, ``B A`` is low-rank as a matrix of the grouped weight, so any rank will do and the sum is a weight of the
-    layer; the update is one more grouped convolution then.
+    With groups, ``B A`` is low-rank as a matrix of the grouped weight, so any rank will do and the sum is a
+    weight of the layer; the update is one more grouped convolution then.
     """
 
     def __init__(self, layer: Layer, host: nn.Module) -> None:
@@ -178,12 +184,18 @@ class ConvProduct(Product):
         """``(r, in / groups, *kernel)`` and ``(out, r, 1, ...)``."""
         layer = self.layer
         ones = (1,) * len(layer.kernel_size)
-        return (rank, layer.in_features // layer.groups, *layer.kernel_size), (layer.out_features, rank, *ones)
+        return (rank, layer.in_features // layer.groups, *layer.kernel_size), (
+            layer.out_features,
+            rank,
+            *ones,
+        )
 
     def add(self, y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
         """``y + scaling B A x``, ``(batch, out, *space)``."""
         if self.layer.groups > 1:
-            weight = (b.flatten(1).to(x.dtype) @ a.flatten(1).to(x.dtype)).view(self.layer.out_features, *a.shape[1:])
+            weight = (b.flatten(1).to(x.dtype) @ a.flatten(1).to(x.dtype)).view(
+                self.layer.out_features, *a.shape[1:]
+            )
             update = self._convolve(x, weight)
         else:
             pointwise = (F.conv1d, F.conv2d, F.conv3d)[len(self.layer.kernel_size) - 1]
@@ -195,7 +207,9 @@ class ConvProduct(Product):
         convolve = (F.conv1d, F.conv2d, F.conv3d)[len(self.layer.kernel_size) - 1]
         if self.padding_mode == "zeros":
             return convolve(x, weight, groups=self.layer.groups, padding=self.padding, **self.options)
-        return convolve(F.pad(x, self.edges, mode=self.padding_mode), weight, groups=self.layer.groups, **self.options)
+        return convolve(
+            F.pad(x, self.edges, mode=self.padding_mode), weight, groups=self.layer.groups, **self.options
+        )
 
     def along(self, v: Tensor) -> Tensor:
         """``(out, 1, ...)``, one for each dimension of space."""

@@ -12,7 +12,8 @@ from grafts.sites.site import Part
 
 
 class MultiheadPart(ModulePart):
-    """A method's parts for the projections inside `nn.MultiheadAttention`, which reads its weights and calls no layer.
+    """A method's parts for the projections inside `nn.MultiheadAttention`, which reads its weights and calls
+    no layer.
 
     Attributes:
         in_proj: the part for the fused projection of queries, keys and values.
@@ -27,7 +28,10 @@ class MultiheadPart(ModulePart):
         self.in_proj, self.out_proj = in_proj, out_proj
         for part in (in_proj, out_proj):
             if part.when != "after" or any(isinstance(module, nn.Dropout) for module in part.modules()):
-                raise ConfigError("nn.MultiheadAttention is adapted through its weights, where there is no place for dropout")
+                raise ConfigError(
+                    "nn.MultiheadAttention is adapted through its weights, where there is no place for "
+                    "dropout"
+                )
 
     @staticmethod
     def projections(host: nn.Module) -> tuple[nn.Linear, nn.Linear]:
@@ -38,12 +42,16 @@ class MultiheadPart(ModulePart):
         """
         assert isinstance(host, nn.MultiheadAttention)
         if host.in_proj_weight is None:
-            raise UnsupportedTargetError("nn.MultiheadAttention with other sizes of keys or values has no fused projection")
-        fused = nn.Linear(host.embed_dim, 3 * host.embed_dim, bias=host.in_proj_bias is not None, device="meta")
+            raise UnsupportedTargetError(
+                "nn.MultiheadAttention with other sizes of keys or values has no fused projection"
+            )
+        fused = nn.Linear(
+            host.embed_dim, 3 * host.embed_dim, bias=host.in_proj_bias is not None, device="meta"
+        )
         fused._parameters.update(weight=host.in_proj_weight, bias=host.in_proj_bias)
         return fused, host.out_proj
 
-    def pieces(self) -> Mapping[str, Part]:
+    def components(self) -> Mapping[str, Part]:
         """The two parts, by the prefix of their names in files."""
         return {"": self.in_proj, "base_layer.out_proj.": self.out_proj}
 
@@ -55,7 +63,9 @@ class MultiheadPart(ModulePart):
     def file_tensors(self) -> Mapping[str, Tensor]:
         """Those of both."""
         return {
-            prefix + name: tensor for prefix, part in self.pieces().items() for name, tensor in part.file_tensors().items()
+            prefix + name: tensor
+            for prefix, part in self.components().items()
+            for name, tensor in part.file_tensors().items()
         }
 
     def merged(self, tensors: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> Mapping[str, Tensor]:

@@ -9,8 +9,8 @@ from torch import Tensor
 def scaled(y: Tensor, factor: Tensor) -> Tensor:
     """``y * factor``, rounded once.
 
-    In a half-precision format a learned factor near 1 would be rounded to it and its training lost (bfloat16 has 1 and
-    1.0078 and nothing between), so there its distance from 1 is what is rounded.
+    In a half-precision format a learned factor near 1 would be rounded to it and its training lost (bfloat16
+    has 1 and 1.0078 and nothing between), so there its distance from 1 is what is rounded.
 
     Args:
         y: activations of any shape, in any format.

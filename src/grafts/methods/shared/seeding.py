@@ -10,7 +10,12 @@ import torch
 
 @contextlib.contextmanager
 def seeded(seed: int | None, number: int = 0) -> Iterator[None]:
-    """Draw from a seed, each number from another stream of it, and leave PyTorch's own alone; None draws from those."""
+    """Draw from a seed, each number from another stream of it, and leave PyTorch's own generator alone.
+
+    Args:
+        seed: where the random numbers come from; None draws from PyTorch's own generator.
+        number: which stream of the seed; the same seed and number give the same values.
+    """
     if seed is None:
         yield
         return

@@ -8,14 +8,14 @@ from torch import Tensor
 
 from grafts.errors import StateError
 from grafts.methods._registry import Place
-from grafts.sites.input import ListeningPart
+from grafts.sites.input import TokenObserver
 from grafts.structure.residual_stream import Stream
 
 
-class WholeInput(ListeningPart):
+class WholeInput(TokenObserver):
     """Refuses a call that does not see all tokens at once, for gates that are averaged over them."""
 
-    def hear(self, number: Tensor, left: Tensor, past: int) -> None:
+    def observe(self, number: Tensor, left: Tensor, past: int) -> None:
         """Refuse a cache that holds tokens.
 
         Raises:
@@ -23,15 +23,17 @@ class WholeInput(ListeningPart):
         """
         if past:
             raise StateError(
-                "a gate that is averaged over the tokens needs all of them at once: generate with use_cache=False"
+                "a gate that is averaged over the tokens needs all of them at once: generate with "
+                "use_cache=False"
             )
 
 
-class TokenCounter(ListeningPart):
+class TokenCounter(TokenObserver):
     """Knows of each position of the present call which token of its row it is.
 
     Attributes:
-        number: among the real tokens of the row, ``(batch, positions)``; -1 for others. None before the first call.
+        number: among the real tokens of the row, ``(batch, positions)``; -1 for others. None before the first
+            call.
         left: how many come after it, or -1.
         past: how many tokens the cache holds.
     """
@@ -42,14 +44,14 @@ class TokenCounter(ListeningPart):
         self.left: Tensor | None = None
         self.past = 0
 
-    def hear(self, number: Tensor, left: Tensor, past: int) -> None:
+    def observe(self, number: Tensor, left: Tensor, past: int) -> None:
         """Remember."""
         self.number, self.left, self.past = number, left, past
 
 
-def listening_places(stream: Stream, everywhere: Sequence[Place]) -> list[Place]:
+def observer_places(stream: Stream, candidates: Sequence[Place]) -> list[Place]:
     """The inputs of those stacks of layers that say which tokens are real."""
-    inputs = [place for place in everywhere if place.layer.kind == "input"]
+    inputs = [place for place in candidates if place.layer.kind == "input"]
     layers = [layer.path for layer in stream.layers]
     return [place for place in inputs if any(inside(path, place.path) for path in layers)]
 

@@ -1,7 +1,8 @@
-"""What the methods with virtual tokens share: their config fields, the encoders that make the tokens, and their files.
+"""What the methods with virtual tokens share: their config fields, the encoders that make the tokens, and
+their files.
 
-The files hold what the encoder gives, in one tensor ``prompt_embeddings``, as other libraries read it, and the encoder
-itself beside it, so that training can go on.
+The files hold what the encoder gives, in one tensor ``prompt_embeddings``, as other libraries read it, and
+the encoder itself beside it, so that training can go on.
 """
 
 from __future__ import annotations
@@ -16,14 +17,17 @@ from grafts.config import AdapterConfig, option
 from grafts.config import config as config_class
 from grafts.errors import CheckpointError, ConfigError
 from grafts.methods._registry import FileTarget, Parts, Place
-from grafts.sites.input import ModelPart
+from grafts.sites.input import InputPart
 from grafts.structure.attention_modules import DECODER_INPUT, ENCODER_INPUT, embedding_of
 
 PROMPT, ENCODER = "prompt_embeddings", "prompt_encoder."
 PREFIX = "base_model."
 
 
-DECODER_TOKENS = "On an encoder-decoder: virtual tokens in front of the decoder's input too, and not of the encoder's alone."
+DECODER_TOKENS = (
+    "On an encoder-decoder: virtual tokens in front of the decoder's input too, "
+    "and not of the encoder's alone."
+)
 
 
 @config_class
@@ -32,7 +36,9 @@ class VirtualTokensConfig(AdapterConfig):
 
     num_virtual_tokens: int = option(20, "How many virtual tokens.")
     token_dim: int | None = option(None, "Their size; worked out from the model.")
-    num_transformer_submodules: int | None = option(None, "Worked out, for the file: how many inputs have virtual tokens.")
+    num_transformer_submodules: int | None = option(
+        None, "Worked out, for the file: how many inputs have virtual tokens."
+    )
     num_attention_heads: int | None = option(None, "Worked out from the model, for the file.")
     num_layers: int | None = option(None, "Worked out from the model, for the file.")
 
@@ -49,10 +55,14 @@ class VirtualTokensConfig(AdapterConfig):
 def model_sizes(host: nn.Module) -> dict[str, Any]:
     """How many layers and heads the config of a module says that it has, by the fields of the files."""
     config = getattr(host, "config", None)
-    names = {"num_layers": ("num_hidden_layers", "num_layers", "n_layer"), "num_attention_heads": ("num_attention_heads",)}
+    names = {
+        "num_layers": ("num_hidden_layers", "num_layers", "n_layer"),
+        "num_attention_heads": ("num_attention_heads",),
+    }
     names["num_attention_heads"] += ("n_head", "num_heads", "encoder_attention_heads")
     return {
-        field: next((v for n in some if (v := getattr(config, n, None)) is not None), None) for field, some in names.items()
+        field: next((v for n in some if (v := getattr(config, n, None)) is not None), None)
+        for field, some in names.items()
     }
 
 
@@ -65,7 +75,9 @@ def split(
         CheckpointError: it is not there, or has another shape.
     """
     if name not in tensors:
-        raise CheckpointError(f"missing {name!r} in the file; it holds {', '.join(sorted(tensors)[:6]) or 'nothing'}")
+        raise CheckpointError(
+            f"missing {name!r} in the file; it holds {', '.join(sorted(tensors)[:6]) or 'nothing'}"
+        )
     there = tensors[name]
     if tuple(there.shape) != shape:
         raise CheckpointError(f"{name!r} is {tuple(there.shape)} in the file and {shape} here")
@@ -82,7 +94,7 @@ def encoder_tensors(module: nn.Module) -> dict[str, Tensor]:
     return {ENCODER + name: tensor for name, tensor in module.named_parameters()}
 
 
-class VirtualPart(ModelPart):
+class VirtualPart(InputPart):
     """The virtual tokens in front of one input of a model, whatever makes them.
 
     Attributes:
@@ -102,8 +114,12 @@ class VirtualPart(ModelPart):
         self.after_first = bool(getattr(config, "after_first", False))
         self.after_embeddings = bool(getattr(config, "after_embeddings", False))
         if self.after_embeddings and not isinstance(getattr(place.host, "embeddings", None), nn.Module):
-            raise ConfigError(f"after_embeddings: a {type(place.host).__name__} has no module of embeddings to come behind")
-        self.encoder_length = count if place.role == DECODER_INPUT and any(p.role == ENCODER_INPUT for p in filled) else 0
+            raise ConfigError(
+                f"after_embeddings: a {type(place.host).__name__} has no module of embeddings to come behind"
+            )
+        self.encoder_length = (
+            count if place.role == DECODER_INPUT and any(p.role == ENCODER_INPUT for p in filled) else 0
+        )
         self.sizes = {**model_sizes(place.host), "token_dim": place.layer.in_features}
 
     def embed(self, host: nn.Module) -> nn.Module:
@@ -112,16 +128,20 @@ class VirtualPart(ModelPart):
 
     def numbers(self) -> Tensor:
         """What a file holds of it, ``(length, embedding size)``."""
-        return self.virtual()
+        return self.virtual_tokens()
 
 
 def takes_tokens(config: VirtualTokensConfig, place: Place, places: Sequence[Place]) -> bool:
-    """Whether virtual tokens come in front of that input: of a decoder if the config says so, or no encoder takes any."""
+    """Whether virtual tokens come in front of that input: of a decoder if the config says so, or no encoder
+    takes any.
+    """
     encoders = any(other.role == ENCODER_INPUT for other in places)
     return place.role != DECODER_INPUT or bool(getattr(config, "decoder_tokens", False)) or not encoders
 
 
-def narrow_inputs(config: VirtualTokensConfig, places: Sequence[Place], everywhere: Sequence[Place]) -> list[Place]:
+def narrow_inputs(
+    config: VirtualTokensConfig, places: Sequence[Place], candidates: Sequence[Place]
+) -> list[Place]:
     """All inputs, the encoder's first, as files have them."""
     return sorted(places, key=lambda place: place.role == DECODER_INPUT)
 
@@ -149,22 +169,33 @@ def packed(config: VirtualTokensConfig, parts: Parts) -> dict[str, Tensor]:
     return tensors | (encoder_tensors(encoders[0]) if encoders else {})
 
 
-def unpacked(config: VirtualTokensConfig, tensors: Mapping[str, Tensor], targets: Sequence[FileTarget]) -> dict[str, Tensor]:
+def unpacked(
+    config: VirtualTokensConfig, tensors: Mapping[str, Tensor], targets: Sequence[FileTarget]
+) -> dict[str, Tensor]:
     """The parts' tensors by path and name."""
-    result = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items() if name.startswith(PREFIX)}
-    owner = next((path for path, names, _ in targets if any(name.startswith("encoder.") for name in names)), None)
+    result = {
+        name.removeprefix(PREFIX): tensor for name, tensor in tensors.items() if name.startswith(PREFIX)
+    }
+    owner = next(
+        (path for path, names, _ in targets if any(name.startswith("encoder.") for name in names)), None
+    )
     if owner is not None:
         encoder = {name: tensor for name, tensor in tensors.items() if name.startswith(ENCODER)}
-        return result | {f"{owner}.{name.removeprefix('prompt_')}".lstrip("."): tensor for name, tensor in encoder.items()}
+        return result | {
+            f"{owner}.{name.removeprefix('prompt_')}".lstrip("."): tensor for name, tensor in encoder.items()
+        }
     own = sorted(
-        ((path, names["prompt"]) for path, names, _ in targets if "prompt" in names), key=lambda item: "decoder" in item[0]
+        ((path, names["prompt"]) for path, names, _ in targets if "prompt" in names),
+        key=lambda item: "decoder" in item[0],
     )
     lengths = [shape[0] for _, shape in own]
     if config.num_transformer_submodules == 2 and len(own) == 1 and PROMPT in tensors:
         # `peft` writes tokens for the decoder too, and puts only the first half, in front of the encoder
         tensors = {**tensors, PROMPT: tensors[PROMPT][: tensors[PROMPT].shape[0] // 2]}
     pieces = split(tensors, lengths, 0, (sum(lengths), own[0][1][1]))
-    return result | {f"{path}.prompt".lstrip("."): piece for (path, _), piece in zip(own, pieces, strict=True)}
+    return result | {
+        f"{path}.prompt".lstrip("."): piece for (path, _), piece in zip(own, pieces, strict=True)
+    }
 
 
 def from_file(config: VirtualTokensConfig, tensors: Mapping[str, Tensor]) -> VirtualTokensConfig:
