@@ -24,6 +24,7 @@ from grafts.methods.prefix_tuning import LOCATIONS, PrefixPart, PrefixTuningConf
 from grafts.methods.prompt_tuning import PromptPart, PromptTuningConfig
 from grafts.methods.reft import ReftConfig, ReftPart
 from grafts.methods.shared.virtual_tokens import PREFIX, PROMPT
+from grafts.modules.patterns import join
 from grafts.structure.infer import inferred
 from grafts.structure.interface import AdapterModelInterface
 from grafts.structure.residual_stream import Stream, StreamLayer, Sublayer
@@ -217,9 +218,9 @@ class _Bottleneck:
                 for key, parameter in part.block.named_parameters():
                     network, linear, kind = key.split(".")
                     step = {"first": 0, "last": 2}[linear]
-                    tensors[
-                        f"{there.root}.invertible_adapters.{name}.{network}.{step}.{kind}".lstrip(".")
-                    ] = parameter
+                    tensors[join(there.root, f"invertible_adapters.{name}.{network}.{step}.{kind}")] = (
+                        parameter
+                    )
             if not isinstance(part, BottleneckPart):
                 continue
             layer = layers[part.sublayer.layer]
@@ -545,7 +546,7 @@ class _Prefix:
             raise ConfigError(
                 "it counts positions or has parts of its own elsewhere, which AdapterHub does not"
             )
-        pool = f"{there.root}.prefix_tuning.prefix_tunings.{name}".lstrip(".")
+        pool = join(there.root, f"prefix_tuning.prefix_tunings.{name}")
         numbers: dict[str, list[Tensor]] = defaultdict(list)
         tensors: dict[str, Tensor] = {}
         for path, part in own.items():
@@ -605,7 +606,7 @@ class _Prompt:
             "prompt_init_text": None,
             "prompt_length": config.num_virtual_tokens,
         }
-        key = f"{there.root}.prompt_tuning.prompt_tunings.{name}.prompt_embedding.weight".lstrip(".")
+        key = join(there.root, f"prompt_tuning.prompt_tunings.{name}.prompt_embedding.weight")
         return values, {key: part.virtual_tokens()}
 
 

@@ -27,7 +27,7 @@ from grafts.lifecycle.plan import Key, Plan, Target
 from grafts.lifecycle.registry import unwrapped
 from grafts.lifecycle.resolve import resolve
 from grafts.methods._registry import Files, FileTarget, method_of
-from grafts.modules.patterns import matches, within
+from grafts.modules.patterns import join, matches, within
 from grafts.sites.site import Part
 from grafts.structure.interface import AdapterModelInterface
 from grafts.structure.roles import EMBEDDING, HEAD, ModelView, look_at
@@ -256,7 +256,7 @@ def prepare(
 def _named(made: Plan, target: Target, values: Mapping[str, V]) -> dict[str, V]:
     """What belongs to the tensors of one target, by their names among those of the whole plan."""
     member = f"{target.member}." if made.members else ""
-    return {member + f"{target.path}.{key}".lstrip("."): value for key, value in values.items()}
+    return {member + join(target.path, key): value for key, value in values.items()}
 
 
 def _fresh_where_missing(view: ModelView, made: Plan, given: Mapping[str, Tensor]) -> dict[str, Tensor]:

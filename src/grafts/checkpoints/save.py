@@ -22,7 +22,7 @@ from grafts.lifecycle.plan import Plan
 from grafts.lifecycle.registry import Registry, parts_of, registry_of, unwrapped
 from grafts.lifecycle.resolve import ALL_LINEAR
 from grafts.lifecycle.sharding import gathered, is_main_process, is_sharded
-from grafts.modules.patterns import matches, within
+from grafts.modules.patterns import join, matches, within
 from grafts.structure.roles import look_at
 
 
@@ -162,7 +162,7 @@ def adapter_tensors(registry: Registry, name: str, made: Plan, member: int) -> d
     prefix = peft.PREFIX if files is None else files.prefix
     placed = zip(registry.plans[name].targets, registry.parts[name], strict=True)
     tensors = {
-        prefix + f"{path}.{key}".lstrip("."): tensor
+        prefix + join(path, key): tensor
         for target, (path, part) in placed
         for key, tensor in part.file_tensors().items()
         if target.member == member and (files is None or own.get(path) is not part)

@@ -16,6 +16,7 @@ from grafts.lifecycle.build import build_part, build_parts, prepare_plan
 from grafts.lifecycle.plan import Plan
 from grafts.lifecycle.registry import registry_of, unwrapped
 from grafts.methods._tensor_merging import TensorMerging
+from grafts.modules.patterns import join
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -89,7 +90,7 @@ def combine(
     config, tensors = kind.combine(sources, blend)
     made = prepare_plan(inner, _config_for_all(config, plans), name=name, interface=plans[0].interface)
     tensors = {**tensors, **_extras(inner, made, names, shares)}
-    needed = {f"{t.path}.{key}".lstrip(".") for t in made.targets if t.tied_to is None for key in t.tensors}
+    needed = {join(t.path, key) for t in made.targets if t.tied_to is None for key in t.tensors}
     if needed != set(tensors):
         raise StateError(f"cannot combine {list(names)}: no one has {sorted(needed ^ set(tensors))[:3]}")
     return attach_parts(
@@ -151,7 +152,7 @@ def _extras(
                         # all may have.
                         values = {_at_module(own): tensor for own, tensor in part.file_tensors().items()}
                         moved += weight * (values[_at_module(key)] - start[key])
-            result[f"{target.path}.{key}".lstrip(".")] = moved
+            result[join(target.path, key)] = moved
     return result
 
 

@@ -20,6 +20,7 @@ from grafts.methods._registry import Parts, Place, method
 from grafts.methods._tensor_merging import TensorMerging
 from grafts.methods.shared.low_rank import product
 from grafts.methods.shared.low_rank_config import LowRankConfig
+from grafts.modules.patterns import join
 from grafts.sites.module import ModulePart
 from grafts.sites.site import Part, sites_in
 from grafts.structure.roles import FUSED, KEY_VALUE, QUERY, VALUE
@@ -92,7 +93,7 @@ class AdaLoraConfig(LowRankConfig):
 
     def kept(self, path: str) -> list[bool]:
         """Which of the ranks the target at ``path`` has."""
-        return (self.rank_pattern or {}).get(f"{path}.lora_E".lstrip("."), [True] * self.init_r)
+        return (self.rank_pattern or {}).get(join(path, "lora_E"), [True] * self.init_r)
 
 
 class AdaLoraPart(ModulePart):
@@ -460,7 +461,7 @@ def file_values(values: Mapping[str, Any], parts: Parts) -> dict[str, Any]:
     decided: dict[str, Any] = {"total_step": allocator.total_step}
     if allocator.final:
         decided["rank_pattern"] = {
-            f"{path}.lora_E".lstrip("."): mask.tolist() for path, mask in allocator.final.items()
+            join(path, "lora_E"): mask.tolist() for path, mask in allocator.final.items()
         }
     return decided
 
@@ -483,8 +484,7 @@ def combined(
         target_r=min(sources[0][0].target_r, most),
         lora_alpha=most,
         rank_pattern={
-            f"{path}.lora_E".lstrip("."): [True] * rank + [False] * (most - rank)
-            for path, rank in ranks.items()
+            join(path, "lora_E"): [True] * rank + [False] * (most - rank) for path, rank in ranks.items()
         },
     )
     scaling = most / (most + 1e-5)
@@ -495,7 +495,7 @@ def combined(
             "lora_B": torch.cat([part.lora_B for part, _ in here], dim=1),
             "lora_E": torch.cat([weight * part.scaling / scaling * part.lora_E for part, weight in here]),
         }
-        tensors.update({f"{path}.{name}".lstrip("."): tensor for name, tensor in made.items()})
+        tensors.update({join(path, name): tensor for name, tensor in made.items()})
     return config, tensors
 
 

@@ -14,7 +14,7 @@ from grafts.methods._registry import Parts, Place, method
 from grafts.methods._tensor_merging import TensorMerging
 from grafts.methods.shared.rescale import scaled
 from grafts.modules.layers import Layer
-from grafts.modules.patterns import matches, nearest_modules, unmatched
+from grafts.modules.patterns import join, matches, nearest_modules, unmatched
 from grafts.sites.module import ModulePart
 from grafts.sites.site import Part
 from grafts.structure.roles import FFN_OUT, FUSED, KEY, KEY_VALUE, VALUE
@@ -162,9 +162,9 @@ def combined(
             torch.tensor([weight for _, weight in here]).to(vectors).view(-1, *[1] * (vectors.dim() - 1))
         )
         if blend.method == "linear":
-            tensors[f"{path}.ia3_l".lstrip(".")] = (vectors * weights).sum(0)
+            tensors[join(path, "ia3_l")] = (vectors * weights).sum(0)
         else:
-            tensors[f"{path}.ia3_l".lstrip(".")] = vectors.sign().prod(0) * vectors.abs().pow(weights).prod(0)
+            tensors[join(path, "ia3_l")] = vectors.sign().prod(0) * vectors.abs().pow(weights).prod(0)
     return sources[0][0], tensors
 
 

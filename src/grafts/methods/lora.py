@@ -22,7 +22,7 @@ from grafts.methods.shared.low_rank_config import LowRankConfig
 from grafts.methods.shared.rescale import scaled
 from grafts.methods.shared.token_positions import WholeInput
 from grafts.modules.layers import describe
-from grafts.modules.patterns import pattern_value
+from grafts.modules.patterns import join, pattern_value
 from grafts.modules.weights import canonical_weight, read_weights
 from grafts.sites.module import ModulePart
 from grafts.sites.site import Part
@@ -535,7 +535,7 @@ def combined(
         for prefix in here[0][0].components():
             pieces = [(cast("LoraPart", part.components()[prefix]), weight) for part, weight in here]
             made, ranks[path] = _combined_part(path, pieces, blend)
-            tensors.update({f"{path}.{prefix}{name}".lstrip("."): tensor for name, tensor in made.items()})
+            tensors.update({join(path, f"{prefix}{name}"): tensor for name, tensor in made.items()})
     rank = max(ranks.values())
     other = {f"^{re.escape(path)}": here for path, here in ranks.items() if here != rank}
     config = dataclasses.replace(

@@ -23,6 +23,7 @@ from grafts.methods.shared.virtual_tokens import (
     has_encoder,
     split,
 )
+from grafts.modules.patterns import join
 from grafts.sites.arguments import Kind
 from grafts.sites.attention import AttendingPart, Attention
 from grafts.sites.input import InputPart, embeds_positions
@@ -299,9 +300,7 @@ def unpacked(
     for name, own in groups.items():
         widths = [shape[1] for _, shape, _ in own]
         pieces = split(tensors, widths, 1, (config.num_virtual_tokens, sum(widths)), name) if own else []
-        result |= {
-            f"{path}.prefix".lstrip("."): piece for (path, _, _), piece in zip(own, pieces, strict=True)
-        }
+        result |= {join(path, "prefix"): piece for (path, _, _), piece in zip(own, pieces, strict=True)}
     return result
 
 
@@ -323,7 +322,7 @@ def _of_peft(
             f"{PROMPT!r} is {tuple(numbers.shape)} in the file and {wanted} for {layers} layers here"
         )
     pieces = torch.split(numbers, shape[1], 1)
-    return {f"{path}.prefix".lstrip("."): pieces[2 * index % layers] for index, (path, _) in enumerate(own)}
+    return {join(path, "prefix"): pieces[2 * index % layers] for index, (path, _) in enumerate(own)}
 
 
 def from_file(config: PrefixTuningConfig, tensors: Mapping[str, Tensor]) -> PrefixTuningConfig:

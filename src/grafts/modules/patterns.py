@@ -36,6 +36,15 @@ def owner_and_name(path: str) -> tuple[str, str]:
     return owner, name
 
 
+def join(*steps: str) -> str:
+    """The path of a module or tensor below others; the root, whose path is empty, adds nothing.
+
+    >>> join("model", "layers.0"), join("", "lm_head")
+    ('model.layers.0', 'lm_head')
+    """
+    return ".".join(step for step in steps if step)
+
+
 def within(path: str, owners: Iterable[str]) -> bool:
     """Whether ``path`` is one of the modules ``owners`` or lies below one.
 

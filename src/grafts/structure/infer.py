@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 from torch import nn
 
 from grafts.errors import InterfaceError
-from grafts.modules.patterns import within
+from grafts.modules.patterns import join, within
 from grafts.sites.attention_routes import route_of
 from grafts.structure.interface import METHODS, Accessor, AdapterModelInterface, Finding, accessor_names
 from grafts.structure.residual_stream import Stream
@@ -65,7 +65,7 @@ def _layers(view: ModelView, reading: TraceReader) -> dict[str, list[LayerTrace]
     for path, module in view.modules.items():
         if not isinstance(module, (nn.ModuleList, nn.Sequential, nn.ModuleDict)):
             continue
-        members = [f"{path}.{name}".lstrip(".") for name, _ in module.named_children()]
+        members = [join(path, name) for name, _ in module.named_children()]
         seen = [
             reading.layer(calls[member]) for member in members if member in calls and member in view.modules
         ]

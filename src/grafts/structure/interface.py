@@ -18,7 +18,7 @@ from typing import Any, Self, cast
 
 from grafts.errors import InterfaceError, did_you_mean, nearest
 from grafts.modules.layers import describe
-from grafts.modules.patterns import within
+from grafts.modules.patterns import join, within
 from grafts.structure.attention_modules import CROSS_ATTENTION, ENCODER_ATTENTION, SELF_ATTENTION
 from grafts.structure.residual_stream import Stream, StreamLayer, Sublayer, SublayerKind
 from grafts.structure.roles import (
@@ -218,14 +218,13 @@ class AdapterModelInterface:
         for name in names:
             path = reader.at(root, name, "model_layers", "the base model")
             children = view.modules[path].named_children()
-            own = [child for child, _ in children if f"{path}.{child}".lstrip(".") in view.modules]
+            own = [child for child, _ in children if join(path, child) in view.modules]
             if not own:
                 raise InterfaceError(
                     f"model_layers={name!r}: {path!r} is a {reader.kind(path)} and holds no layers"
                 )
             layers += [
-                reader.layer(f"{path}.{child}".lstrip("."), len(layers) + at, embeddings)
-                for at, child in enumerate(own)
+                reader.layer(join(path, child), len(layers) + at, embeddings) for at, child in enumerate(own)
             ]
         reader.require_found()
         return Stream(embeddings, tuple(layers), reader.roles)
@@ -284,9 +283,9 @@ class _Reader:
             return path
         here = owner
         for step in accessor.split("."):
-            if f"{here}.{step}".lstrip(".") not in self.view.modules:
+            if join(here, step) not in self.view.modules:
                 raise InterfaceError(self._nowhere(here, step, accessor, name, where))
-            here = f"{here}.{step}".lstrip(".")
+            here = join(here, step)
         raise AssertionError(path)
 
     def _nowhere(self, here: str, step: str, accessor: str, name: str, where: str) -> str:

@@ -15,7 +15,7 @@ from torch import nn
 
 from grafts.errors import ConfigError, did_you_mean
 from grafts.modules.layers import Layer, describe, only_read
-from grafts.modules.patterns import collapsed, owner_and_name, within
+from grafts.modules.patterns import collapsed, join, owner_and_name, within
 from grafts.modules.tree import base_modules
 from grafts.structure.attention_modules import attending_modules, input_modules, named_embedding
 
@@ -101,11 +101,9 @@ def look_at(model: nn.Module) -> ModelView:
     modules = dict(base_modules(model))
     layers = {path: layer for path, module in modules.items() if (layer := describe(module)) is not None}
     for path, module in modules.items():
-        if any(f"{path}.{name}".lstrip(".") in layers for name in module._modules):
+        if any(join(path, name) in layers for name in module._modules):
             for name in only_read(type(module)):  # type: ignore[arg-type]
-                layers.pop(
-                    f"{path}.{name}".lstrip("."), None
-                )  # beside what is never called nothing would act
+                layers.pop(join(path, name), None)  # beside what is never called nothing would act
     heads = _heads(model, modules, layers)
     attention = _attention_roles(layers)
     roles = {

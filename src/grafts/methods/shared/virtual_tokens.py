@@ -17,6 +17,7 @@ from grafts.config import AdapterConfig, option
 from grafts.config import config as config_class
 from grafts.errors import CheckpointError, ConfigError
 from grafts.methods._registry import FileTarget, Parts, Place
+from grafts.modules.patterns import join
 from grafts.sites.input import InputPart
 from grafts.structure.attention_modules import DECODER_INPUT, ENCODER_INPUT, embedding_of
 
@@ -182,7 +183,7 @@ def unpacked(
     if owner is not None:
         encoder = {name: tensor for name, tensor in tensors.items() if name.startswith(ENCODER)}
         return result | {
-            f"{owner}.{name.removeprefix('prompt_')}".lstrip("."): tensor for name, tensor in encoder.items()
+            join(owner, name.removeprefix("prompt_")): tensor for name, tensor in encoder.items()
         }
     own = sorted(
         ((path, names["prompt"]) for path, names, _ in targets if "prompt" in names),
@@ -193,9 +194,7 @@ def unpacked(
         # `peft` writes tokens for the decoder too, and puts only the first half, in front of the encoder
         tensors = {**tensors, PROMPT: tensors[PROMPT][: tensors[PROMPT].shape[0] // 2]}
     pieces = split(tensors, lengths, 0, (sum(lengths), own[0][1][1]))
-    return result | {
-        f"{path}.prompt".lstrip("."): piece for (path, _), piece in zip(own, pieces, strict=True)
-    }
+    return result | {join(path, "prompt"): piece for (path, _), piece in zip(own, pieces, strict=True)}
 
 
 def from_file(config: VirtualTokensConfig, tensors: Mapping[str, Tensor]) -> VirtualTokensConfig:

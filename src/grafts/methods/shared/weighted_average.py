@@ -13,6 +13,7 @@ from grafts.config import AdapterConfig
 from grafts.errors import ConfigError
 from grafts.methods._registry import Parts
 from grafts.methods._tensor_merging import TensorMerging
+from grafts.modules.patterns import join
 
 # fields that change nothing of what a trained adapter computes
 _FREE = {field.name for field in dataclasses.fields(AdapterConfig)} | {"dropout", "stochastic_depth"}
@@ -49,5 +50,5 @@ def averaged(
     for path, part in places.items():
         for key in part.file_tensors():
             each = [parts[path].file_tensors()[key].detach() for _, parts, _ in sources]
-            tensors[f"{path}.{key}".lstrip(".")] = blend(each, weights)
+            tensors[join(path, key)] = blend(each, weights)
     return first, tensors
