@@ -18,7 +18,7 @@ from torch import nn
 from transformers import CONFIG_MAPPING
 from transformers.models.auto import modeling_auto
 
-from grafts.structure.trace import example_inputs
+from grafts.structure.example_inputs import example_inputs
 
 GROUPS = {
     "causal-LM": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",

@@ -21,6 +21,7 @@ ROOMS = (
     "methods",
     "lifecycle",
     "checkpoints",
+    "testing",
     "integrations",
     "cli",
 )

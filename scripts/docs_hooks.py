@@ -6,8 +6,9 @@ from typing import Any
 
 from peft import PeftType
 
-from grafts.checkpoints.adapterhub_layouts import BY_CONFIG
+from grafts.errors import ConfigError
 from grafts.methods import Method, method_named
+from grafts.methods.adapterhub import layout_of
 
 
 def capabilities(method: Method) -> str:
@@ -45,7 +46,13 @@ def peft_has(method: Method) -> bool:
 
 def hub_has(method: Method) -> bool:
     """Whether AdapterHub has a place for adapters of that method."""
-    return method.members is not None or method.config in BY_CONFIG
+    if method.members is not None:
+        return True
+    try:
+        layout_of(method.example())
+    except ConfigError:
+        return False
+    return True
 
 
 def on_page_markdown(markdown: str, *, page: Any, **others: Any) -> str:

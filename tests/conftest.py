@@ -22,7 +22,7 @@ import alignment
 import grafts
 from bases import BY_NAME, Base
 from grafts.lifecycle.registry import parts_of
-from grafts.methods import Method, method_named, methods
+from grafts.methods import Method, methods
 
 torch.set_num_threads(int(os.environ.get("GRAFTS_TEST_THREADS", "1")))
 if os.environ.get("GRAFTS_TEST_ALIGNMENT") == "odd":
@@ -86,27 +86,8 @@ def config(method: Method) -> grafts.AdapterConfig:
 
 
 def any_config(method: Method, **changes: object) -> grafts.AdapterConfig:
-    """`config`, with changes; of a method that is made of others, one of a bottleneck and LoRA with these
-    changes.
-    """
-    if method.members is not None:
-        return method.config.from_configs(
-            [any_config(method_named(name), **changes) for name in ("bottleneck", "lora")]
-        )
-    needed = {"total_step": 100} if "total_step" in method.config.field_names() else {}
-    needed |= {"target_modules": "all-linear"} if "linear" in method.layers else {}
-    needed |= (
-        {"reduction_factor": 4, "non_linearity": "gelu"}
-        if "reduction_factor" in method.config.field_names()
-        else {}
-    )
-    needed |= (
-        {"original_ln_before": True, "mh_adapter": True}
-        if "original_ln_before" in method.config.field_names()
-        else {}
-    )
-    needed |= {"num_virtual_tokens": 5} if "num_virtual_tokens" in method.config.field_names() else {}
-    return method.config(**(needed | changes))
+    """`config`, with changes: what the method's record offers to try it with."""
+    return method.example(**changes)
 
 
 def fits(method: Method, base: Base) -> bool:

@@ -19,7 +19,7 @@ from caches import cache_of, going_on
 from closeness import assert_rounded
 from conftest import randomise
 from grafts.lifecycle.registry import parts_of
-from grafts.structure.roles import look_at
+from grafts.structure.view import look_at
 
 LLAMA, BERT = BY_NAME["llama"], BY_NAME["bert"]
 BY_HAND = grafts.AdapterModelInterface(

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 import bases
 import grafts
 from bases import BY_NAME
-from grafts.structure.roles import look_at
+from grafts.structure.view import look_at
 
 LLAMA = BY_NAME["llama"]
 

@@ -7,18 +7,29 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, ClassVar, Self, TypeVar, dataclass_transform
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Self, TypeVar, dataclass_transform
 
 from grafts.errors import ConfigError, did_you_mean
 
 Names = str | tuple[str, ...] | None
 TASK_TYPES = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 
+# Which biases an adapter trains: none, those of its targets, or all; each trains what those before it train,
+# and more.
+Biases = Literal["none", "lora_only", "all"]
+BIASES: tuple[Biases, ...] = ("none", "lora_only", "all")
+
 C = TypeVar("C", bound="AdapterConfig")
 
 
 def option(default: Any, help: str) -> Any:
-    """A config field with its one-line documentation, which the command line and the docs show."""
+    """A config field with its one-line documentation, which the command line and the docs show.
+
+    Args:
+        default: the field's value where it is not given; a list or a dictionary is copied for each config.
+        help: one sentence: what it does, in which unit, and what values it may have.
+    """
     if isinstance(default, (dict, list)):
         return dataclasses.field(default_factory=lambda: type(default)(default), metadata={"help": help})
     return dataclasses.field(default=default, metadata={"help": help})
@@ -29,21 +40,51 @@ def config(cls: type[C]) -> type[C]:
     """Make ``cls`` a config: a frozen keyword-only dataclass that answers an unknown field with the nearest
     known one.
     """
-    made = dataclasses.dataclass(frozen=True, kw_only=True)(cls)
-    initialise: Callable[..., None] = made.__init__
+    config_class = dataclasses.dataclass(frozen=True, kw_only=True)(cls)
+    initialise: Callable[..., None] = config_class.__init__
 
     @functools.wraps(initialise)
     def checked(self: C, **values: Any) -> None:
-        kind = values.pop("peft_type", made.peft_type)
-        if kind != made.peft_type:
+        peft_type = values.pop("peft_type", config_class.peft_type)
+        if peft_type != config_class.peft_type:
             raise ConfigError(
-                f"{made.__name__}.peft_type is {kind!r}; it must be {made.peft_type!r}, or left out"
+                f"{config_class.__name__}.peft_type is {peft_type!r}; it must be "
+                f"{config_class.peft_type!r}, or left out"
             )
-        made.check_names(values)
+        config_class.check_names(values)
         initialise(self, **values)
 
-    made.__init__ = checked  # type: ignore[method-assign, assignment]
-    return made
+    config_class.__init__ = checked  # type: ignore[method-assign, assignment]
+    return config_class
+
+
+@dataclass(frozen=True)
+class Auxiliary:
+    """What an adapter trains beside its method's own parts, where its config has options for that.
+
+    Attributes:
+        biases: which biases of the base.
+        tokens: rows of the input embedding, by token id; or names of embeddings -> ids; None for none.
+        tie_weights: modules that share a target's or a copy's weight are adapted with it, as one.
+    """
+
+    biases: Biases = "none"
+    tokens: tuple[int, ...] | Mapping[str, tuple[int, ...]] | None = None
+    tie_weights: bool = False
+
+
+@dataclass(frozen=True)
+class LayerSelection:
+    """Which of a model's repeated layers targets may lie in.
+
+    Attributes:
+        indices: the numbers of the layers, from 0.
+        lists: the names of the lists of layers that they count in; where there are none it is the first
+            number in a target's path.
+    """
+
+    indices: tuple[int, ...]
+    lists: tuple[str, ...]
 
 
 @config
@@ -91,6 +132,8 @@ class AdapterConfig:
     elsewhere: ClassVar[Mapping[str, Any]] = {}
     # Fields that the file format does not have; written only where they say something.
     own_fields: ClassVar[frozenset[str]] = frozenset({"target_roles"})
+    # Fields that choose targets besides target_modules, and say nothing once those are named one by one.
+    selecting_fields: ClassVar[frozenset[str]] = frozenset({"target_roles"})
 
     def __post_init__(self) -> None:
         """Bring sequences into one form and refuse values that cannot be.
@@ -106,24 +149,51 @@ class AdapterConfig:
                 object.__setattr__(self, field.name, tuple(value))
         for name in ("target_modules", "exclude_modules", "modules_to_save"):
             self.require(name, _are_names(getattr(self, name)), "a list of module names or a string")
-        roles = self.target_roles
-        named = roles is None or (
-            isinstance(roles, tuple) and bool(roles) and all(isinstance(name, str) for name in roles)
-        )
-        self.require("target_roles", named, "a list of roles")
-        self.require(
-            "target_roles", roles is None or self.target_modules is None, "left out beside target_modules"
-        )
-        self.require(
-            "task_type",
-            self.task_type is None or self.task_type in TASK_TYPES,
-            f"one of {', '.join(TASK_TYPES)}",
-        )
+        self._check_roles()
+        known_task = self.task_type is None or self.task_type in TASK_TYPES
+        self.require("task_type", known_task, f"one of {', '.join(TASK_TYPES)}")
         if isinstance(self.modules_to_save, str):
             object.__setattr__(self, "modules_to_save", (self.modules_to_save,))
 
+    def _check_roles(self) -> None:
+        """Refuse roles that are no names, or that are given beside target_modules."""
+        roles = self.target_roles
+        if roles is None:
+            return
+        are_names = isinstance(roles, tuple) and len(roles) > 0 and _are_names(roles)
+        self.require("target_roles", are_names, "a list of roles")
+        self.require("target_roles", self.target_modules is None, "left out beside target_modules")
+
+    def auxiliary(self) -> Auxiliary:
+        """What the adapter trains beside its method's own parts; nothing, where a config has no such
+        options.
+        """
+        return Auxiliary()
+
+    def layer_selection(self) -> LayerSelection | None:
+        """Which layers the targets may lie in; None for all, or where a config has no such option."""
+        return None
+
+    def for_modules(self, targets: tuple[str, ...] | None, copies: tuple[str, ...], biases: Biases) -> Self:
+        """The same config for exactly these modules.
+
+        Args:
+            targets: the paths of the targets; None leaves the choice of targets as it is.
+            copies: the paths of the modules of which the adapter trains a copy.
+            biases: which biases it trains, where the config has that option.
+        """
+        changes: dict[str, Any] = {"modules_to_save": copies or None}
+        if targets is not None:
+            changes |= dict.fromkeys((*self.selecting_fields, "exclude_modules"))
+            changes["target_modules"] = targets
+        return dataclasses.replace(self, **changes)
+
     def require(self, field: str, holds: bool, may_be: str) -> None:
-        """Refuse the value of ``field`` unless ``holds``."""
+        """Refuse the value of ``field`` unless ``holds``.
+
+        Raises:
+            ConfigError: saying what the value is, and what it may be.
+        """
         if not holds:
             raise ConfigError(
                 f"{type(self).__name__}.{field} is {getattr(self, field)!r}; it must be {may_be}"
@@ -149,8 +219,11 @@ class AdapterConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The config as plain data, as in ``adapter_config.json`` (tuples as lists)."""
-        values = {name: getattr(self, name) for name in self.field_names()}
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+        data = {}
+        for name in self.field_names():
+            value = getattr(self, name)
+            data[name] = list(value) if isinstance(value, tuple) else value
+        return data
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
@@ -162,10 +235,13 @@ class AdapterConfig:
         Raises:
             ConfigError: an option is asked for that this library does not have, or a value cannot be.
         """
-        known = {name: value for name, value in data.items() if name in cls.field_names()}
+        known = {}
         for name, value in data.items():
-            unused = value in (None, False) or value in ({}, [], "") or value == cls.elsewhere.get(name)
-            if name not in known and not unused:
+            if name in cls.field_names():
+                known[name] = value
+                continue
+            is_off = value in (None, False) or value in ({}, [], "") or value == cls.elsewhere.get(name)
+            if not is_off:
                 raise ConfigError(
                     f"{cls.__name__} cannot honour {name}={value!r}: this version has no such option; "
                     f"{did_you_mean(name, cls.field_names())} (remove the entry if the adapter computes the "
@@ -175,8 +251,7 @@ class AdapterConfig:
 
 
 def _are_names(value: object) -> bool:
-    return (
-        value is None
-        or isinstance(value, str)
-        or (isinstance(value, tuple) and all(isinstance(v, str) for v in value))
-    )
+    """Whether a value may name modules: nothing, a regular expression, or a tuple of names."""
+    if value is None or isinstance(value, str):
+        return True
+    return isinstance(value, tuple) and all(isinstance(name, str) for name in value)

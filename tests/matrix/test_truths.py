@@ -18,6 +18,7 @@ import grafts
 from bases import BY_NAME, Base
 from closeness import assert_bitwise, assert_rounded
 from conftest import any_config, randomise, tensors_of
+from grafts.lifecycle.plan import Target
 from grafts.lifecycle.registry import parts_of
 from grafts.methods import Method
 
@@ -320,24 +321,23 @@ def test_a_failing_add_leaves_the_model_untouched(
     before = identity(model)
     with pytest.raises(grafts.UnmatchedTargetError, match="no_such_module"):
         grafts.add(model, any_config(method, target_modules=["no_such_module"]), name="en")
-    monkeypatch.setattr(
-        "grafts.lifecycle.build.build_part", _out_of_memory_at(len(grafts.plan(model, config).targets))
-    )
+    last = len(grafts.plan(model, config).targets)
+    monkeypatch.setattr("grafts.lifecycle.build.build_fresh", _out_of_memory_at(last))
     with pytest.raises(MemoryError):
         grafts.add(model, config, name="en")
     assert_same(before, identity(model))
 
 
 def _out_of_memory_at(number: int) -> Callable[..., object]:
-    from grafts.lifecycle.build import build_part
+    from grafts.lifecycle.build import build_fresh
 
     built = []
 
-    def build(target: object, host: nn.Module, *others: object) -> object:
+    def build(target: Target, host: nn.Module) -> object:
         built.append(target)
         if len(built) == number:
             raise MemoryError
-        return build_part(target, host, *others)
+        return build_fresh(target, host)
 
     return build
 

@@ -164,11 +164,11 @@ def test_reft_passes_over_virtual_tokens_of_another_adapter() -> None:
         grafts.add(model, config, name=name)
         randomise(model, name)
     [first, *_] = parts_named(model, "ReftPart")
-    heard: list[Tensor] = []
-    first.register_forward_pre_hook(lambda m, args: heard.append(first.counter[0].number))
+    observed: list[Tensor] = []
+    first.register_forward_pre_hook(lambda m, args: observed.append(first._counter.module.number))
     grafts.activate(model, ["prompt", "en"])
     model(input_ids=ids())
-    assert heard[0].tolist() == [[-1, -1, -1, 0, 1, 2, 3, 4, 5, 6]] * 2
+    assert observed[0].tolist() == [[-1, -1, -1, 0, 1, 2, 3, 4, 5, 6]] * 2
 
 
 @torch.no_grad()

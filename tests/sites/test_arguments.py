@@ -278,17 +278,17 @@ def test_what_the_cache_holds_is_looked_at_once_a_generation(
     model: Any = adapted(bases.llama(eos_token_id=None).eval().requires_grad_(False), text)
     looked: list[int] = []
     said: list[bool] = []
-    check = site._require_counted
+    check = site.require_counted
 
     def watched(host: nn.Module, cache: Any, counted: int) -> None:
         looked.append(counted)
         check(host, cache, counted)
 
-    def listening(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    def observing(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         said.append(kwargs.get("cache_position") is not None)
 
-    monkeypatch.setattr(site, "_require_counted", watched)
-    model.model.register_forward_pre_hook(listening, with_kwargs=True, prepend=True)
+    monkeypatch.setattr(site, "require_counted", watched)
+    model.model.register_forward_pre_hook(observing, with_kwargs=True, prepend=True)
     for _ in range(2):
         model.generate(ids(), max_new_tokens=6, do_sample=False)
     # Positions that are given make the cache no matter to a counted prefix; to transformers 5.1 generate

@@ -2,7 +2,7 @@
 
 ``adapter_config.json`` holds the method's config under ``config``; the tensors lie in
 ``pytorch_adapter.bin``, a pickle, or ``adapter.safetensors``. How each method's config and tensors are named
-there is in `grafts.checkpoints.adapterhub_layouts`.
+there is in `grafts.methods.adapterhub`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from grafts.checkpoints.atomic_write import find
 from grafts.checkpoints.interface_file import VERSION, interface_file
@@ -24,20 +24,18 @@ from grafts.checkpoints.peft_format import CONFIG_FILE, Checkpoint, read_json, r
 from grafts.config import AdapterConfig
 from grafts.errors import CheckpointError, ConfigError
 from grafts.lifecycle.plan import Plan
-from grafts.methods._registry import Parts
-from grafts.methods.union import UnionConfig
+from grafts.methods._files import Parts
+from grafts.methods._registry import method_of
 from grafts.structure.infer import inferred
 from grafts.structure.interface import AdapterModelInterface
-from grafts.structure.roles import ModelView, look_at
+from grafts.structure.view import ModelView
 
 PICKLE_FILE, TENSOR_FILE = "pytorch_adapter.bin", "adapter.safetensors"
 
 
-def _methods() -> Any:
-    """How each method is written; it knows all of them, and so comes only where a file of this layout
-    does.
-    """
-    return importlib.import_module("grafts.checkpoints.adapterhub_layouts")
+def _layouts() -> Any:
+    """The layouts of all methods, which are imported only where a file of this layout is read or written."""
+    return importlib.import_module("grafts.methods.adapterhub")
 
 
 def recognises(directory: Path) -> bool:
@@ -61,7 +59,7 @@ def read(directory: Path, *, allow_pickle: bool = False) -> Checkpoint:
     """
     data = read_json(directory)
     try:
-        config = _config(_of_version(data["config"], data.get("version")))
+        config: AdapterConfig = _layouts().config_from(data["config"], data.get("version"))
     except ConfigError as error:
         raise ConfigError(f"{str(directory)!r}: {error}") from error
     file = find(directory, TENSOR_FILE)
@@ -73,25 +71,6 @@ def read(directory: Path, *, allow_pickle: bool = False) -> Checkpoint:
     return Checkpoint(directory, config, read_pickle(file, allow_pickle), file.stat().st_size, "adapterhub")
 
 
-def _of_version(values: Mapping[str, Any], version: Any) -> dict[str, Any]:
-    """A config as the newest version writes it: before any said its number, ``gelu`` was another function."""
-    values = dict(values)
-    if version is None:
-        renamed = {"gelu": "gelu_new", "gelu_orig": "gelu"}
-        values["non_linearity"] = renamed.get(values.get("non_linearity", ""), values.get("non_linearity"))
-    number = str(version or "").removeprefix("adapters.").split(".")
-    if values.get("architecture") == "lora" and number[:1] in (["0"], ["1"]) and number < ["1", "1"]:
-        values["alpha"] = values.get("r")  # what those versions computed with
-    return {name: value for name, value in values.items() if name != "non_linearity" or value is not None}
-
-
-def _config(values: Mapping[str, Any]) -> AdapterConfig:
-    if values.get("architecture") == "union":
-        return UnionConfig.from_configs([_config(one) for one in values["configs"]])
-    config: AdapterConfig = _methods().layout_for(values).config(values)
-    return config
-
-
 def fitted(
     checkpoint: Checkpoint, view: ModelView, interface: AdapterModelInterface | None
 ) -> tuple[Checkpoint, AdapterModelInterface | None]:
@@ -101,47 +80,53 @@ def fitted(
     Where no interface is given, a model that library has written itself has its invertible adapter behind the
     whole module of embeddings.
 
+    Args:
+        checkpoint: what was read, with the names of the file.
+        view: the model that it is read for.
+        interface: what its modules are, where that is known.
+
     Raises:
         CheckpointError: a tensor is none of the adapter's method, or lies where this model has nothing.
         ConfigError: the adapter means something else on this model.
     """
-
-    coupled = any(".invertible_adapters." in f".{name}" for name in checkpoint.tensors)
-    if (
-        interface is None
-        and coupled
-        and isinstance(getattr(view.modules[view.base], "embeddings", None), nn.Module)
-    ):
+    layouts = _layouts()
+    if interface is None and layouts.wants_module_of_embeddings(checkpoint.tensors, layouts.HubModel(view)):
         interface = replace(inferred(view), model_embeddings="embeddings")
-    there = _methods().Model(view, interface)
-    union = isinstance(checkpoint.config, UnionConfig)
-    configs = (
-        checkpoint.config.configs if isinstance(checkpoint.config, UnionConfig) else (checkpoint.config,)
-    )
+    model = layouts.HubModel(view, interface)
+    members_of = method_of(checkpoint.config).members
+    configs: Sequence[AdapterConfig] = [checkpoint.config]
+    if members_of is not None:
+        configs = members_of(checkpoint.config)
+
+    source = str(checkpoint.path)
     left = dict(checkpoint.tensors)
-    made: list[AdapterConfig] = []
+    shown: list[AdapterConfig] = []
     tensors: dict[str, Tensor] = {}
     for number, config in enumerate(configs):
         try:
-            shown, own = _methods().layout_of(config).read(config, left, there)
+            shown_config, of_member = layouts.layout_of(config).read(config, left, model)
         except CheckpointError as error:
-            raise CheckpointError(f"{str(checkpoint.path)!r}: {error}") from error
-        made.append(shown)
-        tensors |= {(f"{number}." if union else "") + name: tensor for name, tensor in own.items()}
+            raise CheckpointError(f"{source!r}: {error}") from error
+        shown.append(shown_config)
+        prefix = "" if members_of is None else f"{number}."
+        for name, tensor in of_member.items():
+            tensors[prefix + name] = tensor
     if left:
-        raise CheckpointError(f"{str(checkpoint.path)!r}: {next(iter(left))!r} is no tensor of its method")
-    return replace(
-        checkpoint, config=UnionConfig.from_configs(made) if union else made[0], tensors=tensors
-    ), interface
+        raise CheckpointError(f"{source!r}: {next(iter(left))!r} is no tensor of its method")
+    if members_of is None:
+        joined = shown[0]
+    else:
+        joined = layouts.joined_config(shown)
+    return replace(checkpoint, config=joined, tensors=tensors), interface
 
 
 def files_of(
-    model: nn.Module, name: str, plan: Plan, parts: Sequence[Parts], others: Sequence[str]
+    view: ModelView, name: str, plan: Plan, parts: Sequence[Parts], others: Sequence[str]
 ) -> dict[str, bytes]:
     """The files of an adapter's checkpoint, by name.
 
     Args:
-        model: the model that carries it.
+        view: the model that carries it.
         name: the adapter's.
         plan: its plan.
         parts: the parts of each of its methods, by path.
@@ -155,35 +140,39 @@ def files_of(
             f"adapter {name!r} has parts of its own elsewhere ({others[0]!r}), which have no place in that "
             f"layout"
         )
-    interface = plan.interface
-    there = _methods().Model(look_at(model), interface)
-    values: list[dict[str, Any]] = []
+    layouts = _layouts()
+    model = layouts.HubModel(view, plan.interface)
+    configs: list[dict[str, Any]] = []
     tensors: dict[str, Tensor] = {}
-    for one, own in zip(plan.each(), parts, strict=True):
-        layout = _methods().layout_of(one.config)
+    for single, own in zip(plan.single_plans, parts, strict=True):
         try:
             with torch.no_grad():
-                said, named = layout.write(one.config, own, there, name)
+                values, written = layouts.layout_of(single.config).write(single.config, own, model, name)
         except ConfigError as error:
             raise ConfigError(f"adapter {name!r}: {error}") from error
-        values.append(said)
-        tensors |= named
-    config = {"architecture": "union", "configs": values} if plan.members else values[0]
-    more = {} if interface is None else interface_file(model, interface, older=True)
-    return {**_files(model, name, config, tensors), **more}
+        configs.append(values)
+        tensors |= written
+    if plan.members:
+        joined = layouts.joined_values(configs)
+    else:
+        joined = configs[0]
+    files = _files(view, name, joined, tensors)
+    if plan.interface is not None:
+        files |= interface_file(view.model, plan.interface, older=True)
+    return files
 
 
 def _files(
-    model: nn.Module, name: str, values: Mapping[str, Any], tensors: Mapping[str, Tensor]
+    view: ModelView, name: str, values: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> dict[str, bytes]:
     """The files that hold a config and tensors."""
-    own_config = getattr(model, "config", None)
+    model_config = getattr(view.model, "config", None)
     about = {
         "config": values,
-        "hidden_size": getattr(own_config, "hidden_size", None),
-        "model_class": type(model).__name__,
-        "model_name": getattr(own_config, "name_or_path", "") or "",
-        "model_type": getattr(own_config, "model_type", None),
+        "hidden_size": getattr(model_config, "hidden_size", None),
+        "model_class": view.name,
+        "model_name": getattr(model_config, "name_or_path", "") or "",
+        "model_type": getattr(model_config, "model_type", None),
         "name": name,
         "version": VERSION,
     }

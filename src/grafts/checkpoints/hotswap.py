@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from torch import nn
@@ -17,11 +16,11 @@ from grafts.checkpoints.peft_format import Checkpoint, read_tensors
 from grafts.checkpoints.save import STATE_FILE
 from grafts.config import AdapterConfig
 from grafts.errors import CheckpointError, ConfigError
-from grafts.lifecycle.registry import Registry, registry_of, unwrapped
+from grafts.lifecycle.plan import Key, Plan
+from grafts.lifecycle.registry import M, Registry, registry_of, unwrapped
 from grafts.methods._registry import method_of
+from grafts.sites.site import Part, RankedPart
 from grafts.structure.interface import AdapterModelInterface
-
-M = TypeVar("M", bound=nn.Module)
 
 # what says where an adapter stands, and for whom it is: an adapter that takes another's place takes it where
 # that stands
@@ -54,12 +53,36 @@ def reserve(model: M, name: str, rank: int) -> M:
     registry = registry_of(unwrapped(model))
     registry.require(name)
     registry.require_unmerged(f"make room in {name!r}")
-    parts = [part for _, part in registry.parts[name]]
-    for part in parts:
-        part.check_reservable(rank)
-    for part in parts:
-        part.reserve(rank)
+    check_reservable(registry.parts[name], rank)
+    reserve_rank(registry.parts[name], rank)
     return model
+
+
+def check_reservable(parts: Sequence[tuple[str, Part]], rank: int | None) -> None:
+    """Refuse a rank up to which nothing can be reserved in these parts; those without a rank have one size.
+
+    Args:
+        parts: of an adapter, with their paths.
+        rank: the highest rank that is to come; None for nothing to reserve.
+
+    Raises:
+        ConfigError: the rank is not above 0, or below what a part has now.
+    """
+    for _, part in parts:
+        if rank is not None and isinstance(part, RankedPart):
+            part.check_reservable(rank)
+
+
+def reserve_rank(parts: Sequence[tuple[str, Part]], rank: int | None) -> None:
+    """Reserve tensors for ranks up to this one in those parts that have a rank.
+
+    Args:
+        parts: of an adapter, with their paths; `check_reservable` holds for them.
+        rank: the highest rank that is to come; None for nothing to reserve.
+    """
+    for _, part in parts:
+        if rank is not None and isinstance(part, RankedPart):
+            part.reserve_rank(rank)
 
 
 def hotswap(
@@ -100,9 +123,10 @@ def hotswap(
     inner = unwrapped(model)
     registry = registry_of(inner)
     registry.require(name)
-    checkpoint = (
-        path if isinstance(path, Checkpoint) else read_checkpoint(Path(path), allow_pickle=allow_pickle)
-    )
+    if isinstance(path, Checkpoint):
+        checkpoint = path
+    else:
+        checkpoint = read_checkpoint(Path(path), allow_pickle=allow_pickle)
     return _swapped(inner, registry, name, checkpoint, interface, fitting, fill=True)
 
 
@@ -115,26 +139,27 @@ def restore(model: nn.Module, name: str, path: Path) -> LoadReport:
         CheckpointError: the files are broken, or are not of this adapter.
         StateError: the adapter is merged.
     """
-    registry = registry_of(unwrapped(model))
-    own = registry.require(name).config
+    inner = unwrapped(model)
+    registry = registry_of(inner)
+    config = registry.require(name).config
     file = find(path, STATE_FILE)
     tensors = {} if file is None else read_tensors(file)
-    stateful = [
-        (number, one.method)
-        for number, one in enumerate(registry.plans[name].each())
-        if one.method.resume is not None
-    ]
+    stateful = []
+    for member, single in enumerate(registry.plans[name].single_plans):
+        if single.method.files.has_training_state:
+            stateful.append((member, single.method.files))
     if stateful and not tensors:
         raise CheckpointError(
             f"{str(path)!r} holds no {STATE_FILE}, which the training of {name!r} goes on from"
         )
-    report = _swapped(unwrapped(model), registry, name, read_checkpoint(path), None, lambda config: own)
-    for number, method in stateful:
-        assert method.resume is not None
-        own_state = {
-            key.removeprefix(f"{number}."): t for key, t in tensors.items() if key.startswith(f"{number}.")
-        }
-        method.resume(registry.own_parts(name, number), own_state)
+    report = _swapped(inner, registry, name, read_checkpoint(path), None, lambda of_file: config)
+    for member, files in stateful:
+        prefix = f"{member}."
+        state = {}
+        for key, tensor in tensors.items():
+            if key.startswith(prefix):
+                state[key.removeprefix(prefix)] = tensor
+        files.resume(registry.own_parts(name, member), state)
     return report
 
 
@@ -148,27 +173,36 @@ def _swapped(
     *,
     fill: bool = False,
 ) -> LoadReport:
-    """Make the new adapter apart, see that it fits, and copy it over."""
+    """Make the new adapter apart, see that it fits, and copy it over; the arguments are those of `prepare`.
+
+    Raises:
+        ConfigError: it does not fit into the tensors that are there.
+    """
     registry.require_unmerged(f"replace {name!r}")
     old = registry.plans[name]
-    before = dict(zip((target.key for target in old.targets), registry.parts[name], strict=True))
-    report, parts = prepare(model, name, checkpoint, interface or old.interface, instead=instead, fill=fill)
-    after = dict(zip((target.key for target in report.plan.targets), parts, strict=True))
+    prepared = prepare(model, name, checkpoint, interface or old.interface, instead=instead, fill=fill)
+    before = _parts_by_key(old, registry.parts[name])
+    after = _parts_by_key(prepared.report.plan, prepared.parts)
     if before.keys() != after.keys():
-        stray = sorted({key[0] for key in after.keys() ^ before.keys()})
+        strays = sorted({path for path, _, _ in after.keys() ^ before.keys()})
         raise ConfigError(
-            f"adapter {name!r} cannot be replaced: the other one differs in what it has at {stray[0]!r}"
+            f"adapter {name!r} cannot be replaced: the other one differs in what it has at {strays[0]!r}"
         )
-    for key, (path, part) in before.items():
+    for key, part in before.items():
         try:
-            part.check_capacity(after[key][1])
+            part.check_capacity(after[key])
         except ConfigError as error:
-            raise ConfigError(f"adapter {name!r} cannot be replaced: {path!r}: {error}") from error
+            raise ConfigError(f"adapter {name!r} cannot be replaced: {key[0]!r}: {error}") from error
     with torch.no_grad():
-        for key, (_, part) in before.items():
-            part.copy_from(after[key][1])
-    registry.plans[name] = report.plan
-    return report
+        for key, part in before.items():
+            part.copy_from(after[key])
+    registry.plans[name] = prepared.report.plan
+    return prepared.report
+
+
+def _parts_by_key(plan: Plan, parts: Sequence[tuple[str, Part]]) -> dict[Key, Part]:
+    """The parts of an adapter by the keys of their targets."""
+    return {target.key: part for target, (_, part) in zip(plan.targets, parts, strict=True)}
 
 
 def _in_place_of(old: AdapterConfig, new: AdapterConfig, name: str) -> AdapterConfig:
@@ -184,13 +218,17 @@ def _in_place_of(old: AdapterConfig, new: AdapterConfig, name: str) -> AdapterCo
         )
     if method.members is not None:
         raise ConfigError(f"adapter {name!r} is made of several, and cannot be replaced in place")
-    here = {field: getattr(old, field) for field in (*_PLACE, *_ABOUT) if hasattr(old, field)}
-    result = dataclasses.replace(new, **here)
+    # It stands where the old one stands, and is for whom that is.
+    kept = {}
     for field in dataclasses.fields(old):
-        one, other = getattr(old, field.name), getattr(result, field.name)
-        if one != other and field.name not in method.swaps:
+        if field.name in _PLACE or field.name in _ABOUT:
+            kept[field.name] = getattr(old, field.name)
+    result = dataclasses.replace(new, **kept)
+    for field in dataclasses.fields(old):
+        ours, theirs = getattr(old, field.name), getattr(result, field.name)
+        if ours != theirs and field.name not in method.files.replaceable:
             raise ConfigError(
                 f"adapter {name!r} cannot be replaced in place by one with another {field.name}\n"
-                f"  here:   {one!r}\n  there:  {other!r}\n  load it under a name of its own"
+                f"  here:   {ours!r}\n  there:  {theirs!r}\n  load it under a name of its own"
             )
     return result

@@ -193,10 +193,13 @@ def upload(
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision is not None and not revision.startswith("refs/pr"):
             api.create_branch(repo_id, branch=revision, exist_ok=True)
-        operations = [
-            CommitOperationAdd(path_in_repo=(Path(subfolder or "") / file).as_posix(), path_or_fileobj=data)
-            for file, data in files.items()
-        ]
+        operations = []
+        for file, data in files.items():
+            operations.append(
+                CommitOperationAdd(
+                    path_in_repo=(Path(subfolder or "") / file).as_posix(), path_or_fileobj=data
+                )
+            )
         made = api.create_commit(repo_id, operations, revision=revision, create_pr=create_pr, **commit)
     except Exception as error:
         raise CheckpointError(

@@ -10,12 +10,19 @@ from typing import Any
 from torch import nn
 
 from grafts.checkpoints.atomic_write import find
-from grafts.errors import CheckpointError, InterfaceError
-from grafts.structure.interface import METHODS, NEW, AdapterModelInterface
-from grafts.structure.roles import ModelView
+from grafts.errors import CheckpointError
+from grafts.structure.infer import fits
+from grafts.structure.interface import METHODS, NEW, AdapterModelInterface, InterfaceMethod
+from grafts.structure.view import ModelView
 
 INTERFACE_FILE = "adapter_interface.json"
-_THERE = ("bottleneck", "lora", "reft", "invertible")  # what that library can do through an interface
+# What AdapterHub's library can do through an interface.
+_OF_ADAPTERHUB = (
+    InterfaceMethod.bottleneck,
+    InterfaceMethod.lora,
+    InterfaceMethod.reft,
+    InterfaceMethod.invertible,
+)
 VERSION = "adapters.1.3.0"  # of the layout
 
 
@@ -28,13 +35,15 @@ def interface_file(
     An interface with more than one path for an accessor has no such form: then there is no file.
     """
     if older:
-        values = interface.to_dict()
-        known = {name: value for name, value in values.items() if name not in NEW}
-        if any(isinstance(value, (list, dict)) for name, value in known.items() if name != "adapter_methods"):
+        values = {name: value for name, value in interface.to_dict().items() if name not in NEW}
+        methods = values.pop("adapter_methods")
+        if any(isinstance(value, (list, dict)) for value in values.values()):
             return {}
-        interface = AdapterModelInterface.from_dict(
-            {**known, "adapter_methods": [m for m in known["adapter_methods"] if m in _THERE]}
-        )
+        known = []
+        for method in methods:
+            if method in _OF_ADAPTERHUB:
+                known.append(method)
+        interface = AdapterModelInterface.from_dict({**values, "adapter_methods": known})
     kind = getattr(getattr(model, "config", None), "model_type", None)
     data = {"interface": interface.to_dict(), "model_type": kind, "version": VERSION}
     return {INTERFACE_FILE: (json.dumps(data, indent=2, sort_keys=True) + "\n").encode()}
@@ -66,8 +75,6 @@ def saved_interface(directory: Path, view: ModelView) -> AdapterModelInterface |
     if interface is None:
         return None
     interface = dataclasses.replace(interface, adapter_methods=METHODS)
-    try:
-        interface.resolve(view)
-    except InterfaceError:
-        return None
-    return interface
+    if fits(interface, view):
+        return interface
+    return None

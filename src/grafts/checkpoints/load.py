@@ -7,10 +7,10 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, overload
+from typing import Any, overload
 
 import torch
-from torch import Tensor, nn
+from torch import Size, Tensor, nn
 
 from grafts.checkpoints import adapterhub_format as adapterhub
 from grafts.checkpoints import peft_format as peft
@@ -22,17 +22,24 @@ from grafts.errors import CheckpointError, did_you_mean
 from grafts.lifecycle.activate import activate as activate_all
 from grafts.lifecycle.activate import train_only
 from grafts.lifecycle.attach import attach_parts
-from grafts.lifecycle.build import build_parts, prepare_plan
-from grafts.lifecycle.plan import Key, Plan, Target
+from grafts.lifecycle.build import (
+    build_parts,
+    draft_adapter,
+    fresh_values,
+    require_new_name,
+    tensor_name,
+)
+from grafts.lifecycle.plan import Plan
 from grafts.lifecycle.registry import unwrapped
 from grafts.lifecycle.resolve import resolve
-from grafts.methods._registry import Files, FileTarget, method_of
-from grafts.modules.patterns import join, matches, within
+from grafts.lifecycle.selection import FileFacts
+from grafts.methods._files import FileTarget, PackedFiles
+from grafts.methods._registry import method_of
+from grafts.modules.patterns import matches, within
 from grafts.sites.site import Part
 from grafts.structure.interface import AdapterModelInterface
-from grafts.structure.roles import EMBEDDING, HEAD, ModelView, look_at
-
-V = TypeVar("V")
+from grafts.structure.roles import EMBEDDING, HEAD
+from grafts.structure.view import ModelView, look_at
 
 
 @dataclass(frozen=True)
@@ -149,20 +156,24 @@ def load(
         StateError: adapters are merged.
     """
     inner = unwrapped(model)
-    sources = (
-        {name: Path(path)} if isinstance(name, str) else {one: Path(path) / folder_name(one) for one in name}
-    )
-    ready = [
-        prepare(inner, one, read_checkpoint(source, allow_pickle=allow_pickle), interface)
-        for one, source in sources.items()
-    ]
-    for report, parts in ready:
-        attach_parts(inner, report.name, report.plan, parts, activate=activate, train=train)
-    if len(ready) > 1 and activate:
+    if isinstance(name, str):
+        sources = {name: Path(path)}
+    else:
+        sources = {one: Path(path) / folder_name(one) for one in name}
+    prepared = []
+    for one, source in sources.items():
+        checkpoint = read_checkpoint(source, allow_pickle=allow_pickle)
+        prepared.append(prepare(inner, one, checkpoint, interface))
+    for adapter in prepared:
+        adapter.attach(activate=activate, train=train)
+    if len(prepared) > 1 and activate:
         activate_all(inner, tuple(sources))
-    if len(ready) > 1 and train:
+    if len(prepared) > 1 and train:
         train_only(inner, tuple(sources))
-    return ready[0][0] if isinstance(name, str) else [report for report, _ in ready]
+    reports = [adapter.report for adapter in prepared]
+    if isinstance(name, str):
+        return reports[0]
+    return reports
 
 
 def read_checkpoint(path: Path, *, allow_pickle: bool = False) -> Checkpoint:
@@ -177,6 +188,26 @@ def read_checkpoint(path: Path, *, allow_pickle: bool = False) -> Checkpoint:
     return peft.read(path, allow_pickle=allow_pickle)
 
 
+@dataclass(frozen=True)
+class PreparedAdapter:
+    """An adapter of a checkpoint, checked and made, that is not on its model yet.
+
+    Attributes:
+        view: the model.
+        report: what was loaded.
+        parts: the path and the part of each target of its plan, in order.
+    """
+
+    view: ModelView
+    report: LoadReport
+    parts: list[tuple[str, Part]]
+
+    def attach(self, *, activate: bool, train: bool) -> None:
+        """Put it on the model."""
+        name, plan = self.report.name, self.report.plan
+        attach_parts(self.view, name, plan, self.parts, activate=activate, train=train)
+
+
 def prepare(
     model: nn.Module,
     name: str,
@@ -185,7 +216,7 @@ def prepare(
     *,
     instead: Callable[[AdapterConfig], AdapterConfig] | None = None,
     fill: bool = False,
-) -> tuple[LoadReport, list[tuple[str, Part]]]:
+) -> PreparedAdapter:
     """An adapter of a checkpoint, checked and made, without touching the model.
 
     Args:
@@ -196,83 +227,103 @@ def prepare(
         instead: for an adapter that is to take the place of the one of this name: gives its config from the
             file's.
         fill: give a target that the file says nothing of what a fresh adapter has there.
+
+    Raises:
+        CheckpointError: a tensor is missing, unexpected or misshapen.
+        ConfigError: the config does not fit the model.
+        AdapterNameError: the name is taken, where nothing is to be replaced.
     """
     view = look_at(model)
     if interface is None:
         interface = saved_interface(checkpoint.path, view)
     if checkpoint.layout == "adapterhub":
         checkpoint, interface = adapterhub.fitted(checkpoint, view, interface)
-    blanks: dict[Key, Part] = {}
-    union = method_of(checkpoint.config).members
-    config: AdapterConfig = checkpoint.config
-    replaced: Sequence[str] = ()
-    if union is None:
-        each = [_given(config, checkpoint.tensors, checkpoint, view)]
-        config, replaced = each[0].config, each[0].replaced
-    else:
-        numbered = _by_number(checkpoint)
-        each = [_given(one, numbered.get(at, {}), checkpoint, view) for at, one in enumerate(union(config))]
-        made_of: dict[str, Any] = {"configs": tuple(given.config for given in each)}
-        config = dataclasses.replace(config, **made_of)
+    config, members = _members_of(checkpoint, view)
+    file = FileFacts(replaced=members[0].replaced if len(members) == 1 else ())
     if instead is None:
-        made = prepare_plan(
-            model,
-            config,
-            name=name,
-            lenient=True,
-            replaced=replaced,
-            view=view,
-            blanks=blanks,
-            interface=interface,
-        )
+        require_new_name(model, name)
+        draft = draft_adapter(view, config, name, interface=interface, file=file)
     else:
-        config = instead(config)
-        made = resolve(
-            model, config, lenient=True, replaced=replaced, view=view, blanks=blanks, interface=interface
-        )
-    given: dict[str, Tensor] = {}
-    for number, (one, of) in enumerate(zip(each, made.each(), strict=True)):
-        own = [
-            (t.path, t.tensors, t.role)
-            for t in made.targets
-            if t.kind == of.method.name and t.member == number
-        ]
-        prefix = f"{number}." if made.members else ""
-        given |= {prefix + key: tensor for key, tensor in one.by_path(of.method.files, own).items()}
+        if interface is None:
+            through = view
+        else:
+            through = view.through(interface)
+        draft = resolve(through, instead(config), file)
+    plan = draft.plan
+
+    tensors = _tensors_by_path(plan, members)
     if fill:
-        given = _fresh_where_missing(view, made, given) | given
-    wanted = {
-        key: shape for target in made.targets for key, shape in _named(made, target, target.tensors).items()
-    }
+        tensors = {**_fresh_where_missing(view, plan, tensors), **tensors}
     source = str(checkpoint.path)
-    _check(given, wanted, f"adapter {name!r} from {source!r} does not fit this {type(model).__name__}")
-    parts = build_parts(model, made, name, given, blanks)
-    _check_tied(made, parts, given, source)
-    same = each[0].same
-    read = len(checkpoint.tensors) - len(same)
-    return LoadReport(name, checkpoint.path, made, read, checkpoint.size, tuple(sorted(same))), parts
+    _check(
+        tensors,
+        _wanted_shapes(plan),
+        f"adapter {name!r} from {source!r} does not fit this {type(model).__name__}",
+    )
+    parts = build_parts(view, plan, name, tensors, draft.blanks)
+    _check_tied(plan, parts, tensors, source)
+    same = members[0].same
+    report = LoadReport(
+        name,
+        checkpoint.path,
+        plan,
+        tensors=len(checkpoint.tensors) - len(same),
+        size=checkpoint.size,
+        same_as_base=tuple(sorted(same)),
+    )
+    return PreparedAdapter(view, report, parts)
 
 
-def _named(made: Plan, target: Target, values: Mapping[str, V]) -> dict[str, V]:
-    """What belongs to the tensors of one target, by their names among those of the whole plan."""
-    member = f"{target.member}." if made.members else ""
-    return {member + join(target.path, key): value for key, value in values.items()}
+def _members_of(checkpoint: Checkpoint, view: ModelView) -> tuple[AdapterConfig, list[_FileMember]]:
+    """The config that a checkpoint shows, and what it holds for each single method of it."""
+    config = checkpoint.config
+    configs_of = method_of(config).members
+    if configs_of is None:
+        member = _member(config, checkpoint.tensors, checkpoint, view)
+        return member.config, [member]
+    numbered = _by_number(checkpoint)
+    members = []
+    for number, single in enumerate(configs_of(config)):
+        members.append(_member(single, numbered.get(number, {}), checkpoint, view))
+    configs: dict[str, Any] = {"configs": tuple(member.config for member in members)}
+    return dataclasses.replace(config, **configs), members
 
 
-def _fresh_where_missing(view: ModelView, made: Plan, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _tensors_by_path(plan: Plan, members: Sequence[_FileMember]) -> dict[str, Tensor]:
+    """The tensors of a file by their names in a plan: by path and name, behind a member's number."""
+    tensors = {}
+    for number, (member, single) in enumerate(zip(members, plan.single_plans, strict=True)):
+        targets = []
+        for target in plan.targets:
+            if target.kind == single.method.name and target.member == number:
+                targets.append(FileTarget(target.path, target.tensors, target.role))
+        prefix = f"{number}." if plan.members else ""
+        for name, tensor in member.by_path(targets).items():
+            tensors[prefix + name] = tensor
+    return tensors
+
+
+def _wanted_shapes(plan: Plan) -> dict[str, Size]:
+    """The shapes that an adapter's tensors have, by their names in its plan."""
+    shapes = {}
+    for target in plan.targets:
+        for name, shape in target.tensors.items():
+            shapes[tensor_name(plan, target, name)] = shape
+    return shapes
+
+
+def _fresh_where_missing(view: ModelView, plan: Plan, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of a fresh adapter at targets of which a file holds nothing."""
-    result: dict[str, Tensor] = {}
-    for target in made.targets:
-        if target.tied_to is None and not given.keys() & _named(made, target, target.tensors).keys():
-            host = view.modules[target.path]
-            part = target.build(host)
-            part.from_base(host, fresh=True)
-            result |= _named(made, target, part.file_tensors())
-    return result
+    missing = []
+    for target in plan.targets:
+        names = {tensor_name(plan, target, name) for name in target.tensors}
+        if target.tied_to is None and not names & tensors.keys():
+            missing.append(target)
+    return fresh_values(view, plan, missing)
 
 
 @dataclass(frozen=True)
-class _Given:
+class _FileMember:
     """What a file gives to one method.
 
     Attributes:
@@ -284,25 +335,35 @@ class _Given:
 
     config: AdapterConfig
     tensors: Mapping[str, Tensor]
-    replaced: Sequence[str]
-    same: set[str]
+    replaced: Sequence[str] = ()
+    same: frozenset[str] = frozenset()
 
-    def by_path(self, files: Files | None, targets: Sequence[FileTarget]) -> dict[str, Tensor]:
-        """The tensors by their module's path and their own name."""
-        if files is not None:
-            return dict(files.unpack(self.config, self.tensors, targets))
-        return {key: tensor for key, tensor in self.tensors.items() if key not in self.same}
+    def by_path(self, targets: Sequence[FileTarget]) -> Mapping[str, Tensor]:
+        """The tensors by their module's path and their own name.
+
+        Args:
+            targets: what the file has to hold.
+        """
+        files = method_of(self.config).files
+        if isinstance(files, PackedFiles):
+            return files.unpack(self.config, self.tensors, targets)
+        result = {}
+        for name, tensor in self.tensors.items():
+            if name not in self.same:
+                result[name] = tensor
+        return result
 
 
-def _given(
+def _member(
     config: AdapterConfig, tensors: Mapping[str, Tensor], checkpoint: Checkpoint, view: ModelView
-) -> _Given:
+) -> _FileMember:
+    """What a file gives to the method of one config."""
     files = method_of(config).files
-    if files is not None:
-        return _Given(files.config(config, tensors), tensors, (), set())
-    named = dataclasses.replace(checkpoint, tensors=tensors).by_module()
-    replaced, same = _base_weights_in(view, config, named)
-    return _Given(config, named, replaced, same)
+    if isinstance(files, PackedFiles):
+        return _FileMember(files.config_of(config, tensors), tensors)
+    by_module = dataclasses.replace(checkpoint, tensors=tensors).by_module()
+    replaced, same = _base_weights_in(view, config, by_module)
+    return _FileMember(config, by_module, replaced, frozenset(same))
 
 
 def _by_number(checkpoint: Checkpoint) -> dict[int, dict[str, Tensor]]:
@@ -333,51 +394,57 @@ def _base_weights_in(
     """
     saved = [path for path in view.modules if matches(path, config.modules_to_save or ())]
     replaced, same = [], set()
-    for key, tensor in tensors.items():
-        path, _, leaf = key.replace(".base_layer.", ".").rpartition(".")
-        if leaf != "weight" or view.roles.get(path) not in (EMBEDDING, HEAD) or within(path, saved):
+    for name, tensor in tensors.items():
+        path, _, leaf = name.replace(".base_layer.", ".").rpartition(".")
+        may_be_base = leaf == "weight" and view.roles.get(path) in (EMBEDDING, HEAD)
+        if not may_be_base or within(path, saved):
             continue
-        here = view.modules[path].get_parameter("weight")
-        if here.shape == tensor.shape and torch.equal(here.detach().cpu(), tensor.to(here.dtype)):
-            same.add(key)
+        weight = view.modules[path].get_parameter("weight").detach()
+        if weight.shape == tensor.shape and torch.equal(weight.cpu(), tensor.to(weight.dtype)):
+            same.add(name)
         else:
             replaced.append(path)
     return replaced, same
 
 
 def _check_tied(
-    made: Plan, parts: Sequence[tuple[str, Part]], tensors: Mapping[str, Tensor], source: str
+    plan: Plan, parts: Sequence[tuple[str, Part]], tensors: Mapping[str, Tensor], source: str
 ) -> None:
     """Refuse a file in which what shares a weight here has two values.
 
     Raises:
         CheckpointError: naming the tensor.
     """
-    for target, (path, part) in zip(made.targets, parts, strict=True):
-        for name, tensor in part.file_tensors().items() if target.tied_to is not None else ():
-            (key,) = _named(made, target, {name: tensor})
-            if not torch.equal(tensor.detach().cpu(), tensors[key].to(tensor.dtype)):
+    for target, (path, part) in zip(plan.targets, parts, strict=True):
+        if target.tied_to is None:
+            continue
+        for name, tensor in part.file_tensors().items():
+            value = tensors[tensor_name(plan, target, name)]
+            if not torch.equal(tensor.detach().cpu(), value.to(tensor.dtype)):
                 raise CheckpointError(
                     f"{source!r}: {path}.{name} is not what {target.tied_to!r} has, though both share one "
                     f"weight here"
                 )
 
 
-def _check(tensors: Mapping[str, Tensor], wanted: Mapping[str, torch.Size], context: str) -> None:
+def _check(tensors: Mapping[str, Tensor], wanted: Mapping[str, Size], context: str) -> None:
     """Refuse a file whose tensors are not exactly those that the adapter has.
 
     Raises:
         CheckpointError: naming the first few of each kind.
     """
-    problems = [
-        f"unexpected {key!r} in the file; {did_you_mean(key, wanted)}" for key in tensors if key not in wanted
-    ]
-    problems += [f"missing {key!r} in the file" for key in wanted if key not in tensors]
-    problems += [
-        f"{key!r} is {tuple(tensor.shape)} in the file and {tuple(wanted[key])} here"
-        for key, tensor in tensors.items()
-        if key in wanted and tensor.shape != wanted[key]
-    ]
+    unexpected, missing, misshapen = [], [], []
+    for name, tensor in tensors.items():
+        if name not in wanted:
+            unexpected.append(f"unexpected {name!r} in the file; {did_you_mean(name, wanted)}")
+        elif tensor.shape != wanted[name]:
+            misshapen.append(f"{name!r} is {tuple(tensor.shape)} in the file and {tuple(wanted[name])} here")
+    for name in wanted:
+        if name not in tensors:
+            missing.append(f"missing {name!r} in the file")
+    problems = [*unexpected, *missing, *misshapen]
     if problems:
-        more = [f"... and {len(problems) - 6} more"] if len(problems) > 6 else []
-        raise CheckpointError("\n  ".join([f"{context}:", *problems[:6], *more]))
+        shown = problems[:6]
+        if len(problems) > 6:
+            shown.append(f"... and {len(problems) - 6} more")
+        raise CheckpointError("\n  ".join([f"{context}:", *shown]))

@@ -65,40 +65,41 @@ def card(plan: Plan, base: str | None, about: About | None = None) -> str:
 
 def table(plan: Plan, base: str | None, about: About) -> list[str]:
     """What an adapter is, as the lines of a table."""
-    rows = [
-        (
-            "Method",
-            ", ".join(dict.fromkeys(f"{one.method.title} ({one.method.source})" for one in plan.each())),
-        )
-    ]
-    rows += [("Base model", f"`{base}`" if base else f"not named (a {plan.model_name})")]
-    rows += [("Trained parameters", f"{plan.parameters:,} in {len({t.path for t in plan.targets})} modules")]
-    rows += [("Data", ", ".join(about.data))] if about.data else []
-    rows += [
-        (
-            "Options",
-            ", ".join(f"`{name}={value!r}`" for one in plan.each() for name, value in _told(one))
-            or "defaults",
-        )
-    ]
-    return ["| | |", "|---|---|", *(f"| {name} | {value.replace('|', '/')} |" for name, value in rows), ""]
+    methods = [f"{single.method.title} ({single.method.source})" for single in plan.single_plans]
+    modules = {target.path for target in plan.targets}
+    options = []
+    for single in plan.single_plans:
+        options += [f"`{name}={value!r}`" for name, value in _changed_options(single)]
+    rows = {
+        "Method": ", ".join(dict.fromkeys(methods)),
+        "Base model": f"`{base}`" if base else f"not named (a {plan.model_name})",
+        "Trained parameters": f"{plan.parameters:,} in {len(modules)} modules",
+    }
+    if about.data:
+        rows["Data"] = ", ".join(about.data)
+    rows["Options"] = ", ".join(options) or "defaults"
+    lines = ["| | |", "|---|---|"]
+    for name, value in rows.items():
+        cell = value.replace("|", "/")
+        lines.append(f"| {name} | {cell} |")
+    return [*lines, ""]
 
 
 def _article(title: str) -> str:
     return f"{'An' if title[0] in 'AEIOU' else 'A'} {title}"
 
 
-def _told(plan: Plan) -> list[tuple[str, object]]:
+def _changed_options(plan: Plan) -> list[tuple[str, object]]:
     """The options that are not at their default."""
-    result = []
+    changed = []
     for option in dataclasses.fields(plan.config):
         value = getattr(plan.config, option.name)
-        usual = (
-            option.default_factory() if option.default_factory is not dataclasses.MISSING else option.default
-        )
-        if option.name not in _UNTOLD and value != usual:
-            result.append((option.name, list(value) if isinstance(value, tuple) else value))
-    return result
+        default = option.default
+        if option.default_factory is not dataclasses.MISSING:
+            default = option.default_factory()
+        if option.name not in _UNTOLD and value != default:
+            changed.append((option.name, list(value) if isinstance(value, tuple) else value))
+    return changed
 
 
 def _front(plan: Plan, base: str | None, about: About) -> list[str]:

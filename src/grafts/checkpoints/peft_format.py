@@ -133,8 +133,9 @@ def read_config(directory: Path) -> AdapterConfig:
         raise CheckpointError(f"{str(file)!r} names no 'peft_type', the method of the adapter")
     method = method_named(data.pop("peft_type"))
     data.pop("peft_version", None)
+    config_class: type[AdapterConfig] = method.config
     try:
-        return method.config.from_dict(data)
+        return config_class.from_dict(data)
     except ConfigError as error:
         raise ConfigError(f"{str(file)!r}: {error}") from error
     except (TypeError, ValueError) as error:
@@ -149,8 +150,14 @@ def read_json(directory: Path) -> dict[str, Any]:
     """
     file = find(directory, CONFIG_FILE)
     if file is None:
-        there = sorted(p.name for p in directory.iterdir())[:8] if directory.is_dir() else None
-        found = "no such directory" if there is None else f"it holds {', '.join(there) or 'nothing'}"
+        if directory.is_dir():
+            there = sorted(p.name for p in directory.iterdir())[:8]
+        else:
+            there = None
+        if there is None:
+            found = "no such directory"
+        else:
+            found = f"it holds {', '.join(there) or 'nothing'}"
         inside = sorted(path.parent.name for path in directory.glob(f"*/{CONFIG_FILE}"))
         found += f"; adapters are in its folders {', '.join(inside)}" if inside else ""
         raise CheckpointError(f"{str(directory)!r} holds no {CONFIG_FILE}: {found}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,13 +17,20 @@ from grafts.checkpoints import peft_format as peft
 from grafts.checkpoints.atomic_write import write_all
 from grafts.checkpoints.interface_file import interface_file
 from grafts.checkpoints.model_card import About, card
+from grafts.config import AdapterConfig
 from grafts.errors import AdapterNameError, ConfigError
 from grafts.lifecycle.plan import Plan
 from grafts.lifecycle.registry import Registry, parts_of, registry_of, unwrapped
-from grafts.lifecycle.resolve import ALL_LINEAR
+from grafts.lifecycle.selection import ALL_LINEAR
 from grafts.lifecycle.sharding import gathered, is_main_process, is_sharded
+from grafts.methods._files import PackedFiles
 from grafts.modules.patterns import join, matches, within
-from grafts.structure.roles import look_at
+from grafts.structure.view import ModelView, look_at
+
+# The file with what training goes on from besides the checkpoint.
+STATE_FILE = "adapter_training_state.safetensors"
+# Fields of a union's file that are those of its members.
+_OF_BASE = ("base_model_name_or_path", "auto_mapping", "inference_mode")
 
 
 def save(
@@ -53,16 +60,17 @@ def save(
         ConfigError: the adapter has no place in that layout, or there is no such layout.
         CheckpointError: the directory cannot be written.
     """
-    if isinstance(name, str):
-        files = checkpoint_files(model, name, layout)
-    else:
-        files = {
-            f"{folder_name(n)}/{file}": data
-            for n in name
-            for file, data in checkpoint_files(model, n, layout).items()
-        }
     names = [name] if isinstance(name, str) else name
-    sharded = is_sharded(part for one in names for _, part in parts_of(unwrapped(model), one))
+    files = {}
+    for one in names:
+        if isinstance(name, str):
+            folder = ""
+        else:
+            folder = f"{folder_name(one)}/"
+        for file, data in checkpoint_files(model, one, layout).items():
+            files[folder + file] = data
+    inner = unwrapped(model)
+    sharded = any(is_sharded(part for _, part in parts_of(inner, one)) for one in names)
     if not sharded or is_main_process():
         write_all(Path(path), files)
     if sharded:
@@ -104,37 +112,48 @@ def checkpoint_files(
     """
     inner = unwrapped(model)
     registry = registry_of(inner)
-    made = registry.require(name)
-    with gathered(inner, [part for _, part in registry.parts[name]], state):
-        return _files(inner, registry, name, made, layout, about)
-
-
-def _files(
-    inner: nn.Module, registry: Registry, name: str, made: Plan, layout: str, about: About | None
-) -> dict[str, bytes]:
-    if layout == "adapterhub":
-        own = [registry.own_parts(name, number) for number in range(len(made.each()))]
-        methods = {(number, one.method.name) for number, one in enumerate(made.each())}
-        others = [target.path for target in made.targets if (target.member, target.kind) not in methods]
-        return adapterhub.files_of(inner, name, made, own, others)
-    if layout != "peft":
+    plan = registry.require(name)
+    if layout not in ("peft", "adapterhub"):
         raise ConfigError(f"there is no layout {layout!r}; it is 'peft' or 'adapterhub'")
-    each = [adapter_tensors(registry, name, made, number) for number, made in enumerate(made.each())]
-    values = [file_config(inner, registry, name, one, number) for number, one in enumerate(made.each())]
-    text = card(made, values[0]["base_model_name_or_path"], about)
-    if not made.members:
-        files = peft.files_of(values[0], each[0], text)
-    else:
-        config = {
-            **made.config.to_dict(),
-            **{key: values[0][key] for key in _OF_BASE},
-            "peft_type": made.method.peft_type,
-        }
-        tensors = {
-            f"{number}.{key}": tensor for number, one in enumerate(each) for key, tensor in one.items()
-        }
-        files = peft.files_of({**config, "configs": values}, tensors, text)
-    return files | ({} if made.interface is None else interface_file(inner, made.interface))
+    view = look_at(inner)
+    with gathered(inner, [part for _, part in registry.parts[name]], state):
+        if layout == "adapterhub":
+            return _adapterhub_files(view, registry, name, plan)
+        return _peft_files(view, registry, name, plan, about)
+
+
+def _adapterhub_files(view: ModelView, registry: Registry, name: str, plan: Plan) -> dict[str, bytes]:
+    """The files in AdapterHub's layout."""
+    parts = [registry.own_parts(name, member) for member in range(len(plan.single_plans))]
+    methods = [single.method.name for single in plan.single_plans]
+    others = []
+    for target in plan.targets:
+        if target.kind != methods[target.member]:
+            others.append(target.path)
+    return adapterhub.files_of(view, name, plan, parts, others)
+
+
+def _peft_files(
+    view: ModelView, registry: Registry, name: str, plan: Plan, about: About | None
+) -> dict[str, bytes]:
+    """The files in the layout of `peft`."""
+    configs: list[dict[str, Any]] = []
+    tensors: dict[str, Tensor] = {}
+    for member, single in enumerate(plan.single_plans):
+        configs.append(file_config(view, registry, name, single, member))
+        prefix = f"{member}." if plan.members else ""
+        for key, tensor in adapter_tensors(registry, name, single, member).items():
+            tensors[prefix + key] = tensor
+    config = configs[0]
+    if plan.members:
+        config = plan.config.to_dict()
+        config |= {field: configs[0][field] for field in _OF_BASE}
+        config |= {"peft_type": plan.method.peft_type, "configs": configs}
+    text = card(plan, configs[0]["base_model_name_or_path"], about)
+    files = peft.files_of(config, tensors, text)
+    if plan.interface is not None:
+        files |= interface_file(view.model, plan.interface)
+    return files
 
 
 def training_files(model: nn.Module, name: str) -> dict[str, bytes]:
@@ -142,92 +161,130 @@ def training_files(model: nn.Module, name: str) -> dict[str, bytes]:
     none.
     """
     registry = registry_of(unwrapped(model))
-    tensors = {
-        f"{number}.{key}": tensor.detach().cpu().contiguous()
-        for number, one in enumerate(registry.require(name).each())
-        if one.method.training_state is not None
-        for key, tensor in one.method.training_state(registry.own_parts(name, number)).items()
-    }
-    return {STATE_FILE: safetensors_bytes(tensors)} if tensors else {}
+    tensors = {}
+    for member, single in enumerate(registry.require(name).single_plans):
+        if not single.method.files.has_training_state:
+            continue
+        state = single.method.files.training_state(registry.own_parts(name, member))
+        for key, tensor in state.items():
+            tensors[f"{member}.{key}"] = tensor.detach().cpu().contiguous()
+    if tensors:
+        return {STATE_FILE: safetensors_bytes(tensors)}
+    return {}
 
 
-STATE_FILE = "adapter_training_state.safetensors"
-_OF_BASE = ("base_model_name_or_path", "auto_mapping", "inference_mode")
+def adapter_tensors(registry: Registry, name: str, plan: Plan, member: int) -> dict[str, Tensor]:
+    """The tensors of one method's parts, with what else it trains, by their names in a file.
 
-
-def adapter_tensors(registry: Registry, name: str, made: Plan, member: int) -> dict[str, Tensor]:
-    """The tensors of one method's parts, with what else it trains, by their names in a file."""
-    files = made.method.files
+    Args:
+        registry: what the model carries.
+        name: the adapter's.
+        plan: of the single method.
+        member: its number in a union.
+    """
+    files = plan.method.files
     own = registry.own_parts(name, member)
-    prefix = peft.PREFIX if files is None else files.prefix
-    placed = zip(registry.plans[name].targets, registry.parts[name], strict=True)
-    tensors = {
-        prefix + join(path, key): tensor
-        for target, (path, part) in placed
-        for key, tensor in part.file_tensors().items()
-        if target.member == member and (files is None or own.get(path) is not part)
-    }
-    return tensors if files is None else tensors | dict(files.pack(made.config, own))
+    packed: Mapping[str, Tensor] = {}
+    prefix = peft.PREFIX
+    if isinstance(files, PackedFiles):
+        packed = files.pack(plan.config, own)
+        prefix = files.prefix
+    tensors = {}
+    for target, (path, part) in zip(registry.plans[name].targets, registry.parts[name], strict=True):
+        is_packed = files.is_packed and own.get(path) is part
+        if target.member != member or is_packed:
+            continue
+        for key, tensor in part.file_tensors().items():
+            tensors[prefix + join(path, key)] = tensor
+    return {**tensors, **packed}
 
 
-def file_config(model: nn.Module, registry: Registry, name: str, made: Plan, member: int) -> dict[str, Any]:
+def file_config(view: ModelView, registry: Registry, name: str, plan: Plan, member: int) -> dict[str, Any]:
     """What ``adapter_config.json`` says: the config with its targets resolved, so that every reader finds the
     same ones.
 
     Args:
-        model: the base model.
+        view: the base model.
         registry: what it carries.
         name: the adapter's name.
-        made: the plan of the adapter, or of the member of a union.
+        plan: of the adapter, or of the member of a union.
         member: its number in the union.
     """
-    view = look_at(model)
-    untied = [target for target in made.targets if target.tied_to is None]
-    own = [target.path for target in untied if target.kind == made.method.name]
-    copies = [
-        target.path
-        for target in untied
-        if target.kind == "copy" and not any("base_layer" in t for t in target.tensors)
-    ]
-    values = made.config.to_dict() | {"peft_type": made.method.peft_type, "inference_mode": True}
-    defaults = {field.name: field.default for field in dataclasses.fields(made.config)}
-    unsaid = [field for field in made.config.own_fields if getattr(made.config, field) == defaults[field]]
-    values = {field: value for field, value in values.items() if field not in unsaid}
-    resolved = (
-        made.config.target_modules in (None, ALL_LINEAR)
-        and made.method.files is None
-        and made.method.places is None
-    )
-    if resolved:
+    config = plan.config
+    values = _said_fields(config) | {"peft_type": plan.method.peft_type, "inference_mode": True}
+    own = [target.path for target in plan.targets if target.is_own]
+    chooses_by_structure = config.target_modules in (None, ALL_LINEAR)
+    stands_by_module = not plan.method.files.is_packed and plan.method.places is None
+    if chooses_by_structure and stands_by_module:
         values.pop("target_roles", None)
         own = [path for path in own if view.layers[path].kind != "input"]
-    if resolved or values.get("layers_to_transform") is not None:
-        values["target_modules"] = _shortest_names(own, view.modules)
-        values |= {name: None for name in ("layers_to_transform", "layers_pattern") if name in values}
-    if made.method.file_values is not None and own:
-        values |= made.method.file_values(values, registry.own_parts(name, member))
-    named = list(made.config.modules_to_save or ())
-    if unnamed := [
-        path
-        for path in copies
-        if not within(path, (owner for owner in view.modules if matches(owner, named)))
-    ]:
-        values["modules_to_save"] = named + _shortest_names(unnamed, view.modules)
-    if "fan_in_fan_out" in values:
-        values["fan_in_fan_out"] = any(
-            view.layers[path].kind == "transposed-linear" for path in own if path in view.layers
-        )
-    if values["base_model_name_or_path"] is None:
-        values["base_model_name_or_path"] = (
-            getattr(getattr(model, "config", None), "name_or_path", None) or None
-        )
-    if values["task_type"] is None and values["auto_mapping"] is None:
-        cls = next(cls for cls in type(model).__mro__ if not cls.__module__.startswith("torch.distributed"))
-        values["auto_mapping"] = {"base_model_class": cls.__name__, "parent_library": cls.__module__}
+        _name_targets(values, config, own, view)
+    elif config.layer_selection() is not None:
+        _name_targets(values, config, own, view)
+    layers = {path: view.layers[path] for path in own if path in view.layers}
+    values |= plan.method.files.config_values(config, values, registry.own_parts(name, member), layers)
+    _name_copies(values, plan, view)
+    _name_base(values, view.model)
     return values
 
 
-def _shortest_names(paths: list[str], modules: Iterable[str]) -> list[str]:
+def _said_fields(config: AdapterConfig) -> dict[str, Any]:
+    """A config's fields as plain data; those that the file format does not have only where they say
+    something.
+    """
+    values = config.to_dict()
+    for field in dataclasses.fields(config):
+        if field.name in config.own_fields and getattr(config, field.name) == field.default:
+            del values[field.name]
+    return values
+
+
+def _name_targets(
+    values: dict[str, Any], config: AdapterConfig, targets: Sequence[str], view: ModelView
+) -> None:
+    """Name the targets in place of what has chosen them."""
+    values["target_modules"] = _shortest_names(targets, view)
+    for field in config.selecting_fields:
+        if field in values:
+            values[field] = None
+
+
+def _name_copies(values: dict[str, Any], plan: Plan, view: ModelView) -> None:
+    """Name the modules of which the adapter has a copy, where the config does not do so itself (heads)."""
+    names = list(plan.config.modules_to_save or ())
+    named = [path for path in view.modules if matches(path, names)]
+    unnamed = []
+    for target in plan.targets:
+        if target.kind != "copy" or target.tied_to is not None:
+            continue
+        # A base weight that the file brings along is no copy that was asked for.
+        is_brought_along = any("base_layer" in name for name in target.tensors)
+        if not is_brought_along and not within(target.path, named):
+            unnamed.append(target.path)
+    if unnamed:
+        values["modules_to_save"] = names + _shortest_names(unnamed, view)
+
+
+def _name_base(values: dict[str, Any], model: nn.Module) -> None:
+    """Say where the base came from; without a task, of which class it is."""
+    if values["base_model_name_or_path"] is None:
+        name = getattr(getattr(model, "config", None), "name_or_path", None)
+        values["base_model_name_or_path"] = name or None
+    if values["task_type"] is None and values["auto_mapping"] is None:
+        for cls in type(model).__mro__:
+            # `fully_shard` makes a class of its own of the model's.
+            if not cls.__module__.startswith("torch.distributed"):
+                values["auto_mapping"] = {
+                    "base_model_class": cls.__name__,
+                    "parent_library": cls.__module__,
+                }
+                break
+
+
+def _shortest_names(paths: Sequence[str], view: ModelView) -> list[str]:
     """The last names of ``paths`` where they select exactly these modules, else the paths."""
     names = sorted({path.rpartition(".")[2] for path in paths})
-    return names if {path for path in modules if matches(path, names)} == set(paths) else paths
+    selected = {path for path in view.modules if matches(path, names)}
+    if selected == set(paths):
+        return names
+    return list(paths)

@@ -17,7 +17,7 @@ from grafts.cli.console import out, quiet
 from grafts.cli.options import adapter_options, adapter_parameters, with_signature
 from grafts.lifecycle.plan import Plan
 from grafts.lifecycle.resolve import plan
-from grafts.methods._presets import config_from
+from grafts.methods._presets import USUAL, config_from
 from grafts.methods._registry import method_named, method_names, method_of
 from grafts.modules.patterns import collapsed
 from grafts.structure.infer import infer_interface
@@ -30,7 +30,7 @@ def inspect(
     source: Annotated[str, typer.Argument(help="A model (folder or hub id), or an adapter's folder.")],
     method: Annotated[
         str, typer.Option(help="The kind of adapter to plan, a preset, or a union of several.")
-    ] = "lora",
+    ] = USUAL,
     task: Annotated[str | None, typer.Option(help="Plan for the model with this task's head.")] = None,
     interface: Annotated[
         bool,

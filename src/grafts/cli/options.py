@@ -46,16 +46,25 @@ def settings_parameters(cls: type[Any], without: Iterable[str] = ()) -> list[ins
         if field.name in without:
             continue
         hint = hints[field.name]
-        options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-        default = "" if field.default in (None, "") else f" [dim](default: {field.default})[/dim]"
-        kind = str if typing.get_origin(options[0]) is list else options[0]
+        if isinstance(hint, types.UnionType):
+            options = typing.get_args(hint)
+        else:
+            options = (hint,)
+        if field.default in (None, ""):
+            default = ""
+        else:
+            default = f" [dim](default: {field.default})[/dim]"
+        if typing.get_origin(options[0]) is list:
+            kind = str
+        else:
+            kind = options[0]
         made.append(parameter(field.name, kind, field.metadata["help"] + default, field.metadata["panel"]))
     return made
 
 
 def adapter_parameters() -> list[inspect.Parameter]:
     """A flag for each option of any method, its help saying which methods have it."""
-    having: dict[str, list[Method]] = {}
+    having: dict[str, list[Method[Any]]] = {}
     fields: dict[str, dataclasses.Field[Any]] = {}
     for method in methods():
         for field in dataclasses.fields(method.config):
@@ -98,7 +107,9 @@ def _module_names(text: str) -> str | list[str]:
     """A regular expression or ``all-linear`` as it is; names, one or several with commas, as a list."""
     names = [name.strip() for name in text.strip("[]").split(",")]
     plain = all(name.replace("_", "").replace(".", "").replace("-", "").isalnum() for name in names)
-    return names if plain and text != "all-linear" else text
+    if plain and text != "all-linear":
+        return names
+    return text
 
 
 def with_signature(

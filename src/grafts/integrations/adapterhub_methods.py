@@ -5,18 +5,12 @@ from __future__ import annotations
 from grafts.config import AdapterConfig
 from grafts.methods._presets import config_from
 from grafts.methods._registry import method_of
-from grafts.methods.union import UnionConfig
+from grafts.methods.bottleneck import BnConfig
+from grafts.structure.interface import InterfaceMethod
 
 
-class AdapterMethod:
+class AdapterMethod(InterfaceMethod):
     """The names that ``adapter_methods`` of an interface holds."""
-
-    bottleneck = "bottleneck"
-    prefix_tuning = "prefix_tuning"
-    lora = "lora"
-    prompt_tuning = "prompt_tuning"
-    reft = "reft"
-    invertible = "invertible"
 
     @staticmethod
     def get_from_config(config: AdapterConfig | str) -> list[str]:
@@ -26,10 +20,14 @@ class AdapterMethod:
         >>> AdapterMethod.get_from_config("seq_bn_inv|lora")
         ['bottleneck', 'invertible', 'lora']
         """
-        made = config_from(config)
-        if isinstance(made, UnionConfig):
-            return list(
-                dict.fromkeys(name for one in made.configs for name in AdapterMethod.get_from_config(one))
-            )
-        inverts = getattr(made, "inv_adapter", None) is not None
-        return [method_of(made).name, *([AdapterMethod.invertible] if inverts else [])]
+        config = config_from(config)
+        method = method_of(config)
+        if method.members is None:
+            names = [method.name]
+            if isinstance(config, BnConfig) and config.inv_adapter is not None:
+                names.append(AdapterMethod.invertible)
+            return names
+        names = []
+        for member in method.members(config):
+            names += AdapterMethod.get_from_config(member)
+        return list(dict.fromkeys(names))

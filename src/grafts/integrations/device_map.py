@@ -15,6 +15,7 @@ from grafts.errors import StateError
 from grafts.integrations.transformers_private import unsplit_modules
 from grafts.lifecycle.attach import set_apart
 from grafts.lifecycle.registry import unwrapped
+from grafts.modules.patterns import within
 from grafts.modules.tree import device_and_dtype
 from grafts.sites.site import sites_in
 
@@ -52,25 +53,32 @@ def dispatch(
     unsplit = unsplit_modules(inner)
     with set_apart(inner):
         if device_map in _STRATEGIES:
-            memory = None if max_memory is None else dict(max_memory)
+            if max_memory is None:
+                memory = None
+            else:
+                memory = dict(max_memory)
             if device_map != "sequential":
-                low = device_map == "balanced_low_0"
-                memory = get_balanced_memory(inner, memory, no_split_module_classes=unsplit, low_zero=low)
+                leaves_first_free = device_map == "balanced_low_0"
+                memory = get_balanced_memory(
+                    inner, memory, no_split_module_classes=unsplit, low_zero=leaves_first_free
+                )
             device_map = infer_auto_device_map(inner, memory, no_split_module_classes=unsplit)
         elif not isinstance(device_map, Mapping):
             device_map = {"": device_map}
-        if "disk" in device_map.values() and offload_folder is None and offload_index is None:
+        needs_disk = "disk" in device_map.values()
+        if needs_disk and offload_folder is None and offload_index is None:
             raise StateError(
                 "some weights do not fit into memory: name a folder for them with offload_folder="
             )
         gather(inner)
-        if offload_index is None and "disk" in device_map.values():
-            # not left to `dispatch_model`, which takes what it finds in the folder for these weights,
-            # whatever it is
-            there = inner.state_dict(keep_vars=False)
-            offload_state_dict(
-                offload_folder, {n: t for n, t in there.items() if _place_of(n, device_map) == "disk"}
-            )
+        if needs_disk and offload_index is None:
+            # Not left to `dispatch_model`, which takes what it finds in the folder for these weights,
+            # whatever it is.
+            on_disk = {}
+            for name, tensor in inner.state_dict(keep_vars=False).items():
+                if _place_of(name, device_map) == "disk":
+                    on_disk[name] = tensor
+            offload_state_dict(offload_folder, on_disk)
         dispatch_model(inner, dict(device_map), offload_dir=offload_folder, offload_index=offload_index)
     for host, site in sites_in(inner):
         site.to(device_and_dtype(host)[0])
@@ -78,8 +86,13 @@ def dispatch(
 
 def _place_of(name: str, device_map: Mapping[str, Any]) -> Any:
     """Where a tensor goes: as the longest path in the map says that leads to it."""
-    paths = [path for path in device_map if not path or name == path or name.startswith(f"{path}.")]
-    return device_map[max(paths, key=len)] if paths else None
+    paths = []
+    for path in device_map:
+        if path == "" or within(name, [path]):
+            paths.append(path)
+    if not paths:
+        return None
+    return device_map[max(paths, key=len)]
 
 
 def gather(model: nn.Module) -> None:
@@ -88,26 +101,38 @@ def gather(model: nn.Module) -> None:
     """
     from accelerate.hooks import remove_hook_from_module  # noqa: PLC0415 (an optional backend)
 
-    hooked = [
-        (module, hook)
-        for module in model.modules()
-        if (hook := getattr(module, "_hf_hook", None)) is not None
-    ]
-    for module, hook in hooked:
-        values = [
-            one.weights_map
-            for one in (hook, *getattr(hook, "hooks", ()))
-            if getattr(one, "weights_map", None) is not None
-        ]
-        for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
-            if tensor is not None and tensor.device.type == "meta" and values:
-                value: Any = torch.as_tensor(values[0][name]).to("cpu", tensor.dtype).clone()
-                value = (
-                    nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
-                )
-                (module._parameters if isinstance(tensor, nn.Parameter) else module._buffers)[name] = value
+    was_spread = False
+    for module in model.modules():
+        hook = getattr(module, "_hf_hook", None)
+        if hook is None:
+            continue
+        was_spread = True
+        weights = _weights_of(hook)
+        if weights is not None:
+            _fill_from(module, weights)
         hook.weights_map = None
         hook.original_devices = {}
         remove_hook_from_module(module)
-    if hooked and callable(tie := getattr(model, "tie_weights", None)):
-        tie()  # what shared one weight has got it one by one
+    tie_weights = getattr(model, "tie_weights", None)
+    if was_spread and callable(tie_weights):
+        tie_weights()  # what shared one weight has got it one by one
+
+
+def _weights_of(hook: Any) -> Mapping[str, Any] | None:
+    """Where a hook of `accelerate`, or one of those that it holds, keeps the weights of its module."""
+    for one in (hook, *getattr(hook, "hooks", ())):
+        weights = getattr(one, "weights_map", None)
+        if weights is not None:
+            return weights  # type: ignore[no-any-return]
+    return None
+
+
+def _fill_from(module: nn.Module, weights: Mapping[str, Any]) -> None:
+    """Give a module the tensors that it keeps elsewhere, in main memory."""
+    for name, parameter in module._parameters.items():
+        if parameter is not None and parameter.is_meta:
+            value = torch.as_tensor(weights[name]).to("cpu", parameter.dtype).clone()
+            module._parameters[name] = nn.Parameter(value, parameter.requires_grad)
+    for name, buffer in module._buffers.items():
+        if buffer is not None and buffer.is_meta:
+            module._buffers[name] = torch.as_tensor(weights[name]).to("cpu", buffer.dtype).clone()

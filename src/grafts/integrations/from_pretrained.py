@@ -91,7 +91,7 @@ def from_pretrained(
     folder = hub.fetch(adapter, revision=revision, subfolder=subfolder, **where)
     checkpoint = read_checkpoint(folder, allow_pickle=allow_pickle)
     config = checkpoint.config
-    source = base if base is not None else config.base_model_name_or_path
+    source = config.base_model_name_or_path if base is None else base
     if not source:
         raise CheckpointError(f"{os.fspath(adapter)!r} does not name its base model: give it with base=")
     options = {name: value for name, value in where.items() if value} | base_options
@@ -101,7 +101,10 @@ def from_pretrained(
     if labels is not None and not {"num_labels", "id2label", "config"} & base_options.keys():
         # a head for other labels is no use: the adapter has one of its own
         options |= {"num_labels": labels, "ignore_mismatched_sizes": True}
-    cls = model_class if model_class is not None else _class_of(checkpoint, os.fspath(source), options)
+    if model_class is not None:
+        cls = model_class
+    else:
+        cls = _class_of(checkpoint, os.fspath(source), options)
     try:
         model = cls.from_pretrained(os.fspath(source), **options)
     except (OSError, ValueError) as error:
@@ -155,7 +158,10 @@ def _class_of(checkpoint: Checkpoint, source: str, options: Mapping[str, Any]) -
             f"the base {source!r} cannot be loaded: {str(error).strip().splitlines()[0]}"
         ) from error
     for name in names:
-        found = getattr(transformers, name, None) if isinstance(name, str) and name.isidentifier() else None
+        if isinstance(name, str) and name.isidentifier():
+            found = getattr(transformers, name, None)
+        else:
+            found = None
         if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
             return found
     return transformers.AutoModel

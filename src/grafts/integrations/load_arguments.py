@@ -23,8 +23,10 @@ from grafts.integrations.transformers_private import names_today
 from grafts.methods._presets import config_from
 from grafts.methods._registry import method_named, method_of
 
+# The options of getting something from the hub.
 _HUB = ("revision", "token", "subfolder", "cache_dir", "local_files_only", "force_download")
-_IGNORED = ("_adapter_model_path", "_commit_hash", "proxies")  # what `from_pretrained` passes on besides
+# What `from_pretrained` passes on besides.
+_IGNORED = ("_adapter_model_path", "_commit_hash", "proxies")
 
 
 def config_of(given: Any) -> AdapterConfig:
@@ -35,12 +37,19 @@ def config_of(given: Any) -> AdapterConfig:
     """
     if isinstance(given, (AdapterConfig, str)):
         return config_from(given)
-    values = given if isinstance(given, Mapping) else given.to_dict() if hasattr(given, "to_dict") else None
+    values = given
+    if not isinstance(given, Mapping) and hasattr(given, "to_dict"):
+        values = given.to_dict()
     if not isinstance(values, Mapping) or values.get("peft_type") is None:
         raise TypeError(f"adapter_config should be a config of a method. Got {type(given)} instead.")
-    kind = values["peft_type"]
-    others = {name: value for name, value in values.items() if name not in ("peft_type", "peft_version")}
-    return method_named(str(getattr(kind, "value", kind))).config.from_dict(others)
+    peft_type = values["peft_type"]
+    peft_type = getattr(peft_type, "value", peft_type)  # `peft` has an enumeration of them
+    options = {}
+    for name, value in values.items():
+        if name not in ("peft_type", "peft_version"):
+            options[name] = value
+    config_class: type[AdapterConfig] = method_named(str(peft_type)).config
+    return config_class.from_dict(options)
 
 
 def checkpoint_of(
@@ -54,47 +63,101 @@ def checkpoint_of(
 ) -> Checkpoint:
     """The checkpoint that the arguments of `load_adapter` of ``model`` name.
 
+    Args:
+        model: the base model.
+        source: a folder or a repository; that of the model itself if neither it nor the rest is given.
+        config: in place of the file's.
+        tensors: in place of the file's.
+        options: how to get the source, as arguments of `load_adapter`; None for not given.
+        more: more of these, as ``adapter_kwargs``.
+        load_config: how `from_pretrained` was called, where it calls this; else None.
+
     Raises:
         ConfigError: they name none, or hold an option that is not known.
     """
-    caller = dict(getattr(load_config, "download_kwargs", None) or {})
-    its_own = getattr(load_config, "pretrained_model_name_or_path", None)
-    if source is not None and source != its_own:
-        caller.pop("revision", None)  # that of the base
-    source = source or its_own
-    if source is None and (config is None or tensors is None):
+    _require_known(more)
+    key_mapping = more.get("key_mapping")
+    if config is not None and tensors is not None:
+        return _renamed(model, _in_memory(config_of(config), tensors), key_mapping)
+    own_source = getattr(load_config, "pretrained_model_name_or_path", None)
+    wanted = source or own_source
+    if wanted is None:
         raise ConfigError(
             "You should either pass a `peft_model_id` or a `peft_config` and `adapter_state_dict` to load an "
             "adapter."
         )
-    known = (*_HUB, "allow_pickle", "key_mapping", *_IGNORED)
-    if strange := [name for name in more if name not in known]:
-        raise ConfigError(
-            f"adapter_kwargs has no {strange[0]!r}; {did_you_mean(strange[0], known[: -len(_IGNORED)])}"
-        )
-    chosen = {name: caller[name] for name in _HUB if caller.get(name)}
-    chosen |= {
-        name: value for name, value in {**more, **options}.items() if value is not None and name in _HUB
-    }
-    if config is not None and tensors is not None:
-        path = Path("state dict")
-        made = config_of(config)
+    is_another = source is not None and source != own_source
+    where = _download_options(load_config, more, options, is_another=is_another)
+    path = hub.fetch(wanted, **where)
+    accepts_pickle = getattr(load_config, "use_safetensors", None) is False
+    allow_pickle = bool(more.get("allow_pickle")) or accepts_pickle
+    checkpoint = read_checkpoint(path, allow_pickle=allow_pickle)
+    if tensors is None and config is None:
+        return _renamed(model, checkpoint, key_mapping)
+    if config is None:
+        chosen_config = checkpoint.config
     else:
-        assert source is not None
-        path = hub.fetch(source, **chosen)
-        pickled = bool(more.get("allow_pickle")) or getattr(load_config, "use_safetensors", None) is False
-        checkpoint = read_checkpoint(path, allow_pickle=pickled)
-        if tensors is None and config is None:
-            return _renamed(model, checkpoint, more.get("key_mapping"))
-        made = checkpoint.config if config is None else config_of(config)
-        tensors = checkpoint.tensors if tensors is None else tensors
-    method = method_of(made)
-    by_module = method.files is None and method.members is None
-    named = {
-        peft.PREFIX + name.removeprefix(peft.PREFIX) if by_module else name: t for name, t in tensors.items()
-    }
+        chosen_config = config_of(config)
+    if tensors is None:
+        chosen_tensors = checkpoint.tensors
+    else:
+        chosen_tensors = tensors
+    return _renamed(model, _in_memory(chosen_config, chosen_tensors, path), key_mapping)
+
+
+def _require_known(more: Mapping[str, Any]) -> None:
+    """Refuse an option that nothing knows.
+
+    Raises:
+        ConfigError: naming it, and the nearest.
+    """
+    known = (*_HUB, "allow_pickle", "key_mapping")
+    for name in more:
+        if name not in known and name not in _IGNORED:
+            raise ConfigError(f"adapter_kwargs has no {name!r}; {did_you_mean(name, known)}")
+
+
+def _download_options(
+    load_config: Any, more: Mapping[str, Any], options: Mapping[str, Any], *, is_another: bool
+) -> dict[str, Any]:
+    """How to get a source from the hub: what `from_pretrained` was told, and over it what `load_adapter` was.
+
+    Args:
+        load_config: how `from_pretrained` was called, or None.
+        more: ``adapter_kwargs``.
+        options: the arguments of `load_adapter`.
+        is_another: the source is not the model's own, so that the revision of the model says nothing of it.
+    """
+    of_caller = dict(getattr(load_config, "download_kwargs", None) or {})
+    if is_another:
+        of_caller.pop("revision", None)
+    chosen = {}
+    for name in _HUB:
+        if of_caller.get(name):
+            chosen[name] = of_caller[name]
+        for values in (more, options):
+            if values.get(name) is not None:
+                chosen[name] = values[name]
+    return chosen
+
+
+def _in_memory(
+    config: AdapterConfig, tensors: Mapping[str, Tensor], path: Path = Path("state dict")
+) -> Checkpoint:
+    """A checkpoint of a config and tensors; names of modules may come without what a file puts before
+    them.
+    """
+    method = method_of(config)
+    lie_by_module = not method.files.is_packed and method.members is None
+    named = {}
+    for name, tensor in tensors.items():
+        if lie_by_module:
+            whole_name = peft.PREFIX + name.removeprefix(peft.PREFIX)
+        else:
+            whole_name = name
+        named[whole_name] = tensor
     size = sum(tensor.numel() * tensor.element_size() for tensor in named.values())
-    return _renamed(model, Checkpoint(path, made, named, size), more.get("key_mapping"))
+    return Checkpoint(path, config, named, size)
 
 
 def _renamed(model: nn.Module, checkpoint: Checkpoint, mapping: Mapping[str, str] | None) -> Checkpoint:
@@ -108,13 +171,22 @@ def _renamed(model: nn.Module, checkpoint: Checkpoint, mapping: Mapping[str, str
     """
     if checkpoint.layout != "peft":
         return checkpoint
+    paths = {}
+    for name in checkpoint.tensors:
+        path = name.removeprefix(peft.PREFIX)
+        for pattern, replacement in (mapping or {}).items():
+            path = re.sub(pattern, replacement, path)
+        paths[name] = path
     children = {name for name, _ in model.named_children()}
-    paths = {name: name.removeprefix(peft.PREFIX) for name in checkpoint.tensors}
-    for pattern, by in (mapping or {}).items():
-        paths = {name: re.sub(pattern, by, path) for name, path in paths.items()}
-    of_modules = {name: path for name, path in paths.items() if name.startswith(peft.PREFIX)}
-    today = names_today(model, [path for path in of_modules.values() if path.split(".")[0] not in children])
-    paths |= {name: peft.PREFIX + today.get(path, path) for name, path in of_modules.items()}
-    return dataclasses.replace(
-        checkpoint, tensors={paths[name]: tensor for name, tensor in checkpoint.tensors.items()}
-    )
+    strange = []
+    for name, path in paths.items():
+        if name.startswith(peft.PREFIX) and path.split(".")[0] not in children:
+            strange.append(path)
+    today = names_today(model, strange)
+    tensors = {}
+    for name, tensor in checkpoint.tensors.items():
+        path = paths[name]
+        if name.startswith(peft.PREFIX):
+            path = peft.PREFIX + today.get(path, path)
+        tensors[path] = tensor
+    return dataclasses.replace(checkpoint, tensors=tensors)

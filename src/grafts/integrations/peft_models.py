@@ -56,7 +56,11 @@ class AdapterModel(nn.Module):
     @property
     def active_adapters(self) -> list[str]:
         """The names of the active adapters."""
-        return [name for name, status in adapters(self.model).items() if status.active]
+        result = []
+        for name, status in adapters(self.model).items():
+            if status.active:
+                result.append(name)
+        return result
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model."""
@@ -182,11 +186,15 @@ class AdapterModel(nn.Module):
 
     def get_peft_config_as_dict(self, inference: bool = False) -> dict[str, dict[str, Any]]:
         """The configs as plain data, by name."""
-        changed: dict[str, Any] = {"inference_mode": True} if inference else {}
-        return {
-            name: dataclasses.replace(config, **changed).to_dict()
-            for name, config in self.peft_config.items()
-        }
+        changed: dict[str, Any]
+        if inference:
+            changed = {"inference_mode": True}
+        else:
+            changed = {}
+        result = {}
+        for name, config in self.peft_config.items():
+            result[name] = dataclasses.replace(config, **changed).to_dict()
+        return result
 
 
 class AdaptionPromptModel(AdapterModel):

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from grafts.checkpoints import hub
 from grafts.checkpoints import peft_format as peft
 from grafts.checkpoints.atomic_write import write_all
+from grafts.checkpoints.hotswap import check_reservable, reserve, reserve_rank
 from grafts.checkpoints.hotswap import hotswap as swap
-from grafts.checkpoints.hotswap import reserve
 from grafts.checkpoints.load import LoadReport, prepare
 from grafts.checkpoints.model_card import About, table
 from grafts.checkpoints.save import adapter_tensors, checkpoint_files, folder_name, save, training_files
@@ -59,7 +59,9 @@ class PeftAdapterMixin:
 
     def _carried(self) -> registry.Registry | None:
         """What the model carries; nothing while it is only being made."""
-        return find_registry(cast("nn.Module", self)) if "_modules" in self.__dict__ else None
+        if "_modules" in self.__dict__:
+            return find_registry(cast("nn.Module", self))
+        return None
 
     @property
     def _hf_peft_config_loaded(self) -> bool:
@@ -71,7 +73,9 @@ class PeftAdapterMixin:
     def peft_config(self) -> dict[str, AdapterConfig]:
         """The configs of the adapters by name; empty where there are none."""
         known = self._carried()
-        return {} if known is None else {name: plan.config for name, plan in known.plans.items()}
+        if known is None:
+            return {}
+        return {name: plan.config for name, plan in known.plans.items()}
 
     @property
     def _face(self) -> FaceState:
@@ -151,7 +155,10 @@ class PeftAdapterMixin:
         """
         model, name = cast("nn.Module", self), adapter_name if adapter_name is not None else "default"
         there = name in self.peft_config
-        swapping = there and self._face.room is not None if hotswap == "auto" else bool(hotswap)
+        if hotswap == "auto":
+            swapping = there and self._face.room is not None
+        else:
+            swapping = bool(hotswap)
         if swapping and not there:
             raise AdapterNameError(
                 "To hotswap an adapter, there must already be an existing adapter with the same adapter name."
@@ -174,18 +181,15 @@ class PeftAdapterMixin:
         if swapping:
             report = swap(model, checkpoint, name=name)
         else:
-            report, parts = prepare(registry.unwrapped(model), name, checkpoint, None)
-            room = self._face.room
-            for _, part in parts if room is not None else ():
-                part.check_reservable(cast("int", room))
+            adapter = prepare(registry.unwrapped(model), name, checkpoint, None)
+            check_reservable(adapter.parts, self._face.room)
             if placed:
+                # The parts have to lie where the model lies then.
                 dispatch(model, device_map, max_memory, offload_folder, offload_index)
-                report, parts = prepare(registry.unwrapped(model), name, checkpoint, None)
-            for _, part in parts if room is not None else ():
-                part.reserve(cast("int", room))
-            attach.attach_parts(
-                model, name, report.plan, parts, activate=self._face.resting is None, train=is_trainable
-            )
+                adapter = prepare(registry.unwrapped(model), name, checkpoint, None)
+            reserve_rank(adapter.parts, self._face.room)
+            adapter.attach(activate=self._face.resting is None, train=is_trainable)
+            report = adapter.report
             if self._face.resting is not None:
                 self._face.resting = (name,)
         return report
@@ -218,7 +222,7 @@ class PeftAdapterMixin:
         Raises:
             AdapterNameError: there is no adapter, or none of that name.
         """
-        names = (adapter_name,) if isinstance(adapter_name, str) else tuple(adapter_name)
+        names = activate.as_names(adapter_name)
         known = self._registry(names)
         if self._face.resting is None:
             activate.activate(cast("nn.Module", self), names)
@@ -232,7 +236,10 @@ class PeftAdapterMixin:
         Raises:
             AdapterNameError: there is no adapter, or none of that name.
         """
-        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        if isinstance(adapter_name, str):
+            names = [adapter_name]
+        else:
+            names = list(adapter_name)
         self._registry(names)
         activate.train_only(cast("nn.Module", self), names)
         self.set_adapter(names)
@@ -275,7 +282,10 @@ class PeftAdapterMixin:
         Raises:
             AdapterNameError: there is no adapter, or none of that name.
         """
-        names = [adapter_names] if isinstance(adapter_names, str) else list(dict.fromkeys(adapter_names))
+        if isinstance(adapter_names, str):
+            names = [adapter_names]
+        else:
+            names = list(dict.fromkeys(adapter_names))
         self._registry(names).require_unmerged(f"delete {names}")
         for name in names:
             attach.delete(cast("nn.Module", self), name)
@@ -299,21 +309,21 @@ class PeftAdapterMixin:
             StateError: the state dict does not hold it.
         """
         known = self._registry(() if adapter_name is None else (adapter_name,))
-        name = (
-            adapter_name
-            if adapter_name is not None
-            else next(iter(self.active_adapters()), next(iter(known.plans)))
-        )
+        if adapter_name is not None:
+            name = adapter_name
+        else:
+            name = next(iter(self.active_adapters()), next(iter(known.plans)))
         plan = known.plans[name]
         with gathered(cast("nn.Module", self), [part for _, part in known.parts[name]], state_dict):
-            each = [adapter_tensors(known, name, one, number) for number, one in enumerate(plan.each())]
-            if plan.members:
-                return {
-                    f"{at}.{key}": tensor.detach()
-                    for at, tensors in enumerate(each)
-                    for key, tensor in tensors.items()
-                }
-            return {key.removeprefix(peft.PREFIX): tensor.detach() for key, tensor in each[0].items()}
+            tensors = {}
+            for member, single in enumerate(plan.single_plans):
+                for key, tensor in adapter_tensors(known, name, single, member).items():
+                    if plan.members:
+                        own_key = f"{member}.{key}"
+                    else:
+                        own_key = key.removeprefix(peft.PREFIX)
+                    tensors[own_key] = tensor.detach()
+            return tensors
 
     def enable_peft_hotswap(
         self, target_rank: int = 128, check_compiled: Literal["error", "warn", "ignore"] = "error"
@@ -355,7 +365,7 @@ class PeftAdapterMixin:
             MergeError: nothing was merged.
             AdapterNameError: there is none of that name.
         """
-        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        names = None if adapter_names is None else activate.as_names(adapter_names)
         self._registry(names or ())
         merging.merge(cast("nn.Module", self), names)
 
@@ -380,15 +390,11 @@ class PeftAdapterMixin:
         Raises:
             AdapterNameError: there is no adapter, or none of that name.
         """
-        names = self._chosen() if adapter_name is None else adapter_name
-        self._registry([names] if isinstance(names, str) else names)
-        several = not isinstance(names, str) and len(names) > 1
-        save(
-            cast("nn.Module", self),
-            names if several or isinstance(names, str) else names[0],
-            save_directory,
-            layout=layout,
-        )
+        names: str | list[str] = self._chosen() if adapter_name is None else adapter_name
+        if not isinstance(names, str) and len(names) == 1:
+            names = names[0]  # one adapter goes into the folder itself
+        self._registry(activate.as_names(names))
+        save(cast("nn.Module", self), names, save_directory, layout=layout)
 
     def _chosen(self) -> list[str]:
         """The adapters that the model is about: the active and the trainable ones, or all where there are

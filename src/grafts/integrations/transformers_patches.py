@@ -45,13 +45,20 @@ def _loading(method: Callable[..., Any]) -> Callable[..., Any]:
     def load(
         self: Any, folder: str | None = None, model: nn.Module | None = None, *args: Any, **kwargs: Any
     ) -> Any:
-        given = () if folder is None else (folder,) if model is None else (folder, model)
         source = Path(folder if folder is not None else self.state.best_model_checkpoint)
         inner = unwrapped(self.model if model is None else model)
-        own_files = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        if own_files or not carries_adapters(inner) or not (there := adapters_in(source)):
-            return method(self, *given, *args, **kwargs)
-        return load_back(inner, source, there)
+        has_own_files = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if not has_own_files and carries_adapters(inner):
+            adapters = adapters_in(source)
+            if adapters:
+                return load_back(inner, source, adapters)
+        # Passed on as they were given: one of the two methods takes neither folder nor model.
+        given: list[Any] = []
+        if folder is not None:
+            given.append(folder)
+            if model is not None:
+                given.append(model)
+        return method(self, *given, *args, **kwargs)
 
     load.loads_adapters = True  # type: ignore[attr-defined]
     return load
@@ -67,7 +74,9 @@ def carries_adapters(model: nn.Module) -> bool:
         return False
 
 
-_undo: list[Callable[[], None]] = []  # what gives `transformers` back what it had
+# What gives `transformers` back what it had, in the order of taking.
+_undo: list[Callable[[], None]] = []
+# Those who have switched the integration on, and not off again.
 _on: set[Integration] = set()
 
 
@@ -109,35 +118,42 @@ def integrate(initialise: Callable[[Any], Any]) -> Integration:
         return True
 
     if not _on:
-        replacements: list[tuple[Any, str, Callable[..., Any]]] = [
-            (model_class(), "load_adapter", load_adapter)
-        ]
-        replacements += [(module, "is_peft_available", yes) for module in asking_for_peft()]
-        for owner, name, value in replacements:
-            before = vars(owner).get(name)
-            give_back = functools.partial(setattr, owner, name, before)
-            _undo.append(functools.partial(delattr, owner, name) if before is None else give_back)
-            setattr(owner, name, value)
+        _replace(model_class(), "load_adapter", load_adapter)
+        for module in asking_for_peft():
+            _replace(module, "is_peft_available", yes)
     handle = Integration()
     _on.add(handle)
     return handle
+
+
+def _replace(owner: Any, name: str, value: Callable[..., Any]) -> None:
+    """Replace an attribute of a class or module of `transformers`, and note how to give it back."""
+    before = vars(owner).get(name)
+    if before is None:
+        _undo.append(functools.partial(delattr, owner, name))
+    else:
+        _undo.append(functools.partial(setattr, owner, name, before))
+    setattr(owner, name, value)
 
 
 def adapters_in(folder: Path) -> dict[str, Path]:
     """The adapters that a folder holds: itself by the name "", those of its folders by theirs."""
     if not folder.is_dir():
         return {}
-    folders = {"": folder} | {path.name: path for path in sorted(folder.iterdir()) if path.is_dir()}
+    folders = {"": folder}
+    for path in sorted(folder.iterdir()):
+        if path.is_dir():
+            folders[path.name] = path
     return {name: path for name, path in folders.items() if find(path, peft.CONFIG_FILE) is not None}
 
 
-def load_back(model: nn.Module, folder: Path, there: Mapping[str, Path]) -> None:
+def load_back(model: nn.Module, folder: Path, found: Mapping[str, Path]) -> None:
     """Give the adapters of a model the tensors that a checkpoint of them holds, in place.
 
     Args:
         model: the model that carries them.
         folder: the checkpoint.
-        there: what `adapters_in` finds in it.
+        found: what `adapters_in` finds in it.
 
     Raises:
         CheckpointError: an adapter that is trained is not there, or the files do not fit.
@@ -145,14 +161,16 @@ def load_back(model: nn.Module, folder: Path, there: Mapping[str, Path]) -> None
     registry = find_registry(model)
     assert registry is not None
     trained = [name for name in registry.trained if name in registry.plans]
+    # What the model is about: what is trained or active, else all that it carries.
     chosen = list(dict.fromkeys([*trained, *registry.setup.active])) or list(registry.plans)
-    sources = {name: there[name] for name in registry.plans if name in there}
-    if "" in there and not sources:
-        sources = {chosen[0]: there[""]} if len(chosen) == 1 else {}
-    if missing := [name for name in trained or chosen if name not in sources]:
-        found = [name or "one without a name" for name in there]
-        raise CheckpointError(
-            f"{str(folder)!r} does not hold adapter {missing[0]!r} of this model; it holds {found}"
-        )
+    sources = {name: found[name] for name in registry.plans if name in found}
+    if "" in found and not sources and len(chosen) == 1:
+        sources = {chosen[0]: found[""]}
+    for name in trained or chosen:
+        if name not in sources:
+            held = [other or "one without a name" for other in found]
+            raise CheckpointError(
+                f"{str(folder)!r} does not hold adapter {name!r} of this model; it holds {held}"
+            )
     for name, source in sources.items():
         restore(model, name, source)

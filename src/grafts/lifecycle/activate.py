@@ -20,12 +20,15 @@ def activate(model: M, names: str | Sequence[str]) -> M:
         model: the model.
         names: one name, or several that act one after the other at each site (LoRA updates add up).
 
+    Returns:
+        The same model.
+
     Raises:
         AdapterNameError: a name is unknown or stands twice.
         StateError: adapters are merged.
     """
     registry = registry_of(unwrapped(model))
-    wanted = (names,) if isinstance(names, str) else tuple(names)
+    wanted = as_names(names)
     for name in wanted:
         registry.require(name)
     if len(set(wanted)) < len(wanted):
@@ -33,6 +36,13 @@ def activate(model: M, names: str | Sequence[str]) -> M:
     registry.require_unmerged(f"activate {list(wanted)}")
     registry.setup.set(active=wanted)
     return model
+
+
+def as_names(names: str | Sequence[str]) -> tuple[str, ...]:
+    """One name or several as a tuple."""
+    if isinstance(names, str):
+        return (names,)
+    return tuple(names)
 
 
 def deactivate(model: M) -> M:
@@ -66,31 +76,47 @@ def train_only(model: M, names: str | Sequence[str] = ()) -> M:
 
     Being active and being trainable are separate: an adapter that is trained but not active gets no gradient.
 
+    Args:
+        model: the model.
+        names: one adapter, several, or none.
+
+    Returns:
+        The same model.
+
     Raises:
         AdapterNameError: a name is unknown.
         StateError: an adapter to train is merged, or has no parameters.
     """
     inner = unwrapped(model)
     registry = registry_of(inner)
-    wanted = (names,) if isinstance(names, str) else tuple(names)
+    wanted = as_names(names)
     for name in wanted:
         if not registry.require(name).parameters:
             raise StateError(f"adapter {name!r} has no parameters to train")
         if name in registry.setup.merged:
             registry.require_unmerged(f"train {name!r}")
         require_shared(inner, (part for _, part in registry.parts[name]))
-    _train(inner, registry, wanted, frozen=tuple(registry.parts))
+    set_trained(inner, registry, wanted, frozen=tuple(registry.parts))
     return model
 
 
-def _train(model: nn.Module, registry: Registry, wanted: tuple[str, ...], frozen: Iterable[str]) -> None:
-    """Freeze the base and the adapters ``frozen``, thaw ``wanted``."""
+def set_trained(model: nn.Module, registry: Registry, wanted: tuple[str, ...], frozen: Iterable[str]) -> None:
+    """Freeze the base and the adapters ``frozen``, thaw ``wanted``.
+
+    Args:
+        model: the model.
+        registry: what it carries.
+        wanted: names of the adapters that are trained from now on.
+        frozen: names of those that are not.
+    """
     for parameter in base_parameters(model).values():
         if parameter.requires_grad:
             parameter.requires_grad_(False)
-    for names, value in ((frozen, False), (wanted, True)):
-        for name in names:
-            for _, part in registry.parts.get(name, ()):
-                part.requires_grad_(value)
+    for name in frozen:
+        for _, part in registry.parts.get(name, ()):
+            part.set_trainable(False)
+    for name in wanted:
+        for _, part in registry.parts.get(name, ()):
+            part.set_trainable(True)
     registry.trained = wanted
     registry.trainees.update(wanted)

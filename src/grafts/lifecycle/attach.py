@@ -11,15 +11,16 @@ from torch import nn
 
 from grafts.config import AdapterConfig
 from grafts.errors import StateError
-from grafts.lifecycle.activate import _train
-from grafts.lifecycle.build import build_parts, prepare_plan
+from grafts.lifecycle.activate import set_trained
+from grafts.lifecycle.build import build_parts, draft_adapter, require_new_name
 from grafts.lifecycle.plan import Plan
-from grafts.lifecycle.registry import M, Registry, _known, find_registry, registry_of, unwrapped
+from grafts.lifecycle.registry import M, Registry, find_registry, registries, registry_of, unwrapped
 from grafts.lifecycle.sharding import require_shared
 from grafts.methods._presets import config_from
 from grafts.modules.tree import base_modules, base_parameters
 from grafts.sites.site import Part, site_of, sites_at, sites_in
 from grafts.structure.interface import AdapterModelInterface
+from grafts.structure.view import ModelView, look_at
 
 
 def add(
@@ -51,46 +52,63 @@ def add(
         StateError: adapters are merged.
     """
     inner = unwrapped(model)
-    made = prepare_plan(inner, config_from(config), name=name, interface=interface)
-    return attach_parts(model, name, made, build_parts(inner, made, name), activate=activate, train=train)
+    resolved_config = config_from(config)
+    require_new_name(inner, name)
+    view = look_at(inner)
+    plan = draft_adapter(view, resolved_config, name, interface=interface).plan
+    attach_parts(view, name, plan, build_parts(view, plan, name), activate=activate, train=train)
+    return model
 
 
 def attach_parts(
-    model: M, name: str, made: Plan, parts: Sequence[tuple[str, Part]], *, activate: bool, train: bool
-) -> M:
+    view: ModelView,
+    name: str,
+    plan: Plan,
+    parts: Sequence[tuple[str, Part]],
+    *,
+    activate: bool,
+    train: bool,
+) -> None:
     """Hang prepared parts on the model; nothing in here can fail halfway.
+
+    Args:
+        view: the model.
+        name: the adapter's.
+        plan: what was planned.
+        parts: the path and the part of each target, in the order of the plan.
+        activate: make it the active adapter.
+        train: make it the only trainable thing.
 
     Raises:
         StateError: they are to be trained, and the base lies in pieces on several processes.
     """
-    outer, model_ = model, unwrapped(model)
+    model = view.model
     if train:
-        require_shared(model_, (part for _, part in parts))
-    registry = find_registry(model_)
+        require_shared(model, (part for _, part in parts))
+    registry = find_registry(model)
     if registry is None:
-        registry = _known[model_] = Registry(model_)
-        registry.root_hooks.attach(model_)
-        for parameter in base_parameters(model_).values():
+        registry = registries[model] = Registry(model)
+        registry.root_hooks.attach(model)
+        for parameter in base_parameters(model).values():
             parameter.requires_grad_(False)
-    modules = dict(base_modules(model_))
     for path, part in parts:
-        host = modules[path]
+        host = view.modules[path]
         site = site_of(host, part.site)
         if site is None:
             site = part.site(registry.setup)
             site.attach(host)
         site.append(name, part, host)
-    registry.root_hooks.stay_last(model_)
-    registry.plans[name] = made
+    registry.root_hooks.stay_last(model)
+    registry.plans[name] = plan
     registry.parts[name] = list(parts)
-    for number, one in enumerate(made.each()):
-        if one.method.attached is not None:
-            one.method.attached(one.config, registry.own_parts(name, number))
+    for member in range(len(plan.single_plans)):
+        own = registry.own_parts(name, member)
+        for part in own.values():
+            part.connect(own)
     if activate:
         registry.setup.set(active=(name,))
-    if train and made.parameters:
-        _train(model_, registry, (name,), frozen=registry.trained)
-    return outer
+    if train and plan.parameters:
+        set_trained(model, registry, (name,), frozen=registry.trained)
 
 
 def delete(model: M, name: str) -> M:
@@ -104,11 +122,8 @@ def delete(model: M, name: str) -> M:
     registry = registry_of(inner)
     registry.require(name)
     registry.require_unmerged(f"delete {name!r}")
-    registry.setup.set(active=tuple(other for other in registry.setup.active if other != name))
-    del registry.plans[name]
-    registry._unroutable.pop(name, None)
-    registry.trainees.discard(name)
-    for path in dict.fromkeys(path for path, _ in registry.parts.pop(name)):
+    parts = registry.forget(name)
+    for path in dict.fromkeys(path for path, _ in parts):
         host = inner.get_submodule(path)
         for site in list(sites_at(host)):
             site.remove(name)
@@ -159,16 +174,17 @@ def bare(model: M) -> M:
     """
     inner = unwrapped(model)
     registry_of(inner).require_unmerged("look at the bare base")
-    shared = [
-        *base_parameters(inner).values(),
-        *(b for _, m in base_modules(inner) for b in m._buffers.values()),
-    ]
-    twin = copy.deepcopy(inner, {id(tensor): tensor for tensor in shared if tensor is not None})
+    # What stands in the memo of a deep copy is taken as it is: the weights are shared.
+    shared = list(base_parameters(inner).values())
+    buffers = []
+    for _, module in base_modules(inner):
+        buffers += [buffer for buffer in module._buffers.values() if buffer is not None]
+    twin = copy.deepcopy(inner, {id(tensor): tensor for tensor in (*shared, *buffers)})
     registry = registry_of(twin)
     for host, site in list(sites_in(twin)):
         site.detach(host)
     registry.root_hooks.detach(twin)
-    _known.pop(twin, None)
+    registries.pop(twin, None)
     return cast("M", twin)
 
 
@@ -191,4 +207,4 @@ def _restore(model: nn.Module, registry: Registry) -> None:
     registry.root_hooks.detach(model)
     for name, parameter in base_parameters(model).items():
         parameter.requires_grad_(registry.requires_grad.get(name, parameter.requires_grad))
-    _known.pop(model, None)
+    registries.pop(model, None)

@@ -11,47 +11,65 @@ from grafts.config import AdapterConfig
 from grafts.errors import AdapterNameError, ConfigError, GraftsError
 from grafts.lifecycle.plan import Key, Plan, Target
 from grafts.lifecycle.registry import find_registry
-from grafts.lifecycle.resolve import resolve
-from grafts.modules.tree import base_modules, device_and_dtype
+from grafts.lifecycle.resolve import Draft, resolve
+from grafts.lifecycle.selection import FileFacts
+from grafts.modules.patterns import join
+from grafts.modules.tree import device_and_dtype
 from grafts.sites.site import Part
 from grafts.structure.interface import AdapterModelInterface
-from grafts.structure.roles import ModelView
+from grafts.structure.view import ModelView
 
 
-def prepare_plan(
-    model: nn.Module,
-    config: AdapterConfig,
-    *,
-    name: str,
-    lenient: bool = False,
-    replaced: Sequence[str] = (),
-    view: ModelView | None = None,
-    blanks: dict[Key, Part] | None = None,
-    interface: AdapterModelInterface | None = None,
-) -> Plan:
-    """The plan of an adapter that could be added under this name now; the arguments are those of
-    `resolve`.
+def require_new_name(model: nn.Module, name: str) -> None:
+    """Refuse a name under which no adapter can be put on a model now.
+
+    Raises:
+        AdapterNameError: the name is taken, or is none.
+        StateError: adapters are merged.
     """
-    registry = find_registry(model)
     if not isinstance(name, str) or not name:
         raise AdapterNameError(f"an adapter's name is a string that is not empty, not {name!r}")
-    if registry is not None:
-        registry.require_unmerged(f"add {name!r}")
-        if name in registry.plans:
-            raise AdapterNameError(
-                f"an adapter is called {name!r} already: grafts.delete(model, {name!r}) removes it"
-            )
-    try:
-        return resolve(
-            model, config, lenient=lenient, replaced=replaced, view=view, blanks=blanks, interface=interface
+    registry = find_registry(model)
+    if registry is None:
+        return
+    registry.require_unmerged(f"add {name!r}")
+    if name in registry.plans:
+        raise AdapterNameError(
+            f"an adapter is called {name!r} already: grafts.delete(model, {name!r}) removes it"
         )
+
+
+def draft_adapter(
+    view: ModelView,
+    config: AdapterConfig,
+    name: str,
+    *,
+    interface: AdapterModelInterface | None = None,
+    file: FileFacts | None = None,
+) -> Draft:
+    """`resolve`, whose errors name the adapter.
+
+    Args:
+        view: the model.
+        config: what to add.
+        name: the adapter's.
+        interface: what the model's modules are, where that is known.
+        file: what a file says besides, where the config is one of a file.
+
+    Raises:
+        ConfigError: the config, or the interface, does not fit the model.
+    """
+    try:
+        if interface is not None:
+            view = view.through(interface)
+        return resolve(view, config, file)
     except ConfigError as error:
         raise type(error)(f"adapter {name!r}: {error}") from error
 
 
 def build_parts(
-    model: nn.Module,
-    made: Plan,
+    view: ModelView,
+    plan: Plan,
     name: str,
     tensors: Mapping[str, Tensor] | None = None,
     blanks: Mapping[Key, Part] | None = None,
@@ -59,68 +77,96 @@ def build_parts(
     """The parts of a plan by path, in its order.
 
     Args:
-        model: the base model.
-        made: the plan.
+        view: the base model.
+        plan: the plan.
         name: the adapter's name, for messages.
         tensors: values by path and file name, whose names and shapes are those of the plan, those of a
             union's members with their number before the path; without them the adapter is new.
         blanks: parts without memory that planning has made already, to be filled with these values.
     """
     built: dict[Key, Part] = {}
-    own = [one.method.name for one in made.each()]
-    modules = dict(base_modules(model))
-    for target in sorted(made.targets, key=lambda target: target.tied_to is not None):
-        host = modules[target.path]
+    # Those that follow another one come after it.
+    for target in sorted(plan.targets, key=lambda target: target.tied_to is not None):
+        host = view.modules[target.path]
         try:
             if target.tied_to is not None:
                 part = built[target.tied_to, target.kind, target.member].tied(host)
+            elif tensors is None:
+                part = build_fresh(target, host)
             else:
-                part = build_part(target, host, tensors, blanks, f"{target.member}." if made.members else "")
+                values = values_of(plan, target, tensors)
+                part = _build_filled(target, host, values, (blanks or {}).get(target.key))
             part.from_base(host, fresh=tensors is None)
         except GraftsError as error:
             raise type(error)(f"adapter {name!r}: {target.path!r}: {error}") from error
         if not host.training:
             part.eval()
-        if tensors is None or target.kind != own[target.member]:
-            part.requires_grad_(False)  # those of a file are so already
+        part.requires_grad_(False)
         built[target.key] = part
-    return [(target.path, built[target.key]) for target in made.targets]
+    return [(target.path, built[target.key]) for target in plan.targets]
 
 
-def build_part(
-    target: Target,
-    host: nn.Module,
-    tensors: Mapping[str, Tensor] | None,
-    blanks: Mapping[Key, Part] | None = None,
-    prefix: str = "",
-) -> Part:
-    """The part for one target, on its module's device; ``prefix`` stands before the paths of its tensors."""
-    device = device_and_dtype(host)[0]
-    if tensors is None:
-        with torch.device(device):
-            return target.build(host)
-    part = (blanks or {}).get(target.key)
+def tensor_name(plan: Plan, target: Target, name: str) -> str:
+    """The name of one of a target's tensors among those of the whole plan: path and name, behind the member's
+    number.
+    """
+    member = str(target.member) if plan.members else ""
+    return join(member, target.path, name)
+
+
+def values_of(plan: Plan, target: Target, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of one target, by their own names, among those of the whole plan."""
+    return {name: tensors[tensor_name(plan, target, name)] for name in target.tensors}
+
+
+def build_fresh(target: Target, host: nn.Module) -> Part:
+    """A new part for one target, on its module's device."""
+    with torch.device(device_and_dtype(host)[0]):
+        return target.build(host)
+
+
+def _build_filled(target: Target, host: nn.Module, values: Mapping[str, Tensor], blank: Part | None) -> Part:
+    """The part for one target with the tensors of a file, on its module's device.
+
+    Args:
+        target: the target.
+        host: its module.
+        values: the tensors, by the names that the file gives them.
+        blank: the part without memory, where planning has made it already.
+    """
+    part = blank
     if part is None:
         with torch.device("meta"):
             part = target.build(host)
-    prefix += f"{target.path}." if target.path else ""
+    _give_memory(part, device_and_dtype(host)[0])
     with torch.no_grad():
-        _fill(part, {name: tensors[prefix + name] for name in target.tensors}, device)
+        for name, tensor in part.file_tensors().items():
+            # Copied: a file's own memory is not aligned as PyTorch's, which changes roundings, and ends with
+            # the file.
+            tensor.copy_(values[name])
     return part
 
 
-def _fill(part: Part, values: Mapping[str, Tensor], device: torch.device) -> None:
-    """Give a part the tensors of a file; those that have no memory yet get it now."""
-    modules = part.modules() if part._modules else (part,)
-    owners = {id(p): (module, key) for module in modules for key, p in module._parameters.items()}
-    for name, tensor in part.file_tensors().items():
-        if not tensor.is_meta:
-            tensor.copy_(values[name])
-            continue
-        module, key = owners[id(tensor if isinstance(tensor, nn.Parameter) else tensor._base)]
-        # copied: a file's own memory is not aligned as PyTorch's, which changes roundings, and ends with the
-        # file
-        value = torch.empty(tensor.shape, dtype=tensor.dtype, device=device).copy_(values[name])
-        parameter = module._parameters[key]
-        assert parameter is not None
-        module._parameters[key] = nn.Parameter(value.view(parameter.shape), requires_grad=False)
+def _give_memory(part: Part, device: torch.device) -> None:
+    """Give those parameters of a part memory that have none yet; one that stands twice stays one."""
+    with_memory: dict[nn.Parameter, nn.Parameter] = {}
+    for module in part.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is None or not parameter.is_meta:
+                continue
+            if parameter not in with_memory:
+                empty = torch.empty_like(parameter, device=device)
+                with_memory[parameter] = nn.Parameter(empty, requires_grad=False)
+            module._parameters[name] = with_memory[parameter]
+
+
+def fresh_values(view: ModelView, plan: Plan, targets: Sequence[Target]) -> dict[str, Tensor]:
+    """The tensors that a fresh adapter has at these targets, by their names in the whole plan."""
+    values = {}
+    for target in targets:
+        host = view.modules[target.path]
+        part = build_fresh(target, host)
+        part.from_base(host, fresh=True)
+        for name, tensor in part.file_tensors().items():
+            values[tensor_name(plan, target, name)] = tensor
+    return values

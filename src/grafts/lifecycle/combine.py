@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from grafts.config import AdapterConfig
+from grafts.config import BIASES, AdapterConfig
 from grafts.errors import AdapterNameError, ConfigError, StateError, did_you_mean
 from grafts.lifecycle.attach import attach_parts
-from grafts.lifecycle.build import build_part, build_parts, prepare_plan
-from grafts.lifecycle.plan import Plan
-from grafts.lifecycle.registry import registry_of, unwrapped
+from grafts.lifecycle.build import build_fresh, build_parts, draft_adapter, require_new_name, tensor_name
+from grafts.lifecycle.plan import Plan, Target
+from grafts.lifecycle.registry import M, Registry, registry_of, unwrapped
+from grafts.methods._registry import Method, Source
 from grafts.methods._tensor_merging import TensorMerging
-from grafts.modules.patterns import join
-
-M = TypeVar("M", bound=nn.Module)
+from grafts.structure.view import look_at
 
 
 @torch.no_grad()
@@ -70,90 +68,121 @@ def combine(
     if isinstance(names, str) or not names:
         raise AdapterNameError(f"names is a list of adapters, not {names!r}")
     plans = [registry.require(source) for source in names]
-    shares = [1.0] * len(names) if weights is None else [float(weight) for weight in weights]
+    if weights is None:
+        shares = [1.0] * len(names)
+    else:
+        shares = [float(weight) for weight in weights]
     if len(shares) != len(names):
         raise ConfigError(f"{len(names)} adapters and {len(shares)} weights; give one for each")
-    kind = plans[0].method
-    if different := [source for source, made in zip(names, plans, strict=True) if made.method is not kind]:
-        raise ConfigError(
-            f"{names[0]!r} is {kind.title} and {different[0]!r} is not; adapters of one method can be made "
-            f"into one"
-        )
-    if kind.combine is None or method not in kind.combinations:
-        known = did_you_mean(method, kind.combinations)
-        raise ConfigError(f"{kind.title} adapters cannot be combined by {method!r}; {known}")
-    blend = TensorMerging(method, rank, density, majority_sign, generator)
-    sources = [
-        (made.config, registry.own_parts(source), share)
-        for source, made, share in zip(names, plans, shares, strict=True)
-    ]
-    config, tensors = kind.combine(sources, blend)
-    made = prepare_plan(inner, _config_for_all(config, plans), name=name, interface=plans[0].interface)
-    tensors = {**tensors, **_extras(inner, made, names, shares)}
-    needed = {join(t.path, key) for t in made.targets if t.tied_to is None for key in t.tensors}
+    record = _common_method(names, plans)
+    if record.combine is None or method not in record.combinations:
+        known = did_you_mean(method, record.combinations)
+        raise ConfigError(f"{record.title} adapters cannot be combined by {method!r}; {known}")
+
+    merging = TensorMerging(method, rank, density, majority_sign, generator)
+    sources = []
+    for source, plan, share in zip(names, plans, shares, strict=True):
+        sources.append(Source(plan.config, registry.own_parts(source), share))
+    config, own_tensors = record.combine(sources, merging)
+    require_new_name(inner, name)
+    view = look_at(inner)
+    joint_config = _config_for_all(config, plans)
+    plan = draft_adapter(view, joint_config, name, interface=plans[0].interface).plan
+    tensors = {**own_tensors, **_auxiliary_tensors(inner, registry, plan, names, shares)}
+    needed: set[str] = set()
+    for target in plan.targets:
+        if target.tied_to is None:
+            needed.update(tensor_name(plan, target, key) for key in target.tensors)
     if needed != set(tensors):
         raise StateError(f"cannot combine {list(names)}: no one has {sorted(needed ^ set(tensors))[:3]}")
-    return attach_parts(
-        model, name, made, build_parts(inner, made, name, tensors), activate=activate, train=train
-    )
+    parts = build_parts(view, plan, name, tensors)
+    attach_parts(view, name, plan, parts, activate=activate, train=train)
+    return model
 
 
-_BIASES = ("none", "lora_only", "all")  # each trains what those before it train, and more
+def _common_method(names: Sequence[str], plans: Sequence[Plan]) -> Method[Any]:
+    """The method that all of the adapters have.
+
+    Raises:
+        ConfigError: one has another.
+    """
+    method = plans[0].method
+    for name, plan in zip(names, plans, strict=True):
+        if plan.method is not method:
+            raise ConfigError(
+                f"{names[0]!r} is {method.title} and {name!r} is not; adapters of one method can be made "
+                "into one"
+            )
+    return method
 
 
 def _config_for_all(config: AdapterConfig, plans: Sequence[Plan]) -> AdapterConfig:
-    """``config`` with every module that one of the adapters has, by its path."""
-    if len({str(getattr(p.config, "trainable_token_indices", None)) for p in plans}) > 1:
-        raise ConfigError(
-            "adapters that train different tokens (trainable_token_indices) cannot be made into one"
-        )
-    copies = dict.fromkeys(t.path for p in plans for t in p.targets if t.kind == "copy" and t.tied_to is None)
-    own = dict.fromkeys(
-        t.path
-        for p in plans
-        for t in p.targets
-        if t.kind == p.method.name and t.tied_to is None and t.tensors
-    )
-    named: dict[str, Any] = {"target_modules": tuple(own), "exclude_modules": None, "target_roles": None}
-    changes: dict[str, Any] = {
-        **(named if plans[0].method.places is None else {}),
-        "modules_to_save": tuple(copies) or None,
-        "layers_to_transform": None,
-        "layers_pattern": None,
-    }
-    if "bias" in config.field_names():
-        changes["bias"] = max((p.config.bias for p in plans), key=_BIASES.index)  # type: ignore[attr-defined]
-    return dataclasses.replace(
-        config, **{key: value for key, value in changes.items() if key in config.field_names()}
-    )
+    """``config`` with every module that one of the adapters has, by its path.
 
-
-def _extras(
-    model: nn.Module, made: Plan, names: Sequence[str], weights: Sequence[float]
-) -> dict[str, Tensor]:
-    """The tensors of copies, biases and tokens: the base's, moved by the weighted sum of the adapters'
-    moves.
+    Raises:
+        ConfigError: the adapters train different tokens.
     """
-    registry = registry_of(model)
-    result = {}
-    for target in made.targets:
-        if target.kind == made.method.name or target.tied_to is not None:
+    first = plans[0].config.auxiliary()
+    targets: dict[str, None] = {}  # ordered, each once
+    copies: dict[str, None] = {}
+    biases = first.biases
+    for plan in plans:
+        auxiliary = plan.config.auxiliary()
+        if auxiliary.tokens != first.tokens:
+            raise ConfigError(
+                "adapters that train different tokens (trainable_token_indices) cannot be made into one"
+            )
+        biases = max(biases, auxiliary.biases, key=BIASES.index)
+        for target in plan.targets:
+            if target.is_own and target.tensors:
+                targets[target.path] = None
+            elif target.kind == "copy" and target.tied_to is None:
+                copies[target.path] = None
+    stands_on_stream = plans[0].method.places is not None
+    return config.for_modules(None if stands_on_stream else tuple(targets), tuple(copies), biases)
+
+
+def _auxiliary_tensors(
+    model: nn.Module, registry: Registry, plan: Plan, names: Sequence[str], weights: Sequence[float]
+) -> dict[str, Tensor]:
+    """The tensors of copies, biases and tokens: the base's, moved by the weighted sum of the adapters' moves.
+
+    Args:
+        model: the base model.
+        registry: what it carries.
+        plan: of the new adapter.
+        names: of the adapters.
+        weights: one for each.
+    """
+    tensors = {}
+    for target in plan.targets:
+        if target.kind == plan.method.name or target.tied_to is not None:
             continue
         host = model.get_submodule(target.path)
-        untrained = build_part(target, host, None)
+        untrained = build_fresh(target, host)
         untrained.from_base(host, fresh=True)
-        start = untrained.file_tensors()
-        for key in target.tensors:
-            moved = start[key].clone()
+        for key, start in untrained.file_tensors().items():
+            moved = start.clone()
             for name, weight in zip(names, weights, strict=True):
-                for other, (_, part) in zip(registry.plans[name].targets, registry.parts[name], strict=True):
-                    if (other.path, other.kind) == (target.path, target.kind):
-                        # A file says "base_layer." where the adapter has a part of its own at the module; not
-                        # all may have.
-                        values = {_at_module(own): tensor for own, tensor in part.file_tensors().items()}
-                        moved += weight * (values[_at_module(key)] - start[key])
-            result[join(target.path, key)] = moved
-    return result
+                trained = _trained_value(registry, name, target, key)
+                if trained is not None:
+                    moved += weight * (trained - start)
+            tensors[tensor_name(plan, target, key)] = moved
+    return tensors
+
+
+def _trained_value(registry: Registry, name: str, target: Target, key: str) -> Tensor | None:
+    """What adapter ``name`` has trained a tensor of a copy, a bias or tokens to; None where it has none
+    there.
+    """
+    for other, (_, part) in zip(registry.plans[name].targets, registry.parts[name], strict=True):
+        if (other.path, other.kind) != (target.path, target.kind):
+            continue
+        # A file says "base_layer." where the adapter has a part of its own at the module; not all may have.
+        for other_key, tensor in part.file_tensors().items():
+            if _at_module(other_key) == _at_module(key):
+                return tensor
+    return None
 
 
 def _at_module(key: str) -> str:

@@ -5,22 +5,20 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from grafts.errors import MergeError, StateError
-from grafts.lifecycle.activate import activate, deactivate
-from grafts.lifecycle.registry import Merge, Undo, parts_of, registry_of, unwrapped
-from grafts.modules.tree import base_modules
+from grafts.lifecycle.activate import activate, as_names, deactivate
+from grafts.lifecycle.registry import M, Merge, Registry, Undo, registry_of, unwrapped
+from grafts.modules.patterns import join
 from grafts.modules.weights import read_weights, to_finite_storage
 from grafts.sites.module import fold
 from grafts.sites.site import Part
-
-M = TypeVar("M", bound=nn.Module)
-T = TypeVar("T")
+from grafts.structure.view import ModelView, look_at
 
 
 @torch.no_grad()
@@ -49,33 +47,24 @@ def merge(model: M, names: str | Sequence[str] | None = None, *, untie: bool = F
     registry = registry_of(inner)
     registry.require_unmerged("merge")
     before = registry.setup.active
-    wanted = before if names is None else (names,) if isinstance(names, str) else tuple(names)
+    wanted = before if names is None else as_names(names)
     if not wanted:
         raise MergeError("no adapter is active: name the one to merge")
-    with_parts: dict[str, list[Part]] = defaultdict(list)
-    for name in wanted:
-        for one in registry.require(name).each():
-            if not one.method.can_merge(one.config):
-                raise MergeError(f"adapter {name!r}: {one.method.title} has no exact merge")
-        for path, part in parts_of(inner, name):
-            with_parts[path].append(part)
-    ready = {path: _merged_tensors(inner, path, parts) for path, parts in with_parts.items()}
-    shared = _shared(inner, ready)
+    parts = _parts_by_path(registry, wanted)
+    view = look_at(inner)
+    tensors: dict[str, Tensor] = {}
+    for path, of_module in parts.items():
+        for name, tensor in _merged_tensors(view.modules[path], path, of_module).items():
+            tensors[join(path, name)] = tensor
+
+    shared = _shared_storage(view, tensors)
     if not untie:
-        shared = {name: others for name, others in shared.items() if not _alike(ready, name, others)}
-    if shared and not untie:
-        path, others = next(iter(shared.items()))
-        raise MergeError(
-            f"{path!r} shares its storage with {others}, which merging would change as well: "
-            "leave it out of the adapter's targets, or give it a copy of its own with grafts.merge(..., "
-            "untie=True)"
-        )
+        _require_alike(tensors, shared)
+        shared = {}
     activate(model, wanted)
-    tensors = {name: tensor for path in ready for name, tensor in _full_names(path, ready[path]).items()}
-    undo = [
-        _put(inner, name, tensor, name in shared)
-        for name, tensor in _once_each(inner, tensors, shared).items()
-    ]
+    undo = []
+    for name, tensor in _once_each(inner, tensors, shared).items():
+        undo.append(_put(inner, name, tensor, name in shared))
     if shared:
         undo.append(_untie_config(inner))
     registry.merge = Merge(undo, before)
@@ -101,56 +90,97 @@ def unmerge(model: M) -> M:
     return model
 
 
-def _merged_tensors(model: nn.Module, path: str, parts: list[Part]) -> dict[str, Tensor]:
-    """The tensors of one module that the parts change, ready to be put in its place."""
-    module = model.get_submodule(path)
+def _parts_by_path(registry: Registry, names: Sequence[str]) -> dict[str, list[Part]]:
+    """The parts of several adapters at each module, in the order in which they act.
+
+    Raises:
+        AdapterNameError: a name is unknown.
+        MergeError: a method cannot be merged.
+    """
+    parts: dict[str, list[Part]] = defaultdict(list)
+    for name in names:
+        for single in registry.require(name).single_plans:
+            if not single.method.can_merge(single.config):
+                raise MergeError(f"adapter {name!r}: {single.method.title} has no exact merge")
+        for path, part in registry.parts[name]:
+            parts[path].append(part)
+    return parts
+
+
+def _merged_tensors(module: nn.Module, path: str, parts: Sequence[Part]) -> dict[str, Tensor]:
+    """The tensors of one module that the parts change, ready to be put in its place.
+
+    Raises:
+        MergeError: naming the module.
+    """
     try:
         return to_finite_storage(module, fold(read_weights(module), parts))
     except MergeError as error:
         raise MergeError(f"cannot merge into {path!r}: {error}") from error
 
 
-def _shared(model: nn.Module, ready: Mapping[str, Mapping[str, Tensor]]) -> dict[str, list[str]]:
-    """Which of the tensors to be changed share storage with others of the model: name -> the others'
-    names.
+def _shared_storage(view: ModelView, changed: Mapping[str, Tensor]) -> dict[str, list[str]]:
+    """Which of the tensors to be changed share storage with others of the model.
+
+    Args:
+        view: the model.
+        changed: the tensors by their names in the whole model.
+
+    Returns:
+        The names of the others, by the name of each that shares.
     """
     by_storage: dict[tuple[torch.device, int], list[str]] = defaultdict(list)
-    for path, module in base_modules(model):  # each once, by the path that planning knows it by
-        for name, tensor in _full_names(path, module._parameters).items():
-            if tensor is not None and tensor.device.type != "meta":
-                by_storage[tensor.device, tensor.untyped_storage().data_ptr()].append(name)
-    groups = {name: names for names in by_storage.values() for name in names}
-    changed = [name for path, tensors in ready.items() for name in _full_names(path, tensors)]
-    return {
-        name: others for name in changed if (others := [other for other in groups[name] if other != name])
-    }
+    storage_of: dict[str, tuple[torch.device, int]] = {}
+    for path, module in view.modules.items():
+        for name, tensor in module._parameters.items():
+            if tensor is None or tensor.device.type == "meta":
+                continue
+            storage = tensor.device, tensor.untyped_storage().data_ptr()
+            by_storage[storage].append(join(path, name))
+            storage_of[join(path, name)] = storage
+    shared = {}
+    for name in changed:
+        others = []
+        for other in by_storage[storage_of[name]]:
+            if other != name:
+                others.append(other)
+        if others:
+            shared[name] = others
+    return shared
 
 
-def _alike(ready: Mapping[str, Mapping[str, Tensor]], name: str, others: Sequence[str]) -> bool:
-    """Whether all modules that share a tensor are merged to the same values, up to rounding: they can go on
-    sharing it.
+def _require_alike(tensors: Mapping[str, Tensor], shared: Mapping[str, Sequence[str]]) -> None:
+    """Refuse to change a shared tensor, unless all modules that share it are merged to the same values, up to
+    rounding: they can go on sharing it.
+
+    Raises:
+        MergeError: naming it, the others, and the way out.
     """
-    tensors = {key: tensor for path in ready for key, tensor in _full_names(path, ready[path]).items()}
-    here = tensors[name]
-    rounding = 4 * torch.finfo(here.dtype).eps
-    return all(
-        other in tensors
-        and torch.allclose(tensors[other], here, rtol=rounding, atol=rounding * float(here.abs().max()))
-        for other in others
-    )
+    for name, others in shared.items():
+        ours = tensors[name]
+        rounding = 4 * torch.finfo(ours.dtype).eps
+        reach = rounding * float(ours.abs().max())
+        for other in others:
+            theirs = tensors.get(other)
+            if theirs is None or not torch.allclose(theirs, ours, rtol=rounding, atol=reach):
+                raise MergeError(
+                    f"{name!r} shares its storage with {list(others)}, which merging would change as well: "
+                    "leave it out of the adapter's targets, or give it a copy of its own with "
+                    "grafts.merge(..., untie=True)"
+                )
 
 
 def _once_each(
     model: nn.Module, tensors: Mapping[str, Tensor], untied: Mapping[str, object]
 ) -> dict[str, Tensor]:
     """``tensors`` without those whose parameter stands there under another name already and stays shared."""
-    seen: set[int] = set()
+    seen: set[nn.Parameter] = set()
     result = {}
     for name, tensor in tensors.items():
         parameter = model.get_parameter(name)
-        if name in untied or id(parameter) not in seen:
+        if name in untied or parameter not in seen:
             result[name] = tensor
-        seen.add(id(parameter))
+        seen.add(parameter)
     return result
 
 
@@ -180,11 +210,6 @@ class _RestoreConfig:
     def __call__(self, model: nn.Module) -> None:
         if self.tied is not None:
             model.config.tie_word_embeddings = self.tied  # type: ignore[union-attr]
-
-
-def _full_names(path: str, tensors: Mapping[str, T]) -> dict[str, T]:
-    """A module's tensors by their names in the whole model."""
-    return {f"{path}.{name}" if path else name: tensor for name, tensor in tensors.items()}
 
 
 def _put(model: nn.Module, name: str, tensor: Tensor, untie: bool) -> Undo:
@@ -227,7 +252,10 @@ class MergeReport:
 
     def __str__(self) -> str:
         """Two lines for people."""
-        share = self.max_error / self.effect if self.effect else float("inf")
+        if self.effect:
+            share = self.max_error / self.effect
+        else:
+            share = float("inf")
         return (
             f"merging {', '.join(self.names)}: outputs differ by at most {self.max_error:.2g} (mean "
             f"{self.mean_error:.2g}), {self.max_error / max(self.scale, 1e-30):.1e} of their size\n"
@@ -254,27 +282,19 @@ def verify_merge(model: nn.Module, inputs: Any, names: str | Sequence[str] | Non
     """
     registry = registry_of(unwrapped(model))
     registry.require_unmerged("verify a merge")
-    before, training = registry.setup.active, [module for module in model.modules() if module.training]
-    wanted = before if names is None else (names,) if isinstance(names, str) else tuple(names)
-
-    def outputs() -> list[Tensor]:
-        called = (
-            model(**inputs)
-            if isinstance(inputs, Mapping)
-            else model(*(inputs if isinstance(inputs, tuple) else (inputs,)))
-        )
-        leaves = tree_leaves(dict(called) if isinstance(called, Mapping) else called)
-        return [x.double() for x in leaves if isinstance(x, Tensor) and x.is_floating_point()]
+    before = registry.setup.active
+    training = [module for module in model.modules() if module.training]
+    wanted = before if names is None else as_names(names)
 
     try:
         model.eval()
         deactivate(model)
-        bare = outputs()
+        bare = _outputs(model, inputs)
         activate(model, wanted)
-        unmerged = outputs()
+        unmerged = _outputs(model, inputs)
         merge(model, wanted)
         try:
-            merged = outputs()
+            merged = _outputs(model, inputs)
         finally:
             unmerge(model)
     finally:
@@ -283,11 +303,39 @@ def verify_merge(model: nn.Module, inputs: Any, names: str | Sequence[str] | Non
             module.training = True
     if not unmerged:
         raise MergeError("the model's output holds no floating-point tensor to compare")
-    errors = [(a - b).abs() for a, b in zip(unmerged, merged, strict=True)]
+    errors = _differences(unmerged, merged)
+    effects = _differences(unmerged, bare)
     return MergeReport(
         names=wanted,
-        max_error=max(float(e.max()) for e in errors),
-        mean_error=float(torch.cat([e.flatten() for e in errors]).mean()),
-        effect=max(float((a - b).abs().max()) for a, b in zip(unmerged, bare, strict=True)),
-        scale=max(float(a.abs().max()) for a in unmerged),
+        max_error=max(float(error.max()) for error in errors),
+        mean_error=float(torch.cat([error.flatten() for error in errors]).mean()),
+        effect=max(float(effect.max()) for effect in effects),
+        scale=max(float(output.abs().max()) for output in unmerged),
     )
+
+
+def _differences(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> list[Tensor]:
+    """How far outputs are apart, number by number."""
+    return [(one - other).abs() for one, other in zip(ours, theirs, strict=True)]
+
+
+def _outputs(model: nn.Module, inputs: Any) -> list[Tensor]:
+    """The tensors of floating-point numbers that a model gives, in float64.
+
+    Args:
+        model: the model.
+        inputs: a tensor, a tuple of arguments or a dictionary of keyword arguments.
+    """
+    if isinstance(inputs, Mapping):
+        output = model(**inputs)
+    elif isinstance(inputs, tuple):
+        output = model(*inputs)
+    else:
+        output = model(inputs)
+    if isinstance(output, Mapping):
+        output = dict(output)  # the tree of PyTorch does not know the classes of all outputs
+    tensors = []
+    for leaf in tree_leaves(output):
+        if isinstance(leaf, Tensor) and leaf.is_floating_point():
+            tensors.append(leaf.double())
+    return tensors

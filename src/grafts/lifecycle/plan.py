@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
 
-import torch
-from torch import nn
+from torch import Size, nn
 
 from grafts.config import AdapterConfig
 from grafts.methods._registry import Method
@@ -16,7 +16,11 @@ from grafts.sites.module import ModuleSite
 from grafts.sites.site import Part, Site
 from grafts.structure.interface import AdapterModelInterface
 
+# What tells a target from the others of its adapter: its path, its kind, and its member's number.
 Key = tuple[str, str, int]
+# The kinds of targets that are no method's: a copy of a module, trained biases, trained rows of an embedding.
+AUXILIARY_KINDS = ("copy", "bias", "tokens")
+AuxiliaryKind = Literal["copy", "bias", "tokens"]
 
 
 @dataclass(frozen=True)
@@ -25,7 +29,8 @@ class Target:
 
     Attributes:
         path: the module's path in the base model.
-        kind: what is put there: the method's name, ``"copy"`` (`modules_to_save`) or ``"bias"``.
+        kind: what is put there: the method's name, ``"copy"`` (`modules_to_save`), ``"bias"`` or
+            ``"tokens"``.
         role: what the module is there for in the model.
         shape: the module's sizes, for people.
         tensors: name in the checkpoint (after the module's path) -> shape of each tensor that the part holds.
@@ -39,7 +44,7 @@ class Target:
     kind: str
     role: str
     shape: str
-    tensors: Mapping[str, torch.Size]
+    tensors: Mapping[str, Size]
     build: Callable[[nn.Module], Part] = field(repr=False, compare=False)
     tied_to: str | None = None
     site: type[Site] = field(default=ModuleSite, repr=False)
@@ -51,9 +56,36 @@ class Target:
         return self.path, self.kind, self.member
 
     @property
+    def is_own(self) -> bool:
+        """Whether its part is the method's, and its tensors are not those of another target."""
+        return self.kind not in AUXILIARY_KINDS and self.tied_to is None
+
+    @property
     def parameters(self) -> int:
         """How many parameters of its own the part holds."""
-        return 0 if self.tied_to is not None else sum(math.prod(shape) for shape in self.tensors.values())
+        if self.tied_to is not None:
+            return 0
+        return sum(math.prod(shape) for shape in self.tensors.values())
+
+
+class PlanRow(NamedTuple):
+    """The same target of repeated layers, as one row of a table.
+
+    Attributes:
+        module: its path, the number of the layer as ``*``.
+        role: what it is there for.
+        shape: its sizes.
+        part: what is put there.
+        times: how many there are.
+        parameters: of all of them.
+    """
+
+    module: str
+    role: str
+    shape: str
+    part: str
+    times: int
+    parameters: int
 
 
 @dataclass(frozen=True)
@@ -73,13 +105,14 @@ class Plan:
     model_name: str
     base_parameters: int
     config: AdapterConfig
-    method: Method
+    method: Method[Any]
     targets: tuple[Target, ...]
     interface: AdapterModelInterface | None = field(default=None, repr=False)
     members: tuple[Plan, ...] = field(default=(), repr=False)
 
-    def each(self) -> tuple[Plan, ...]:
-        """The plans of the single methods: its members, or itself."""
+    @property
+    def single_plans(self) -> tuple[Plan, ...]:
+        """The plans of single methods that it is made of: its members, or itself."""
         return self.members or (self,)
 
     @property
@@ -87,15 +120,16 @@ class Plan:
         """How many parameters the adapter would hold."""
         return sum(target.parameters for target in self.targets)
 
-    def rows(self) -> list[tuple[str, str, str, str, int, int]]:
-        """The targets with repeated layers as one row: module, role, shape, kind, how many, parameters in
-        all.
-        """
-        groups: dict[tuple[str, str, str, str, int], int] = {}
+    def rows(self) -> list[PlanRow]:
+        """The targets with repeated layers as one row."""
+        counts: dict[tuple[str, str, str, str, int], int] = {}
         for target in self.targets:
-            key = (collapsed(target.path), target.role, target.shape, target.kind, target.parameters)
-            groups[key] = groups.get(key, 0) + 1
-        return [(*key[:4], count, key[4] * count) for key, count in groups.items()]
+            group = (collapsed(target.path), target.role, target.shape, target.kind, target.parameters)
+            counts[group] = counts.get(group, 0) + 1
+        rows = []
+        for (module, role, shape, kind, parameters), count in counts.items():
+            rows.append(PlanRow(module, role, shape, kind, count, parameters * count))
+        return rows
 
     def summary(self) -> str:
         """One line of totals."""
@@ -107,21 +141,16 @@ class Plan:
 
     def __str__(self) -> str:
         """The plan as a table in plain text."""
-        head = ("module", "role", "shape", "part", "count", "parameters")
-        rows = [head, *((*row[:4], str(row[4]), f"{row[5]:,}") for row in self.rows())]
-        widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
-        lines = [
-            "  ".join(
-                cell.rjust(w) if i >= 4 else cell.ljust(w)
-                for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-            )
-            for row in rows
-        ]
-        return "\n".join(
-            [
-                lines[0].rstrip(),
-                "  ".join("-" * w for w in widths),
-                *map(str.rstrip, lines[1:]),
-                self.summary(),
-            ]
-        )
+        table: list[tuple[str, ...]] = [("module", "role", "shape", "part", "count", "parameters")]
+        for row in self.rows():
+            table.append((*row[:4], str(row.times), f"{row.parameters:,}"))
+        widths = [max(len(line[column]) for line in table) for column in range(len(table[0]))]
+        lines = []
+        for line in table:
+            cells = []
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True)):
+                is_number = column >= 4
+                cells.append(cell.rjust(width) if is_number else cell.ljust(width))
+            lines.append("  ".join(cells).rstrip())
+        rule = "  ".join("-" * width for width in widths)
+        return "\n".join([lines[0], rule, *lines[1:], self.summary()])

@@ -44,7 +44,7 @@ class Registry:
         parts: adapter name -> the path and the part of each of its targets, in the order of the plan.
         trained: names of the adapters that were thawed last.
         trainees: names of the adapters that were ever set to train, and not only loaded to be used.
-        calls: what hooks the model's own calls.
+        root_hooks: what hooks the model's own calls.
         requires_grad: what each base parameter's ``requires_grad`` was before the first adapter came.
         merge: what was merged, or None.
     """
@@ -55,10 +55,13 @@ class Registry:
         self.parts: dict[str, list[tuple[str, Part]]] = {}
         self.trained: tuple[str, ...] = ()
         self.trainees: set[str] = set()
-        self._unroutable: dict[str, str | None] = {}
         self.root_hooks = RootCallHooks(self.setup, self.choose_rows, self.trains)
-        self.requires_grad = {name: p.requires_grad for name, p in base_parameters(model).items()}
+        self.requires_grad: dict[str, bool] = {}
+        for name, parameter in base_parameters(model).items():
+            self.requires_grad[name] = parameter.requires_grad
         self.merge: Merge | None = None
+        # Why rows cannot choose an adapter, by its name; worked out once for each.
+        self._unroutable: dict[str, str | None] = {}
 
     def require(self, name: str) -> Plan:
         """The plan of an adapter.
@@ -77,38 +80,44 @@ class Registry:
             name: the adapter's.
             member: which of those that it is made of, where it is a union.
         """
-        made = self.plans[name]
-        own = made.each()[member].method.name
-        placed = [x for x in zip(made.targets, self.parts[name], strict=True) if x[0].member == member]
-        return {
-            path: part for target, (path, part) in placed if target.kind == own and target.tied_to is None
-        }
+        parts = {}
+        for target, (path, part) in zip(self.plans[name].targets, self.parts[name], strict=True):
+            if target.is_own and target.member == member:
+                parts[path] = part
+        return parts
+
+    def forget(self, name: str) -> list[tuple[str, Part]]:
+        """Take an adapter out of the account; returns the path and the part of each of its targets."""
+        self.setup.set(active=tuple(other for other in self.setup.active if other != name))
+        del self.plans[name]
+        self._unroutable.pop(name, None)
+        self.trainees.discard(name)
+        return self.parts.pop(name)
 
     def trains(self, model: nn.Module) -> bool:
         """Whether something trainable acts in the present call: an adapter, or of the base what was thawed by
         hand.
         """
         rows = self.setup.rows
-        acting = self.setup.active if rows is None else tuple(name for name in rows.names if name is not None)
+        acting: tuple[str | None, ...]
+        if rows is None:
+            acting = self.setup.active
+        else:
+            acting = rows.names
         if any(name in acting for name in self.trained):
             return True
-        parts = [part for name in acting for _, part in self.parts.get(name, ())]
-        tensors = [*base_parameters(model).values(), *(p for part in parts for p in part.parameters())]
-        return any(tensor.requires_grad for tensor in tensors)
+        if any(parameter.requires_grad for parameter in base_parameters(model).values()):
+            return True
+        for name, parts in self.parts.items():
+            if name in acting and any(is_trainable(part) for _, part in parts):
+                return True
+        return False
 
     def unroutable(self, name: str) -> str | None:
         """Why rows cannot choose adapter ``name``, or None."""
-        made = self.require(name)
+        plan = self.require(name)
         if name not in self._unroutable:
-            mixed = [t.path for t in made.targets if loses_rows(t.path, t.role)]
-            whole = [one.method.title for one in made.each() if not one.method.routable]
-            self._unroutable[name] = (
-                f"is {whole[0]}, which acts on all rows of a batch at once"
-                if whole
-                else f"has a part at {mixed[0]!r}, whose input has no rows of the batch"
-                if mixed
-                else None
-            )
+            self._unroutable[name] = _why_unroutable(plan)
         return self._unroutable[name]
 
     def choose_rows(self, names: Sequence[str | None]) -> Rows:
@@ -118,10 +127,15 @@ class Registry:
             AdapterNameError: a name is unknown.
             StateError: adapters are merged, or a method cannot act on some rows only.
         """
-        if isinstance(names, str) or not all(name is None or isinstance(name, str) for name in names):
+        are_names = all(name is None or isinstance(name, str) for name in names)
+        if isinstance(names, str) or not are_names:
             raise AdapterNameError(f"adapter_names is a list with a name or None for each row, not {names!r}")
         for name in dict.fromkeys(names):
-            if name is not None and (reason := self.unroutable(name)):
+            if name is None:
+                reason = None
+            else:
+                reason = self.unroutable(name)
+            if reason is not None:
                 raise StateError(f"adapter_names: {name!r} {reason}")
         self.require_unmerged("choose adapters by row")
         return Rows(names)
@@ -138,6 +152,22 @@ class Registry:
             )
 
 
+def is_trainable(part: nn.Module) -> bool:
+    """Whether some parameter of a part gets gradients."""
+    return any(parameter.requires_grad for parameter in part.parameters())
+
+
+def _why_unroutable(plan: Plan) -> str | None:
+    """Why rows cannot choose an adapter of this plan, or None."""
+    for single in plan.single_plans:
+        if not single.method.routable:
+            return f"is {single.method.title}, which acts on all rows of a batch at once"
+    for target in plan.targets:
+        if loses_rows(target.path, target.role):
+            return f"has a part at {target.path!r}, whose input has no rows of the batch"
+    return None
+
+
 class RegisteredSetup(Setup):
     """The setup of one model, with the way from a site to the model's registry."""
 
@@ -146,7 +176,8 @@ class RegisteredSetup(Setup):
         self.registry = registry
 
 
-_known: WeakKeyDictionary[nn.Module, Registry] = WeakKeyDictionary()
+# The registries of the models that were asked for; that of a copy of a model is found through its sites.
+registries: WeakKeyDictionary[nn.Module, Registry] = WeakKeyDictionary()
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -165,28 +196,36 @@ def unwrapped(model: nn.Module) -> nn.Module:
 def find_registry(model: nn.Module) -> Registry | None:
     """The registry of ``model``, or None where nothing is attached; after the first look one dictionary
     access.
+
+    Raises:
+        StateError: adapters were added to a part of the model, or to a model around it.
     """
-    if model in _known:
-        return _known[model]
-    found = next((site.setup for _, site in sites_in(model)), None)
-    if not isinstance(found, RegisteredSetup):
+    if model in registries:
+        return registries[model]
+    setup: Setup | None = None
+    for _, site in sites_in(model):
+        setup = site.setup
+        break
+    if not isinstance(setup, RegisteredSetup):
         return None
-    registry = found.registry
-    paths = {target.path for applied in registry.plans.values() for target in applied.targets}
-    if any(not _has_site(model, path) for path in paths):
-        raise StateError(
-            f"this {type(model).__name__} is not the module that adapters were added to, but a part or an "
-            "owner of it: call the verbs on that module"
-        )
-    _known[model] = registry
+    registry = setup.registry
+    for plan in registry.plans.values():
+        if not all(_has_site(model, target.path) for target in plan.targets):
+            raise StateError(
+                f"this {type(model).__name__} is not the module that adapters were added to, but a part or "
+                "an owner of it: call the verbs on that module"
+            )
+    registries[model] = registry
     return registry
 
 
 def _has_site(model: nn.Module, path: str) -> bool:
+    """Whether there is a module at that path, and a site at it."""
     try:
-        return next(sites_at(model.get_submodule(path)), None) is not None
+        module = model.get_submodule(path)
     except AttributeError:
         return False
+    return next(sites_at(module), None) is not None
 
 
 def registry_of(model: nn.Module) -> Registry:

@@ -68,40 +68,63 @@ def gathered(
     Raises:
         StateError: the state dict does not hold one of them.
     """
-    names: dict[int, str] = {}
-    if state is not None:
-        state = {_WRAPPERS.sub("", name): tensor for name, tensor in state.items()}
-        names = {id(p): _WRAPPERS.sub("", name) for name, p in model.named_parameters(remove_duplicate=False)}
-    before: list[tuple[nn.Module, dict[str, nn.Parameter | None]]] = []
-    made: dict[int, nn.Parameter] = {}
+    source = None if state is None else _StateDict(model, state)
+    # The dictionaries of parameters with whole tensors in place of those that lie in pieces, module by
+    # module.
+    whole: dict[nn.Parameter, nn.Parameter] = {}
+    replaced: list[tuple[nn.Module, dict[str, nn.Parameter | None]]] = []
     for module in (module for part in parts for module in part.modules()):
-        own = dict(module._parameters)
-        for key, parameter in own.items():
-            if parameter is not None and (state is not None or is_dtensor(parameter)):
-                if id(parameter) not in made:
-                    made[id(parameter)] = nn.Parameter(_whole(parameter, names, state), requires_grad=False)
-                own[key] = made[id(parameter)]
-        before.append((module, own))
-    # whole dictionaries change places and hooks are left out, since others may watch what is read and called
-    # (DeepSpeed)
-    kept = [
-        (module, {name: module.__dict__[name] for name in ("_parameters", *_HOOKS)}) for module, _ in before
-    ]
+        parameters = dict(module._parameters)
+        for key, parameter in parameters.items():
+            if parameter is None or (source is None and not is_dtensor(parameter)):
+                continue
+            if parameter not in whole:
+                tensor: Tensor = parameter
+                if source is not None:
+                    tensor = source.tensor_of(parameter)
+                whole[parameter] = nn.Parameter(_full_tensor(tensor), requires_grad=False)
+            parameters[key] = whole[parameter]
+        replaced.append((module, parameters))
+
+    # Whole dictionaries change places and hooks are left out, since others may watch what is read and called
+    # (DeepSpeed).
+    kept = []
+    for module, _ in replaced:
+        kept.append((module, {name: module.__dict__[name] for name in ("_parameters", *_HOOKS)}))
     try:
-        for module, own in before:
-            module.__dict__.update({"_parameters": own, **{name: OrderedDict() for name in _HOOKS}})
+        for module, parameters in replaced:
+            module.__dict__["_parameters"] = parameters
+            for name in _HOOKS:
+                module.__dict__[name] = OrderedDict()
         yield
     finally:
-        for module, all_own in kept:
-            module.__dict__.update(all_own)
+        for module, attributes in kept:
+            module.__dict__.update(attributes)
 
 
-def _whole(parameter: Tensor, names: Mapping[int, str], state: Mapping[str, Tensor] | None) -> Tensor:
-    if state is not None:
-        name = names[id(parameter)]
-        if name not in state:
+class _StateDict:
+    """A model's state dict, in which the tensors of adapters are found whatever wraps the model."""
+
+    def __init__(self, model: nn.Module, state: Mapping[str, Tensor]) -> None:
+        self._state = {_WRAPPERS.sub("", name): tensor for name, tensor in state.items()}
+        self._names: dict[nn.Parameter, str] = {}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            self._names[parameter] = _WRAPPERS.sub("", name)
+
+    def tensor_of(self, parameter: nn.Parameter) -> Tensor:
+        """What the state dict holds for a parameter.
+
+        Raises:
+            StateError: it holds nothing.
+        """
+        name = self._names[parameter]
+        if name not in self._state:
             raise StateError(f"the state dict does not hold {name!r}, which is the adapter's")
-        parameter = state[name]
-    if is_dtensor(parameter):
-        return cast("Any", parameter).full_tensor()  # type: ignore[no-any-return]
-    return parameter.detach()
+        return self._state[name]
+
+
+def _full_tensor(tensor: Tensor) -> Tensor:
+    """A tensor without its gradient; one of which each process has a piece is gathered from all of them."""
+    if is_dtensor(tensor):
+        return cast("Any", tensor).full_tensor()  # type: ignore[no-any-return]
+    return tensor.detach()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from grafts.config import AdapterConfig
-from grafts.lifecycle.registry import find_registry, parts_of, unwrapped
+from grafts.lifecycle.registry import find_registry, is_trainable, unwrapped
 
 
 @dataclass(frozen=True)
@@ -25,27 +25,32 @@ class AdapterStatus:
 
     def __str__(self) -> str:
         """One line."""
-        doing = [word for word in ("active", "trainable", "merged") if getattr(self, word)]
+        doing = []
+        if self.active:
+            doing.append("active")
+        if self.trainable:
+            doing.append("trainable")
+        if self.merged:
+            doing.append("merged")
         size = f"{self.parameters:,} parameters in {self.modules} modules"
         return f"{self.name}: {self.method}, {size}; {', '.join(doing) or 'idle'}"
 
 
 def adapters(model: nn.Module) -> dict[str, AdapterStatus]:
     """The adapters of ``model`` by name, in the order of adding; empty where there are none."""
-    inner = unwrapped(model)
-    registry = find_registry(inner)
+    registry = find_registry(unwrapped(model))
     if registry is None:
         return {}
-    return {
-        name: AdapterStatus(
+    statuses = {}
+    for name, plan in registry.plans.items():
+        statuses[name] = AdapterStatus(
             name=name,
-            method=made.method.title,
-            config=made.config,
-            modules=len({target.path for target in made.targets}),
-            parameters=made.parameters,
+            method=plan.method.title,
+            config=plan.config,
+            modules=len({target.path for target in plan.targets}),
+            parameters=plan.parameters,
             active=name in registry.setup.active,
-            trainable=any(p.requires_grad for _, part in parts_of(inner, name) for p in part.parameters()),
+            trainable=any(is_trainable(part) for _, part in registry.parts[name]),
             merged=name in registry.setup.merged,
         )
-        for name, made in registry.plans.items()
-    }
+    return statuses

@@ -2,43 +2,50 @@
 
 A method is a config, one or several kinds of parts, and a record of what it can do, which the decorator
 `method` registers. Its parts stand at one of three kinds of site: beside a module (`ModulePart`), inside
-attention (`AttendingPart`), or in front of a model's input (`InputPart`). CONTRIBUTING.md goes through one
+attention (`AttendingPart`), or in front of a stack's input (`InputPart`). CONTRIBUTING.md goes through one
 from beginning to end.
 """
 
-from grafts.config import AdapterConfig, config, option
+from grafts.config import AdapterConfig, Auxiliary, LayerSelection, config, option
+from grafts.methods._files import FileTarget, MethodFiles, PackedFiles, Parts
 from grafts.methods._registry import (
-    Files,
-    FileTarget,
     Method,
-    Parts,
     Place,
+    Source,
     method,
     method_named,
     method_names,
     method_of,
     methods,
+    stream_place,
 )
 from grafts.methods._tensor_merging import TensorMerging
 from grafts.sites.arguments import Kind
 from grafts.sites.attention import AttendingPart, Attention
 from grafts.sites.input import InputPart, TokenObserver
 from grafts.sites.module import ModulePart
-from grafts.sites.site import Part
+from grafts.sites.site import Part, RankedPart, Reference
+from grafts.structure import roles
 
 __all__ = [
     "AdapterConfig",
     "AttendingPart",
     "Attention",
+    "Auxiliary",
     "FileTarget",
-    "Files",
     "InputPart",
     "Kind",
+    "LayerSelection",
     "Method",
+    "MethodFiles",
     "ModulePart",
+    "PackedFiles",
     "Part",
     "Parts",
     "Place",
+    "RankedPart",
+    "Reference",
+    "Source",
     "TensorMerging",
     "TokenObserver",
     "config",
@@ -48,4 +55,6 @@ __all__ = [
     "method_of",
     "methods",
     "option",
+    "roles",
+    "stream_place",
 ]

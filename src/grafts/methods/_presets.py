@@ -11,6 +11,9 @@ from grafts.errors import ConfigError, did_you_mean
 from grafts.methods._registry import method_named, method_names
 from grafts.methods.union import UnionConfig
 
+# What the command line takes where no method is named.
+USUAL = "lora"
+
 _SEQUENTIAL = {"reduction_factor": 16, "original_ln_before": True, "non_linearity": "relu"}
 _DOUBLE = {"mh_adapter": True, "reduction_factor": 16, "non_linearity": "swish"}
 _PARALLEL = {"reduction_factor": 2, "init_weights": "mam_adapter", "is_parallel": True, "scaling": 4.0}
@@ -61,21 +64,29 @@ PRESETS: dict[str, tuple[tuple[str, dict[str, Any]], ...]] = {
 }
 
 
-def _made(method: str, values: dict[str, Any]) -> AdapterConfig:
+# What AdapterHub calls the options of a prefix.
+_PREFIX_OPTIONS = {"prefix_length": "num_virtual_tokens", "bottleneck_size": "encoder_hidden_size"}
+
+
+def _config(method: str, options: dict[str, Any]) -> AdapterConfig:
     """The config of a method; a prefix may have AdapterHub's names for its options, and has its defaults."""
     if method == "prefix_tuning":
-        renamed = {"prefix_length": "num_virtual_tokens", "bottleneck_size": "encoder_hidden_size"}
-        flat = bool(values.get("flat", False))
-        named = {renamed.get(name, name): value for name, value in values.items() if name != "flat"}
-        values = {
-            **_PREFIX,
-            "prefix_projection": not flat,
-            **({} if flat else {"encoder_hidden_size": 512}),
-            **named,
-        }
-    cls = method_named(method).config
-    cls.check_names(values)
-    return cls(**values)
+        options = _prefix_options(options)
+    config_class: type[AdapterConfig] = method_named(method).config
+    config_class.check_names(options)
+    return config_class(**options)
+
+
+def _prefix_options(options: dict[str, Any]) -> dict[str, Any]:
+    """The options of a prefix by the names that they have here, with AdapterHub's defaults."""
+    is_flat = bool(options.get("flat", False))
+    renamed = {**_PREFIX, "prefix_projection": not is_flat}
+    if not is_flat:
+        renamed["encoder_hidden_size"] = 512
+    for name, value in options.items():
+        if name != "flat":
+            renamed[_PREFIX_OPTIONS.get(name, name)] = value
+    return renamed
 
 
 def config_from(config: AdapterConfig | str) -> AdapterConfig:
@@ -88,7 +99,7 @@ def config_from(config: AdapterConfig | str) -> AdapterConfig:
 
     >>> config_from("seq_bn[reduction_factor=8]").reduction_factor
     8
-    >>> [type(one).__name__ for one in config_from("prefix_tuning[flat=True]|par_bn").configs]
+    >>> [type(config).__name__ for config in config_from("prefix_tuning[flat=True]|par_bn").configs]
     ['PrefixTuningConfig', 'BnConfig']
 
     Raises:
@@ -96,9 +107,12 @@ def config_from(config: AdapterConfig | str) -> AdapterConfig:
     """
     if not isinstance(config, str):
         return config
-    each = [_single(chunk.strip()) for chunk in _chunks(config)]
-    flat = [one for made in each for one in (made.configs if isinstance(made, UnionConfig) else (made,))]
-    return flat[0] if len(flat) == 1 else UnionConfig.from_configs(flat)
+    configs: list[AdapterConfig] = []
+    for chunk in _chunks(config):
+        configs += _configs_of(chunk.strip())
+    if len(configs) == 1:
+        return configs[0]
+    return UnionConfig.from_configs(configs)
 
 
 def _chunks(text: str) -> list[str]:
@@ -106,10 +120,14 @@ def _chunks(text: str) -> list[str]:
     chunks, depth, quote = [""], 0, ""
     for char in text:
         if quote:
-            quote = "" if char == quote else quote
+            if char == quote:
+                quote = ""
         elif char in "'\"":
             quote = char
-        depth += {"[": 1, "]": -1}.get(char, 0) if not quote else 0
+        elif char == "[":
+            depth += 1
+        elif char == "]":
+            depth -= 1
         if char == "|" and depth == 0 and not quote:
             chunks.append("")
         else:
@@ -117,20 +135,20 @@ def _chunks(text: str) -> list[str]:
     return chunks
 
 
-def _single(text: str) -> AdapterConfig:
+def _configs_of(text: str) -> list[AdapterConfig]:
+    """The configs of one preset or method, as ``name`` or ``name[option=value, ...]``."""
     match = re.fullmatch(r"(?P<name>[^\[\]|\n]+?)\s*(?:\[(?P<values>.*)\])?", text, re.DOTALL)
     if match is None:
         raise ConfigError(f"{text!r} is no config: write name, or name[option=value, ...]")
-    name, values = match["name"], _values(match["values"] or "", text)
+    name, options = match["name"], _values(match["values"] or "", text)
     if name not in PRESETS and name not in method_names():
         raise ConfigError(f"no method is called {name!r}; {did_you_mean(name, [*PRESETS, *method_names()])}")
-    parts = PRESETS.get(name, ((name, {}),))
-    if len(parts) > 1 and values:
+    members = PRESETS.get(name, ((name, {}),))
+    if len(members) > 1 and options:
         raise ConfigError(
             f"{name!r} is a union and takes no options; write its parts apart, as in 'prefix_tuning|par_bn'"
         )
-    each = [_made(method, {**own, **values}) for method, own in parts]
-    return each[0] if len(each) == 1 else UnionConfig.from_configs(each)
+    return [_config(method, {**preset, **options}) for method, preset in members]
 
 
 def _values(text: str, whole: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Blending several tensors of one shape into one: sums, and what must be dropped or agreed on before summing.
+"""Merging several tensors of one shape into one: sums, and what must be dropped or agreed on before summing.
 
 Task arithmetic (Ilharco et al. 2022), TIES (Yadav et al. 2023), DARE (Yu et al. 2023). Pure functions over
 tensors.
@@ -43,8 +43,8 @@ class TensorMerging:
         Raises:
             ConfigError: naming the option.
         """
-        sparse = self.method.removesuffix("_svd") in SPARSE
-        if sparse and self.density is None:
+        is_sparse = self.method.removesuffix("_svd") in SPARSE
+        if is_sparse and self.density is None:
             raise ConfigError(
                 f"{self.method!r} keeps a share of the values: give density, above 0 and at most 1"
             )
@@ -54,9 +54,10 @@ class TensorMerging:
             raise ConfigError(f"majority_sign is {self.majority_sign!r}; it must be 'total' or 'frequency'")
         if self.rank is not None and self.rank < 1:
             raise ConfigError(f"rank is {self.rank!r}; it must be above 0")
-        for given, used in (("density", sparse), ("rank", self.method.endswith("svd"))):
-            if getattr(self, given) is not None and not used:
-                raise ConfigError(f"{given} has no meaning for {self.method!r}")
+        if self.density is not None and not is_sparse:
+            raise ConfigError(f"density has no meaning for {self.method!r}")
+        if self.rank is not None and not self.method.endswith("svd"):
+            raise ConfigError(f"rank has no meaning for {self.method!r}")
 
     def __call__(self, tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
         """The weighted sum of ``tensors`` in the way that the method has before its ``_svd``.
@@ -71,9 +72,8 @@ class TensorMerging:
         elif way in ("dare_linear", "dare_ties"):
             tensors = [self._dropped(tensor) for tensor in tensors]
         stack = torch.stack(list(tensors))
-        weighted = stack * torch.tensor(weights, dtype=stack.dtype, device=stack.device).view(
-            -1, *[1] * (stack.dim() - 1)
-        )
+        factors = torch.tensor(weights, dtype=stack.dtype, device=stack.device)
+        weighted = stack * factors.view(-1, *[1] * (stack.dim() - 1))
         if way not in ("ties", "dare_ties"):
             return weighted.sum(0)
         agreed = stack.sign() == self._majority(stack)
@@ -97,5 +97,9 @@ class TensorMerging:
 
     def _majority(self, stack: Tensor) -> Tensor:
         """The sign that most of the mass, or most of the tensors, have at each place ("elect")."""
-        total = (stack if self.majority_sign == "total" else stack.sign()).sum(0)
+        if self.majority_sign == "total":
+            votes = stack
+        else:
+            votes = stack.sign()
+        total = votes.sum(0)
         return torch.where(total >= 0, 1.0, -1.0).to(stack)

@@ -7,6 +7,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar, cast
 from weakref import WeakSet
 
@@ -16,10 +17,12 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from grafts.config import config, option
 from grafts.errors import AdapterNameError, ConfigError, StateError
-from grafts.methods._registry import Parts, Place, method
+from grafts.methods._files import MethodFiles, Parts
+from grafts.methods._registry import Place, Source, method
 from grafts.methods._tensor_merging import TensorMerging
-from grafts.methods.shared.low_rank import product
+from grafts.methods.shared.low_rank import is_transposed, product
 from grafts.methods.shared.low_rank_config import LowRankConfig
+from grafts.modules.layers import Layer
 from grafts.modules.patterns import join
 from grafts.sites.module import ModulePart
 from grafts.sites.site import Part, sites_in
@@ -93,7 +96,10 @@ class AdaLoraConfig(LowRankConfig):
 
     def kept(self, path: str) -> list[bool]:
         """Which of the ranks the target at ``path`` has."""
-        return (self.rank_pattern or {}).get(join(path, "lora_E"), [True] * self.init_r)
+        every_rank = [True] * self.init_r
+        if self.rank_pattern is None:
+            return every_rank
+        return self.rank_pattern.get(join(path, "lora_E"), every_rank)
 
 
 class AdaLoraPart(ModulePart):
@@ -109,18 +115,39 @@ class AdaLoraPart(ModulePart):
 
     def __init__(self, config: AdaLoraConfig, place: Place) -> None:
         super().__init__()
+        self.config = config
         self.path = place.path
         self.product = product(place.layer, place.host)
         rank = sum(config.kept(place.path))
         rows, columns = place.layer.matrix
-        self.scaling = (config.lora_alpha if config.lora_alpha > 0 else config.init_r) / (
-            config.init_r + 1e-5
-        )
+        if config.lora_alpha > 0:
+            alpha = config.lora_alpha
+        else:
+            alpha = config.init_r
+        self.scaling = alpha / (config.init_r + 1e-5)
         self.dropout = nn.Dropout(config.lora_dropout) if config.lora_dropout else None
+        if config.init_lora_weights:
+            diagonal = torch.zeros
+        else:
+            diagonal = torch.randn
         self.lora_A = nn.Parameter(torch.randn(rank, columns) * 0.02)
-        self.lora_E = nn.Parameter(torch.zeros(rank, 1) if config.init_lora_weights else torch.randn(rank, 1))
+        self.lora_E = nn.Parameter(diagonal(rank, 1))
         self.lora_B = nn.Parameter(torch.randn(rows, rank) * 0.02)
         self.allocator: RankAllocator | None = None
+
+    def connect(self, parts: Mapping[str, Part]) -> None:
+        """Get what allots the ranks: one for the whole adapter, which the first part makes."""
+        adapter = {}
+        for path, part in parts.items():
+            if isinstance(part, AdaLoraPart):
+                adapter[path] = part
+        first = next(iter(adapter.values()))
+        if first is self:
+            self.allocator = RankAllocator(self.config, adapter)
+            if self.allocator.waits_for_trainer and "transformers" in sys.modules:
+                _listen_to_trainers()
+        else:
+            self.allocator = first.allocator
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """``Λ Q`` and ``P``, in the shapes that the layer's product has them."""
@@ -137,27 +164,29 @@ class AdaLoraPart(ModulePart):
         Returns:
             ``y + scaling * P Λ Q x``  (Zhang et al. 2023, eq. 3).
         """
-        return (
-            self.product.add(y, self._input(x, y), *self.factors(), self.scaling)
-            if self.lora_E.numel()
-            else y
-        )
+        if self.lora_E.numel() == 0:
+            return y
+        return self.product.add(y, self._input(x, y), *self.factors(), self.scaling)
 
     def forward_(self, x: Tensor, y: Tensor, *base: nn.Module) -> Tensor:
         """`forward`, written into ``y``."""
-        return (
-            self.product.add_(y, self._input(x, y), *self.factors(), self.scaling)
-            if self.lora_E.numel()
-            else y
-        )
+        if self.lora_E.numel() == 0:
+            return y
+        return self.product.add_(y, self._input(x, y), *self.factors(), self.scaling)
 
     def _input(self, x: Tensor, y: Tensor) -> Tensor:
         x = x.to(y.device)
-        return x if self.dropout is None else self.dropout(x)
+        if self.dropout is None:
+            return x
+        dropped: Tensor = self.dropout(x)
+        return dropped
 
     def file_tensors(self) -> Mapping[str, Tensor]:
         """The three tensors; once the ranks are final, only those that were kept."""
-        kept = None if self.allocator is None else self.allocator.final.get(self.path)
+        if self.allocator is None:
+            kept = None
+        else:
+            kept = self.allocator.final.get(self.path)
         if kept is None:
             return {"lora_A": self.lora_A, "lora_B": self.lora_B, "lora_E": self.lora_E}
         return {"lora_A": self.lora_A[kept], "lora_B": self.lora_B[:, kept], "lora_E": self.lora_E[kept]}
@@ -203,10 +232,11 @@ class RankAllocator:
         """The rank of each target now: how many of its ranks are not zero; before the first step all of
         them.
         """
-        full = self.step == 0 and not self.final
-        return {
-            path: len(p.lora_E) if full else int(p.lora_E.count_nonzero()) for path, p in self.parts.items()
-        }
+        has_begun = self.step > 0 or bool(self.final)
+        ranks = {}
+        for path, part in self.parts.items():
+            ranks[path] = int(part.lora_E.count_nonzero()) if has_begun else len(part.lora_E)
+        return ranks
 
     @property
     def allots(self) -> bool:
@@ -214,6 +244,11 @@ class RankAllocator:
         kept.
         """
         return self.config.rank_pattern is None
+
+    @property
+    def waits_for_trainer(self) -> bool:
+        """Whether somebody has to tell it how long the training is."""
+        return self.allots and self.total_step is None
 
     def belongs_to(self, parameters: set[int]) -> bool:
         """Whether the adapter is among the parameters with these ids."""
@@ -262,13 +297,13 @@ class RankAllocator:
         Raises:
             ConfigError: ``total_step`` is not known.
         """
-        total, made = self._require_total_step(), self.config
-        first, last = made.init_r * len(self.parts), made.target_r * len(self.parts)
-        if step <= made.tinit:
+        total, config = self._require_total_step(), self.config
+        first, last = config.init_r * len(self.parts), config.target_r * len(self.parts)
+        if step <= config.tinit:
             return first
-        if step >= total - made.tfinal:
+        if step >= total - config.tfinal:
             return last
-        left = 1 - (step - made.tinit) / (total - made.tfinal - made.tinit)
+        left = 1 - (step - config.tinit) / (total - config.tfinal - config.tinit)
         return int((first - last) * left**3 + last)
 
     def before_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -279,18 +314,17 @@ class RankAllocator:
         """
         if self.allots:
             self._require_total_step()
+        weight = self.config.orth_reg_weight / (2 * len(self.parts))
         scale = getattr(optimizer, "grad_scale", None)  # a fused optimizer divides by it itself
-        weight = self.config.orth_reg_weight / (2 * len(self.parts)) * (1.0 if scale is None else scale)
+        if scale is not None:
+            weight = weight * scale
         with torch.no_grad():
             for part in self.parts.values():
-                for parameter, matrix in ((part.lora_A, part.lora_A), (part.lora_B, part.lora_B.T)):
-                    if parameter.grad is None or not matrix.numel():
-                        continue
-                    off = matrix @ matrix.T - torch.eye(len(matrix), device=matrix.device, dtype=matrix.dtype)
-                    slope = 2 * (off @ matrix) / off.norm().clamp_min(torch.finfo(off.dtype).tiny)
-                    parameter.grad.add_(
-                        weight * (slope if matrix is parameter else slope.T).to(parameter.grad.dtype)
-                    )
+                a, b = part.lora_A, part.lora_B
+                if a.grad is not None and a.numel() > 0:
+                    a.grad.add_(weight * _orthogonality_slope(a).to(a.grad.dtype))
+                if b.grad is not None and b.numel() > 0:
+                    b.grad.add_(weight * _orthogonality_slope(b.T).T.to(b.grad.dtype))
 
     def after_step(self) -> None:
         """Count a step of the optimizer."""
@@ -300,23 +334,30 @@ class RankAllocator:
     def state(self) -> dict[str, Tensor]:
         """What training has to go on from: the step, the importance so far, and the ranks that were kept."""
         tensors = {"steps": torch.tensor([self.step, self.total_step or 0])}
-        for kind, values in (("sensitivity", self._sensitivity), ("uncertainty", self._uncertainty)):
-            tensors |= {f"{kind}.{path}.{name}": value for (path, name), value in values.items()}
-        return tensors | {f"final.{path}": mask for path, mask in self.final.items()}
+        for (path, name), value in self._sensitivity.items():
+            tensors[f"sensitivity.{path}.{name}"] = value
+        for (path, name), value in self._uncertainty.items():
+            tensors[f"uncertainty.{path}.{name}"] = value
+        for path, mask in self.final.items():
+            tensors[f"final.{path}"] = mask
+        return tensors
 
     def resume(self, tensors: Mapping[str, Tensor]) -> None:
         """The inverse of `state`."""
-        self.step, total = map(int, tensors["steps"])
-        self.total_step = total or None
+        step, total_step = tensors["steps"].tolist()
+        self.step = step
+        self.total_step = total_step or None
         self.final, self._sensitivity, self._uncertainty = {}, {}, {}
+        device = next(iter(self.parts.values())).lora_E.device
         for key, tensor in tensors.items():
             kind, _, path = key.partition(".")
-            here = tensor.to(next(iter(self.parts.values())).lora_E.device)
+            owner, _, name = path.rpartition(".")
             if kind == "final":
-                self.final[path] = here
-            elif kind in ("sensitivity", "uncertainty"):
-                owner, _, name = path.rpartition(".")
-                (self._sensitivity if kind == "sensitivity" else self._uncertainty)[owner, name] = here
+                self.final[path] = tensor.to(device)
+            elif kind == "sensitivity":
+                self._sensitivity[owner, name] = tensor.to(device)
+            elif kind == "uncertainty":
+                self._uncertainty[owner, name] = tensor.to(device)
 
     def _require_total_step(self) -> int:
         if self.total_step is None:
@@ -328,6 +369,7 @@ class RankAllocator:
 
     @torch.no_grad()
     def _advance(self, step: int) -> None:
+        """What follows a step of the optimizer (algorithm 1)."""
         self.step = step
         last = self._require_total_step() - self.config.tfinal
         if step < last:
@@ -348,11 +390,13 @@ class RankAllocator:
             for name, parameter in part.named_parameters():
                 if parameter.grad is None:
                     continue
-                key, now = (path, name), (parameter * parameter.grad).abs()
-                smooth = self._sensitivity.get(key, torch.zeros_like(now))
-                smooth = self._sensitivity[key] = beta1 * smooth + (1 - beta1) * now
-                doubt = self._uncertainty.get(key, torch.zeros_like(now))
-                self._uncertainty[key] = beta2 * doubt + (1 - beta2) * (now - smooth).abs()
+                key = (path, name)
+                sensitivity = (parameter * parameter.grad).abs()
+                smooth = self._sensitivity.get(key, torch.zeros_like(sensitivity))
+                smooth = beta1 * smooth + (1 - beta1) * sensitivity
+                self._sensitivity[key] = smooth
+                doubt = self._uncertainty.get(key, torch.zeros_like(sensitivity))
+                self._uncertainty[key] = beta2 * doubt + (1 - beta2) * (sensitivity - smooth).abs()
 
     def _importance(self, path: str) -> Tensor:
         """The importance of each rank of a target, ``(r,)``: of its singular value, and the means of its
@@ -361,10 +405,11 @@ class RankAllocator:
         part = self.parts[path]
         if (path, "lora_E") not in self._sensitivity:
             return torch.zeros(len(part.lora_E), device=part.lora_E.device)
-        q, e, p = (
-            self._sensitivity[path, n] * self._uncertainty[path, n] for n in ("lora_A", "lora_E", "lora_B")
+        of_vectors, of_values, of_outputs = (
+            self._sensitivity[path, name] * self._uncertainty[path, name]
+            for name in ("lora_A", "lora_E", "lora_B")
         )
-        return e[:, 0] + q.mean(1) + p.mean(0)
+        return of_values[:, 0] + of_vectors.mean(1) + of_outputs.mean(0)
 
     def _most_important(self, budget: int) -> dict[str, Tensor]:
         """Which ranks are above the threshold that leaves ``budget`` of all."""
@@ -377,8 +422,18 @@ class RankAllocator:
         return {path: score > threshold for path, score in importance.items()}
 
     def _keep(self, kept: Mapping[str, Tensor]) -> None:
+        """Let the values of all other ranks be zero."""
         for path, mask in kept.items():
-            self.parts[path].lora_E.masked_fill_(~mask[:, None].to(self.parts[path].lora_E.device), 0.0)
+            values = self.parts[path].lora_E
+            values.masked_fill_(~mask[:, None].to(values.device), 0.0)
+
+
+def _orthogonality_slope(matrix: Tensor) -> Tensor:
+    """The gradient of ``|M M' - I|``, how far the rows of a matrix are from orthonormal (eq. 4)."""
+    identity = torch.eye(len(matrix), device=matrix.device, dtype=matrix.dtype)
+    distance = matrix @ matrix.T - identity
+    slope: Tensor = 2 * (distance @ matrix) / distance.norm().clamp_min(torch.finfo(distance.dtype).tiny)
+    return slope
 
 
 _live: WeakSet[RankAllocator] = WeakSet()
@@ -389,8 +444,14 @@ def _held_by(optimizer: torch.optim.Optimizer) -> list[RankAllocator]:
     overflow = getattr(optimizer, "found_inf", None)
     if not _live or (overflow is not None and bool(overflow)):
         return []
-    parameters = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    return [allocator for allocator in _live if allocator.belongs_to(parameters)]
+    parameters: set[int] = set()
+    for group in optimizer.param_groups:
+        parameters.update(id(parameter) for parameter in group["params"])
+    result = []
+    for allocator in _live:
+        if allocator.belongs_to(parameters):
+            result.append(allocator)
+    return result
 
 
 def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
@@ -420,16 +481,6 @@ def rank_allocator(model: nn.Module, name: str = "default") -> RankAllocator:
     raise AdapterNameError(f"no AdaLoRA adapter is called {name!r}")
 
 
-def attached(config: AdaLoraConfig, parts: Parts) -> None:
-    """Give the parts of an adapter their allocator."""
-    own = {path: cast("AdaLoraPart", part) for path, part in parts.items()}
-    allocator = RankAllocator(config, own)
-    for part in own.values():
-        part.allocator = allocator
-    if config.total_step is None and config.rank_pattern is None and "transformers" in sys.modules:
-        _listen_to_trainers()
-
-
 def _listen_to_trainers() -> None:
     """Let every Trainer made from now on say how many steps it will take."""
     try:
@@ -444,44 +495,76 @@ def _listen_to_trainers() -> None:
         def on_train_begin(
             self, args: Any, state: Any, control: Any, model: nn.Module, **others: Any
         ) -> None:
-            parameters = {id(p) for p in model.parameters() if p.requires_grad}
+            trained = set()
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    trained.add(id(parameter))
             for allocator in _live:
-                if allocator.total_step is None and allocator.allots and allocator.belongs_to(parameters):
+                if allocator.waits_for_trainer and allocator.belongs_to(trained):
                     allocator.set_total_step(state.max_steps)
 
     if not any(getattr(known, "__name__", "") == TellTotalStep.__name__ for known in DEFAULT_CALLBACKS):
         DEFAULT_CALLBACKS.append(TellTotalStep)
 
 
-def file_values(values: Mapping[str, Any], parts: Parts) -> dict[str, Any]:
-    """What training has decided: the ranks that were kept, and how long it was."""
-    allocator = cast("AdaLoraPart", next(iter(parts.values()))).allocator
-    if allocator is None:
-        return {}
-    decided: dict[str, Any] = {"total_step": allocator.total_step}
-    if allocator.final:
-        decided["rank_pattern"] = {
-            join(path, "lora_E"): mask.tolist() for path, mask in allocator.final.items()
-        }
-    return decided
+class AdaLoraFiles(MethodFiles[AdaLoraConfig]):
+    """The files of AdaLoRA, which hold what training has decided."""
+
+    has_training_state: ClassVar[bool] = True
+
+    def config_values(
+        self, config: AdaLoraConfig, values: Mapping[str, Any], parts: Parts, layers: Mapping[str, Layer]
+    ) -> Mapping[str, Any]:
+        """The ranks that were kept, how long the training was, and how weights are laid out."""
+        changed: dict[str, Any] = {"fan_in_fan_out": is_transposed(layers)}
+        allocator = _allocator(parts)
+        if allocator is None:
+            return changed
+        changed["total_step"] = allocator.total_step
+        if allocator.final:
+            pattern = {}
+            for path, mask in allocator.final.items():
+                pattern[join(path, "lora_E")] = mask.tolist()
+            changed["rank_pattern"] = pattern
+        return changed
+
+    def training_state(self, parts: Parts) -> Mapping[str, Tensor]:
+        """What the allocator has to go on from."""
+        allocator = _allocator(parts)
+        assert allocator is not None
+        return allocator.state()
+
+    def resume(self, parts: Parts, tensors: Mapping[str, Tensor]) -> None:
+        """Let the allocator go on from there."""
+        allocator = _allocator(parts)
+        assert allocator is not None
+        allocator.resume(tensors)
+
+
+def _allocator(parts: Parts) -> RankAllocator | None:
+    """What allots the ranks of an adapter; None before its parts are in their places."""
+    for part in parts.values():
+        return cast("AdaLoraPart", part).allocator
+    return None
 
 
 def combined(
-    sources: Sequence[tuple[AdaLoraConfig, Parts, float]], blend: TensorMerging
+    sources: Sequence[Source[AdaLoraConfig]], merging: TensorMerging
 ) -> tuple[AdaLoraConfig, dict[str, Tensor]]:
     """One AdaLoRA adapter made from several, their ranks side by side: the exact weighted sum of the
     updates.
     """
-    collected: dict[str, list[tuple[AdaLoraPart, float]]] = {}
-    for _, parts, weight in sources:
-        for path, part in parts.items():
-            collected.setdefault(path, []).append((cast("AdaLoraPart", part), weight))
-    ranks = {path: sum(len(part.lora_E) for part, _ in here) for path, here in collected.items()}
+    groups: dict[str, list[tuple[AdaLoraPart, float]]] = {}
+    for source in sources:
+        for path, part in source.parts.items():
+            groups.setdefault(path, []).append((cast("AdaLoraPart", part), source.weight))
+    ranks = {path: sum(len(part.lora_E) for part, _ in group) for path, group in groups.items()}
     most = max(ranks.values())
+    first = sources[0].config
     config = dataclasses.replace(
-        sources[0][0],
+        first,
         init_r=most,
-        target_r=min(sources[0][0].target_r, most),
+        target_r=min(first.target_r, most),
         lora_alpha=most,
         rank_pattern={
             join(path, "lora_E"): [True] * rank + [False] * (most - rank) for path, rank in ranks.items()
@@ -489,30 +572,12 @@ def combined(
     )
     scaling = most / (most + 1e-5)
     tensors = {}
-    for path, here in collected.items():
-        made = {
-            "lora_A": torch.cat([part.lora_A for part, _ in here]),
-            "lora_B": torch.cat([part.lora_B for part, _ in here], dim=1),
-            "lora_E": torch.cat([weight * part.scaling / scaling * part.lora_E for part, weight in here]),
-        }
-        tensors.update({join(path, name): tensor for name, tensor in made.items()})
+    for path, group in groups.items():
+        values = [weight * part.scaling / scaling * part.lora_E for part, weight in group]
+        tensors[join(path, "lora_A")] = torch.cat([part.lora_A for part, _ in group])
+        tensors[join(path, "lora_B")] = torch.cat([part.lora_B for part, _ in group], dim=1)
+        tensors[join(path, "lora_E")] = torch.cat(values)
     return config, tensors
-
-
-def _allocator(parts: Parts) -> RankAllocator:
-    allocator = cast("AdaLoraPart", next(iter(parts.values()))).allocator
-    assert allocator is not None
-    return allocator
-
-
-def training_state(parts: Parts) -> Mapping[str, Tensor]:
-    """What the allocator has to go on from."""
-    return _allocator(parts).state()
-
-
-def resume(parts: Parts, tensors: Mapping[str, Tensor]) -> None:
-    """Let the allocator go on from there."""
-    _allocator(parts).resume(tensors)
 
 
 @method(
@@ -526,10 +591,8 @@ def resume(parts: Parts, tensors: Mapping[str, Tensor]) -> None:
     source="Zhang et al. 2023, https://arxiv.org/abs/2303.10512",
     combinations=("cat",),
     combine=combined,
-    file_values=file_values,
-    attached=attached,
-    training_state=training_state,
-    resume=resume,
+    example=partial(AdaLoraConfig, target_modules="all-linear", total_step=100),
+    files=AdaLoraFiles(),
 )
 def adalora_part(config: AdaLoraConfig, place: Place) -> Part:
     """The part for one layer."""

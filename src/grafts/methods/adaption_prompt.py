@@ -15,13 +15,20 @@ from torch import Tensor, nn
 
 from grafts.config import AdapterConfig, config, option
 from grafts.errors import ConfigError
-from grafts.methods._registry import Parts, Place, method
+from grafts.methods._files import MethodFiles, Parts
+from grafts.methods._registry import Place, method
+from grafts.modules.layers import Layer
 from grafts.modules.patterns import collapsed
 from grafts.sites.attention import AttendingPart, Attention
 from grafts.structure.attention_modules import CROSS_ATTENTION, ENCODER_ATTENTION, SELF_ATTENTION
 
-_ROLES = {"self": {SELF_ATTENTION}, "cross": {CROSS_ATTENTION}, "both": {SELF_ATTENTION, CROSS_ATTENTION}}
-_ROLES["encoder"] = {ENCODER_ATTENTION}
+# What ``attention`` of the config may say -> the roles of the attention modules that are meant.
+_ROLES = {
+    "self": {SELF_ATTENTION},
+    "cross": {CROSS_ATTENTION},
+    "both": {SELF_ATTENTION, CROSS_ATTENTION},
+    "encoder": {ENCODER_ATTENTION},
+}
 
 
 @config
@@ -74,8 +81,10 @@ class AdaptionPromptConfig(AdapterConfig):
         """A config from plain data; on GPT-2, whose modules `peft` calls attn, it adds after the output
         projection.
         """
-        legacy = "after_projection" not in data and data.get("target_modules") in ("attn", ["attn"])
-        return super().from_dict({**data, "after_projection": True} if legacy else data)
+        is_gpt2 = data.get("target_modules") in ("attn", ["attn"])
+        if is_gpt2 and "after_projection" not in data:
+            data = {**data, "after_projection": True}
+        return super().from_dict(data)
 
 
 class AdaptionPromptPart(AttendingPart):
@@ -113,9 +122,10 @@ class AdaptionPromptPart(AttendingPart):
         if attention.prompt_bias is not None:
             prompt = prompt + attention.prompt_bias.to(prompt.dtype)
         keys, values = attention.project(prompt, self.projections)
-        keys, values = (_for_heads(x.to(query.dtype), query) for x in (keys, values))
-        read = F.scaled_dot_product_attention(query, keys, values, scale=attention.scaling)
-        return read * self.adaption_gate.to(read.dtype)
+        keys = _for_heads(keys.to(query.dtype), query)
+        values = _for_heads(values.to(query.dtype), query)
+        output = F.scaled_dot_product_attention(query, keys, values, scale=attention.scaling)
+        return output * self.adaption_gate.to(output.dtype)
 
 
 def _for_heads(x: Tensor, query: Tensor) -> Tensor:
@@ -135,34 +145,54 @@ def top_layers(
     Raises:
         ConfigError: a stack has fewer.
     """
-    heard = [place for place in places if place.role in _ROLES[config.attention]] or places
-    stacks: dict[str, list[Place]] = defaultdict(list)
-    for place in heard:
-        stacks[collapsed(place.path)].append(place)
+    of_roles = [place for place in places if place.role in _ROLES[config.attention]]
+    stacks = _stacks([place.path for place in of_roles or places])
     wanted = config.adapter_layers
-    for name, stack in stacks.items():
-        if wanted is not None and wanted > len(stack):
+    chosen: set[str] = set()
+    for name, paths in stacks.items():
+        if wanted is None:
+            chosen.update(paths)
+            continue
+        if wanted > len(paths):
             raise ConfigError(
-                f"adapter_layers is {wanted}, and there are {len(stack)} attention modules {name!r}"
+                f"adapter_layers is {wanted}, and there are {len(paths)} attention modules {name!r}"
             )
-    chosen = {place.path for stack in stacks.values() for place in stack[-(wanted or len(stack)) :]}
+        chosen.update(paths[-wanted:])
     return [place for place in places if place.path in chosen]
 
 
-def file_values(values: Mapping[str, Any], parts: Parts) -> dict[str, Any]:
-    """The targets by the one name that `peft` takes, where they have one; what is added where, if the name
-    says otherwise.
-    """
-    names = sorted({path.rpartition(".")[2] for path in parts})
-    changed: dict[str, Any] = {"target_modules": names[0] if len(names) == 1 else list(parts)}
-    if names == ["attn"]:  # a file that does not say so is read as one of `peft`
-        changed["after_projection"] = values.get("after_projection", False)
-    if len(names) == 1:
-        stacks: dict[str, int] = defaultdict(int)
-        for path in parts:
-            stacks[collapsed(path)] += 1
-        changed["adapter_layers"] = values["adapter_layers"] or max(stacks.values())
-    return changed
+def _stacks(paths: Sequence[str]) -> dict[str, list[str]]:
+    """The same module of each layer together, by its name without the layer's number."""
+    stacks: dict[str, list[str]] = defaultdict(list)
+    for path in paths:
+        stacks[collapsed(path)].append(path)
+    return stacks
+
+
+class AdaptionPromptFiles(MethodFiles[AdaptionPromptConfig]):
+    """The files of adaption prompts, which name their targets as `peft` does."""
+
+    def config_values(
+        self,
+        config: AdaptionPromptConfig,
+        values: Mapping[str, Any],
+        parts: Parts,
+        layers: Mapping[str, Layer],
+    ) -> Mapping[str, Any]:
+        """The targets by the one name that `peft` takes, where they have one; what is added where, if the
+        name says otherwise.
+        """
+        if not parts:
+            return {}
+        names = {path.rpartition(".")[2] for path in parts}
+        if len(names) > 1:
+            return {"target_modules": list(parts)}
+        (name,) = names
+        longest = max(len(paths) for paths in _stacks(list(parts)).values())
+        changed = {"target_modules": name, "adapter_layers": values["adapter_layers"] or longest}
+        if name == "attn":  # a file that does not say so is read as one of `peft`
+            changed["after_projection"] = values.get("after_projection", False)
+        return changed
 
 
 @method(
@@ -175,7 +205,7 @@ def file_values(values: Mapping[str, Any], parts: Parts) -> dict[str, Any]:
     mergeable=False,
     source="Zhang et al. 2023, https://arxiv.org/abs/2303.16199",
     narrow=top_layers,
-    file_values=file_values,
+    files=AdaptionPromptFiles(),
 )
 def adaption_prompt_part(config: AdaptionPromptConfig, place: Place) -> AdaptionPromptPart:
     """The part for one attention module."""

@@ -8,7 +8,8 @@ arXiv:2406.06820), and Compacter with hypercomplex linears (Karimi Mahabadi et a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -16,26 +17,25 @@ from torch import Tensor, nn
 
 from grafts.config import AdapterConfig, config, option
 from grafts.errors import ConfigError, MergeError
-from grafts.methods._registry import Parts, Place, method
-from grafts.methods.invertible import BLOCKS, CouplingPart, coupling_places, link_couplings
+from grafts.methods._registry import Place, method, stream_place
+from grafts.methods.invertible import BLOCKS, CouplingPart, coupling_places
 from grafts.methods.shared.activations import activation, is_activation
 from grafts.methods.shared.kronecker import Hypercomplex, HypercomplexLinear
 from grafts.methods.shared.seeding import seeded
 from grafts.methods.shared.token_positions import WholeInput, observer_places
 from grafts.methods.shared.weighted_average import averaged
-from grafts.modules.layers import Layer
 from grafts.sites.module import ModulePart
-from grafts.sites.site import Part
+from grafts.sites.site import Part, Reference
 from grafts.structure.residual_stream import (
     ADDED,
     BEGIN,
     END,
     NORMED,
     RESIDUAL,
-    Stream,
     Sublayer,
     require_width,
 )
+from grafts.structure.view import ModelView
 
 _INITS = ("bert", "mam_adapter", "houlsby")
 _HYPERCOMPLEX_INITS = ("glorot-uniform", "glorot-normal", "normal", "phm")
@@ -115,32 +115,33 @@ class BnConfig(AdapterConfig):
         if isinstance(factor, dict):
             object.__setattr__(self, "reduction_factor", {str(name): value for name, value in factor.items()})
         super().__post_init__()
-        factors = list(factor.values()) if isinstance(factor, dict) else [factor]
-        fits = all(isinstance(value, (int, float)) and value > 0 for value in factors)
-        self.require("reduction_factor", bool(factors) and fits, "a number above 0, or layer -> number")
+        if isinstance(factor, dict):
+            factors = list(factor.values())
+        else:
+            factors = [factor]
+        are_positive = all(isinstance(value, (int, float)) and value > 0 for value in factors)
+        self.require(
+            "reduction_factor", bool(factors) and are_positive, "a number above 0, or layer -> number"
+        )
         self.require(
             "non_linearity", is_activation(self.non_linearity), "an activation of transformers, or None"
         )
-        self.require("init_weights", self.init_weights in _INITS, f"one of {', '.join(_INITS)}")
-        number = isinstance(self.scaling, (int, float)) and not isinstance(self.scaling, bool)
-        self.require(
-            "scaling", number or self.scaling in ("learned", "channel"), "a number, 'learned' or 'channel'"
-        )
-        self.require(
-            "residual_before_ln",
-            self.residual_before_ln in (True, False, "post_add"),
-            "True, False or 'post_add'",
-        )
-        self.require(
-            "inv_adapter", self.inv_adapter in (None, *BLOCKS), f"None or one of {', '.join(BLOCKS)}"
-        )
+        is_number = isinstance(self.scaling, (int, float)) and not isinstance(self.scaling, bool)
+        is_learned = self.scaling in ("learned", "channel")
+        self.require("scaling", is_number or is_learned, "a number, 'learned' or 'channel'")
+        self._require_one_of("init_weights", _INITS)
+        self._require_one_of("phm_c_init", ("normal", "uniform"), "normal or uniform")
+        self._require_one_of("hypercomplex_nonlinearity", _HYPERCOMPLEX_INITS)
+        self._require_one_of("residual_before_ln", (True, False, "post_add"), "True, False or 'post_add'")
+        self._require_one_of("inv_adapter", (None, *BLOCKS), f"None or one of {', '.join(BLOCKS)}")
         self.require("dropout", 0 <= self.dropout < 1, "at least 0 and below 1")
         self.require("stochastic_depth", 0 <= self.stochastic_depth < 1, "at least 0 and below 1")
-        self.require("phm_c_init", self.phm_c_init in ("normal", "uniform"), "normal or uniform")
-        inits = self.hypercomplex_nonlinearity in _HYPERCOMPLEX_INITS
-        self.require("hypercomplex_nonlinearity", inits, f"one of {', '.join(_HYPERCOMPLEX_INITS)}")
-        somewhere = self.mh_adapter or self.output_adapter or self.cross_adapter
-        self.require("output_adapter", somewhere, "True where neither mh_adapter nor cross_adapter is")
+        stands_somewhere = self.mh_adapter or self.output_adapter or self.cross_adapter
+        self.require("output_adapter", stands_somewhere, "True where neither mh_adapter nor cross_adapter is")
+
+    def _require_one_of(self, field: str, values: tuple[object, ...], may_be: str | None = None) -> None:
+        """Refuse a value that is none of several."""
+        self.require(field, getattr(self, field) in values, may_be or f"one of {', '.join(map(str, values))}")
 
     def reduction(self, layer: int) -> float:
         """The reduction factor of a layer.
@@ -188,55 +189,87 @@ class BottleneckPart(ModulePart):
     Attributes:
         adapter_down: a norm if wanted, and the linear from the stream's size to the bottleneck's.
         adapter_up: the linear back.
+        scaling: a number, or a learned one, ``(1,)``, or one for each channel, ``(hidden,)``.
+        adapter_norm_after: a norm behind it, or None.
+        gate: makes the gate, ``(1, hidden)``, or None.
         shared: what all layers share of hypercomplex linears; at the first part only.
+        reads_stream: the stream that its step's output is added to is the input of the module beside which it
+            stands.
     """
 
     def __init__(self, config: BnConfig, place: Place) -> None:
         super().__init__()
         assert place.sublayer is not None
-        self.config, self.sublayer = config, place.sublayer
+        self.config = config
+        self.sublayer = place.sublayer
         size = place.layer.out_features
         inner = max(int(size // config.reduction(place.sublayer.layer)), 1)
         self.width = size, inner
-        self.parallel_here = place.sublayer.before == place.path
-        first = next((other.path for other in place.others if other.role == ADDED), place.path)
-        self.shared = _shared(config, size, inner) if config.phm_layer and first == place.path else None
-        steps: list[nn.Module] = [nn.LayerNorm(size)] if config.ln_before else []
-        self.adapter_down = nn.Sequential(*steps, _linear(config, size, inner))
+        self.reads_stream = place.sublayer.before == place.path
+        self.shared = _shared(config, size, inner) if _is_first(place) else None
+        norms: list[nn.Module]
+        if config.ln_before:
+            norms = [nn.LayerNorm(size)]
+        else:
+            norms = []
+        self.adapter_down = nn.Sequential(*norms, _linear(config, size, inner))
         self.adapter_up = _linear(config, inner, size)
         self.act = activation(config.non_linearity)
-        self.scaling: nn.Parameter | float = (
-            float(config.scaling) if not isinstance(config.scaling, str) else 1.0
-        )
+        self.scaling: nn.Parameter | float
         if isinstance(config.scaling, str):
             self.scaling = nn.Parameter(torch.ones(1 if config.scaling == "learned" else size))
+        else:
+            self.scaling = float(config.scaling)
         self.adapter_norm_after = nn.LayerNorm(size) if config.ln_after else None
         self.gate = nn.Linear(size, 1) if config.use_gating else None
-        self.norm: tuple[NormPart, ...] = ()
+        # The layer's norm of the sum, where the bottleneck has to do with it.
+        self._norm: Reference[NormPart] | None = None
+        # What the step's output will be added to, from when it is observed until it is used.
         self._residual: Tensor | None = None
         if not next(self.parameters()).is_meta:
             self._start()
+
+    def connect(self, parts: Mapping[str, Part]) -> None:
+        """Find the layer's norm, what observes the stream for this part, and what all layers share."""
+        norm = parts.get(self.sublayer.norm or "")
+        if isinstance(norm, NormPart):
+            self._norm = Reference(norm)
+        before = parts.get(self.sublayer.before or "")
+        if isinstance(before, ResidualPart):
+            before.add_reader(self)
+        for part in parts.values():
+            if isinstance(part, BottleneckPart):
+                if part.shared is not None:
+                    self._share(part.shared)
+                return
+
+    def _share(self, tensors: nn.ParameterDict) -> None:
+        """Use what all layers share of hypercomplex linears."""
+        for linear, name in ((self.adapter_down[-1], "W_down"), (self.adapter_up, "W_up")):
+            assert isinstance(linear, HypercomplexLinear)
+            linear.share(tensors, name)
 
     def _start(self) -> None:
         """Start as BERT does, or with zeros behind (He et al. 2021), or near zero (Houlsby et al. 2019,
         section 3.2).
         """
-        way, linears = self.config.init_weights, [self.adapter_down[-1], self.adapter_up]
-        for linear in [*linears, *([self.gate] if self.gate is not None else [])]:
+        way = self.config.init_weights
+        down, up, gate = self.adapter_down[-1], self.adapter_up, self.gate
+        for linear in (down, up, gate):
             if not isinstance(linear, nn.Linear):
                 continue
             nn.init.zeros_(linear.bias)
-            if way == "houlsby" and linear is not self.gate:
+            if way == "houlsby" and linear is not gate:
                 nn.init.trunc_normal_(linear.weight, std=0.01, a=-0.02, b=0.02)
-            elif way == "mam_adapter" and linear is linears[0]:
+            elif way == "mam_adapter" and linear is down:
                 nn.init.kaiming_uniform_(linear.weight, a=math.sqrt(5))
-            elif way == "mam_adapter" and linear is linears[1]:
+            elif way == "mam_adapter" and linear is up:
                 nn.init.zeros_(linear.weight)
             else:
                 nn.init.normal_(linear.weight, std=0.02)
-        if self.config.phm_layer and way == "mam_adapter":
+        if way == "mam_adapter" and isinstance(up, HypercomplexLinear):
             with torch.no_grad():
-                for tensor in self.adapter_up.weight.values():  # type: ignore[operator]
+                for tensor in up.weight.values():
                     tensor.zero_()
 
     def observe(self, residual: Tensor) -> None:
@@ -257,7 +290,8 @@ class BottleneckPart(ModulePart):
         """
         config = self.config
         require_width(y, self.width[0], self.sublayer.out)
-        residual, self._residual = (x if self.parallel_here else self._residual), None
+        residual = x if self.reads_stream else self._residual
+        self._residual = None
         if not config.needs_residual:
             return self._bottleneck(y, y)
         assert residual is not None
@@ -265,36 +299,42 @@ class BottleneckPart(ModulePart):
         if config.is_parallel:
             output = y + self._bottleneck(residual, None)
         elif config.original_ln_before:
-            summed = y + residual
-            normed = self.norm[0].normed(summed) if self.norm else summed
-            kept = (
-                summed
-                if config.residual_before_ln == "post_add"
-                else y
-                if config.residual_before_ln
-                else normed
-            )
-            if kept is summed and not config.ln_after and config.original_ln_after is False and not self.norm:
-                return y + self._bottleneck(normed, None)  # (y + r + u) - r, without rounding twice
+            total = y + residual
+            if self._norm is None:
+                normed = total
+            else:
+                normed = self._norm.module.normed(total)
+            if config.residual_before_ln == "post_add":
+                kept = total
+            elif config.residual_before_ln:
+                kept = y
+            else:
+                kept = normed
+            is_plain_sum = kept is total and not config.ln_after and self._norm is None
+            if is_plain_sum and not config.original_ln_after:
+                # (y + r + u) - r without rounding twice
+                return y + self._bottleneck(normed, None)
             output = self._bottleneck(normed, kept)
         else:
             output = self._bottleneck(y, y)
         if config.original_ln_after:
             return output
-        for norm in self.norm:
-            norm.instead = output
+        if self._norm is not None:
+            self._norm.module.replacement = output
         return output - residual
 
     def _bottleneck(self, x: Tensor, kept: Tensor | None) -> Tensor:
         """``norm(scaling * up(act(down(norm(x)))) + kept)``, the norms where there are some."""
         hidden = x
-        for step in self.adapter_down:
-            hidden = _applied(step, hidden)
+        for module in self.adapter_down:
+            hidden = _applied(module, hidden)
         up = _applied(self.adapter_up, self.act(hidden))
         if self.training and self.config.stochastic_depth:
             up = _rows_dropped(up, self.config.stochastic_depth)
-        scaling = self.scaling.to(up.dtype) if isinstance(self.scaling, Tensor) else self.scaling
-        up = up if isinstance(scaling, float) and scaling == 1.0 else up * scaling
+        if isinstance(self.scaling, Tensor):
+            up = up * self.scaling.to(up.dtype)
+        elif self.scaling != 1.0:
+            up = up * self.scaling
         up = nn.functional.dropout(up, self.config.dropout, self.training)
         if self.gate is not None:
             up = up * torch.sigmoid(_applied(self.gate, x)).mean(1, keepdim=True)
@@ -314,27 +354,34 @@ class BottleneckPart(ModulePart):
             MergeError: it is not linear in what its module gives, or that has no bias to take its own.
         """
         config = self.config
-        alone = self.parallel_here and config.is_parallel
-        linear = can_merge(config) and (alone or not config.is_parallel) and "weight" in tensors
-        if not linear or tensors["weight"].dim() != 2 or tensors["weight"].shape[0] != self.width[0]:
+        # Parallel to one linear it adds to what that computes; behind one it acts on what that gives.
+        is_beside = self.reads_stream and config.is_parallel
+        is_linear = is_linear_in_its_input(config) and (is_beside or not config.is_parallel)
+        if not is_linear or "weight" not in tensors or not self._fits(tensors["weight"]):
             raise MergeError(
                 "a bottleneck that does not act linearly on the output of one linear has no exact merge"
             )
-        weight, wide = tensors["weight"], tensors["weight"].dtype
-        down, down_bias = _affine(self.adapter_down[-1], wide)
-        up, up_bias = _affine(self.adapter_up, wide)
-        scale = self.scaling.to(wide)[:, None] if isinstance(self.scaling, Tensor) else self.scaling
+        weight = tensors["weight"]
+        down, down_bias = _affine(self.adapter_down[-1], weight.dtype)
+        up, up_bias = _affine(self.adapter_up, weight.dtype)
+        scale: Tensor | float = self.scaling
+        if isinstance(scale, Tensor):
+            scale = scale.to(weight.dtype)[:, None]
         update = scale * (up @ down)
         offset = (scale * (up @ down_bias + up_bias)[:, None])[:, 0]
-        result = {"weight": weight + (update if alone else update @ weight)}
+        result = {"weight": weight + (update if is_beside else update @ weight)}
         if "bias" in tensors:
-            moved = offset if alone else update @ tensors["bias"] + offset
-            result["bias"] = tensors["bias"] + moved
+            bias = tensors["bias"]
+            result["bias"] = bias + (offset if is_beside else update @ bias + offset)
         elif bool(offset.any()):
             raise MergeError(
                 "its module has no bias that the bottleneck's could be merged into: it has no exact merge"
             )
         return result
+
+    def _fits(self, weight: Tensor) -> bool:
+        """Whether a weight is that of a linear that gives states of the stream's size."""
+        return weight.dim() == 2 and weight.shape[0] == self.width[0]
 
 
 class ResidualPart(ModulePart):
@@ -344,12 +391,16 @@ class ResidualPart(ModulePart):
 
     def __init__(self) -> None:
         super().__init__()
-        self.listeners: tuple[BottleneckPart, ...] = ()
+        self._readers: list[Reference[BottleneckPart]] = []
+
+    def add_reader(self, part: BottleneckPart) -> None:
+        """Tell one more bottleneck."""
+        self._readers.append(Reference(part))
 
     def forward(self, x: Tensor) -> None:
         """Pass on ``x``, ``(*batch, hidden)``."""
-        for part in self.listeners:
-            part.observe(x)
+        for reader in self._readers:
+            reader.module.observe(x)
 
     def merged(self, tensors: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Nothing."""
@@ -360,27 +411,30 @@ class NormPart(ModulePart):
     """The layer's norm of the sum, for bottlenecks that go through it first, or replace it.
 
     Attributes:
-        instead: what a bottleneck has put in place of the norm's next output, or None.
+        replacement: what a bottleneck has put in place of the norm's next output, or None.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.host: tuple[nn.Module, ...] = ()
-        self.instead: Tensor | None = None
+        self._host: Reference[nn.Module] | None = None
+        self.replacement: Tensor | None = None
 
     def from_base(self, host: nn.Module, *, fresh: bool) -> None:
         """Know the norm."""
-        self.host = (host,)
+        self._host = Reference(host)
 
     def normed(self, x: Tensor) -> Tensor:
         """The norm of ``x``, past all hooks of adapters."""
-        result: Tensor = self.host[0].forward(x)
+        assert self._host is not None
+        result: Tensor = self._host.module.forward(x)
         return result
 
     def forward(self, x: Tensor, y: Tensor, *base: nn.Module) -> Tensor:
         """The norm's output, or what is to stand in its place."""
-        instead, self.instead = self.instead, None
-        return y if instead is None else instead
+        replacement, self.replacement = self.replacement, None
+        if replacement is None:
+            return y
+        return replacement
 
     def merged(self, tensors: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Nothing."""
@@ -404,9 +458,11 @@ def _affine(linear: nn.Module, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The matrix ``(out, in)`` and the bias of a linear."""
     if isinstance(linear, HypercomplexLinear):
         matrix = linear.matrix().T
-        return matrix.to(dtype), (matrix.new_zeros(matrix.shape[0]) if linear.b is None else linear.b).to(
-            dtype
-        )
+        if linear.b is None:
+            bias = matrix.new_zeros(matrix.shape[0])
+        else:
+            bias = linear.b
+        return matrix.to(dtype), bias.to(dtype)
     assert isinstance(linear, nn.Linear)
     return linear.weight.to(dtype), linear.bias.to(dtype)
 
@@ -418,32 +474,44 @@ def _rows_dropped(x: Tensor, chance: float) -> Tensor:
 
 
 def _linear(config: BnConfig, inputs: int, outputs: int) -> nn.Module:
+    """One of the two linears."""
     if not config.phm_layer:
         return nn.Linear(inputs, outputs)
-    return HypercomplexLinear(
-        config.hypercomplex(), inputs, outputs, not config.shared_phm_rule, not config.shared_W_phm
-    )
+    has_rule, has_weight = not config.shared_phm_rule, not config.shared_W_phm
+    return HypercomplexLinear(config.hypercomplex(), inputs, outputs, has_rule, has_weight)
+
+
+def _is_first(place: Place) -> bool:
+    """Whether a bottleneck is the first of its adapter, which keeps what all of them share."""
+    for other in place.others:
+        if other.role == ADDED:
+            return other.path == place.path
+    return True
 
 
 def _shared(config: BnConfig, size: int, inner: int) -> nn.ParameterDict | None:
-    """What all layers share of hypercomplex linears."""
-    kind, made = config.hypercomplex(), nn.ParameterDict()
+    """What all layers share of hypercomplex linears; None where that is nothing."""
+    if not config.phm_layer:
+        return None
+    kind = config.hypercomplex()
+    tensors = nn.ParameterDict()
     if config.shared_phm_rule:
-        made.update(kind.rule_tensors(shared=True))
+        tensors.update(kind.rule_tensors(shared=True))
     if config.shared_W_phm:
-        made.update(kind.weight_tensors(size, inner, "W_down"))
-        made.update(kind.weight_tensors(inner, size, "W_up"))
-    return made if len(made) else None
+        tensors.update(kind.weight_tensors(size, inner, "W_down"))
+        tensors.update(kind.weight_tensors(inner, size, "W_up"))
+    if len(tensors) > 0:
+        return tensors
+    return None
 
 
-def can_merge(config: BnConfig) -> bool:
-    """Whether it is linear in what its module gives."""
-    plain = (
-        config.non_linearity in (None, "linear")
-        and config.original_ln_after
-        and not config.original_ln_before
-    )
-    return plain and not (config.ln_before or config.ln_after or config.use_gating or config.inv_adapter)
+def is_linear_in_its_input(config: BnConfig) -> bool:
+    """Whether it is linear in what its module gives, and so can be merged."""
+    has_activation = config.non_linearity not in (None, "linear")
+    goes_through_norm = config.original_ln_before or not config.original_ln_after
+    has_norm = config.ln_before or config.ln_after
+    has_more = config.use_gating or config.inv_adapter is not None
+    return not (has_activation or goes_through_norm or has_norm or has_more)
 
 
 def check(config: BnConfig, places: Sequence[Place]) -> None:
@@ -452,61 +520,49 @@ def check(config: BnConfig, places: Sequence[Place]) -> None:
     Raises:
         ConfigError: naming the step.
     """
+    if not config.needs_residual:
+        return
     for place in places:
-        if (
-            place.role == ADDED
-            and config.needs_residual
-            and place.sublayer is not None
-            and place.sublayer.before is None
-        ):
-            name = {"self": "self_attn", "cross": "cross_attn", "ffn": "ffn"}[place.sublayer.kind]
-            raise ConfigError(
-                f"{place.path!r}: the interface does not say what its output is added to: give "
-                f"layer_pre_{name}, or a config without is_parallel, original_ln_before and "
-                "original_ln_after=False"
-            )
+        if place.role != ADDED or place.sublayer is None or place.sublayer.before is not None:
+            continue
+        name = {"self": "self_attn", "cross": "cross_attn", "ffn": "ffn"}[place.sublayer.kind]
+        raise ConfigError(
+            f"{place.path!r}: the interface does not say what its output is added to: give "
+            f"layer_pre_{name}, or a config without is_parallel, original_ln_before and "
+            "original_ln_after=False"
+        )
 
 
-def stream_places(
-    config: BnConfig, stream: Stream, module: Callable[[str], nn.Module], candidates: Sequence[Place]
-) -> list[Place]:
-    """Every step that gets a bottleneck, what hears the stream before it, and the norm behind it."""
+def places(config: BnConfig, view: ModelView, candidates: Sequence[Place]) -> list[Place]:
+    """Every step that gets a bottleneck, what observes the stream before it, and the norm behind it."""
+    stream = view.stream
+    assert stream is not None
     stream.require_layers(config.leave_out, "leave_out")
     if isinstance(config.reduction_factor, dict):
-        stream.require_layers(
-            (name for name in config.reduction_factor if name != "default"), "reduction_factor"
-        )
-    result: dict[str, Place] = {}
+        named = []
+        for name in config.reduction_factor:
+            if name != "default":
+                named.append(name)
+        stream.require_layers(named, "reduction_factor")
+    uses_norm = config.original_ln_before or not config.original_ln_after
+    chosen: dict[str, Place] = {}
     for sublayer in stream.sublayers():
         if not config.takes(sublayer):
             continue
         wanted = [(sublayer.out, ADDED)]
-        if config.needs_residual and sublayer.before not in (None, sublayer.out):
+        if config.needs_residual and sublayer.before is not None and sublayer.before != sublayer.out:
             wanted.append((sublayer.before, RESIDUAL))
-        if sublayer.norm is not None and (config.original_ln_before or not config.original_ln_after):
+        if uses_norm and sublayer.norm is not None:
             wanted.append((sublayer.norm, NORMED))
         for path, role in wanted:
-            layer = Layer("stream", sublayer.width, sublayer.width, False, type(module(path)).__name__)
-            result.setdefault(path, Place(path, layer, role, module(path), sublayer, sublayer.layer))
-    more = coupling_places(stream, module, candidates) if config.inv_adapter else []
-    return [*result.values(), *more, *(observer_places(stream, candidates) if config.use_gating else [])]
-
-
-def link(config: BnConfig, parts: Parts) -> None:
-    """Let the parts of each step find each other, and all layers what they share."""
-    own = {path: part for path, part in parts.items() if isinstance(part, BottleneckPart)}
-    first = next(iter(own.values()))
-    for part in own.values():
-        sublayer = part.sublayer
-        if first.shared is not None:
-            for linear, name in ((part.adapter_down[-1], "W_down"), (part.adapter_up, "W_up")):
-                assert isinstance(linear, HypercomplexLinear)
-                linear.share(first.shared, name)
-        if isinstance(norm := parts.get(sublayer.norm or ""), NormPart):
-            part.norm = (norm,)
-        if isinstance(before := parts.get(sublayer.before or ""), ResidualPart):
-            before.listeners = (*before.listeners, part)
-    link_couplings(parts)
+            place = stream_place(view, path, role, sublayer.width, sublayer, sublayer.layer)
+            chosen.setdefault(path, place)
+    result = list(chosen.values())
+    if config.inv_adapter is not None:
+        result += coupling_places(view, candidates)
+    if config.use_gating:
+        result += observer_places(view, candidates)
+    return result
 
 
 @method(
@@ -517,13 +573,15 @@ def link(config: BnConfig, parts: Parts) -> None:
     default_roles=(),
     inert=False,
     mergeable=True,
-    merges=can_merge,
+    merges=is_linear_in_its_input,
     source="Houlsby et al. 2019, https://arxiv.org/abs/1902.00751",
     combinations=("linear",),
     combine=averaged,
-    places=stream_places,
+    example=partial(
+        BnConfig, reduction_factor=4, non_linearity="gelu", original_ln_before=True, mh_adapter=True
+    ),
+    places=places,
     check=check,
-    attached=link,
 )
 def bottleneck_part(config: BnConfig, place: Place) -> Part:
     """The part for one place on the stream."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar, cast
 
 import torch
@@ -10,8 +11,10 @@ from torch import Tensor, nn
 
 from grafts.config import AdapterConfig, Names, config, option
 from grafts.errors import ConfigError, UnmatchedTargetError
-from grafts.methods._registry import Parts, Place, method
+from grafts.methods._files import MethodFiles, Parts
+from grafts.methods._registry import Place, Source, method
 from grafts.methods._tensor_merging import TensorMerging
+from grafts.methods.shared.low_rank import is_transposed
 from grafts.methods.shared.rescale import scaled
 from grafts.modules.layers import Layer
 from grafts.modules.patterns import join, matches, nearest_modules, unmatched
@@ -53,8 +56,8 @@ class IA3Config(AdapterConfig):
         """Refuse values that cannot be."""
         super().__post_init__()
         names = self.feedforward_modules
-        valid = names is None or isinstance(names, str) or all(isinstance(name, str) for name in names)
-        self.require("feedforward_modules", valid, "a list of module names or a string")
+        are_names = names is None or isinstance(names, str) or all(isinstance(name, str) for name in names)
+        self.require("feedforward_modules", are_names, "a list of module names or a string")
         self.require("init_ia3_weights", isinstance(self.init_ia3_weights, bool), "True or False")
 
     def is_feedforward(self, place: Place) -> bool:
@@ -76,14 +79,22 @@ class IA3Part(ModulePart):
     def __init__(self, config: IA3Config, place: Place) -> None:
         super().__init__()
         self.layer: Layer = place.layer
-        before = config.is_feedforward(place)
-        self.when = "before" if before else "after"
-        size = self.layer.in_features if before else self.layer.out_features
-        if self.layer.kind == "convolution":
-            shape: tuple[int, ...] = (1, size, *[1] * len(self.layer.kernel_size))
+        shape: tuple[int, ...]
+        if config.is_feedforward(place):
+            self.when = "before"
+            size = self.layer.in_features
+            shape = (1, size)
         else:
-            shape = (1, size) if before else (size, 1)
-        self.ia3_l = nn.Parameter(torch.ones(shape) if config.init_ia3_weights else torch.randn(shape))
+            self.when = "after"
+            size = self.layer.out_features
+            shape = (size, 1)
+        if self.layer.kind == "convolution":
+            shape = (1, size, *[1] * len(self.layer.kernel_size))
+        if config.init_ia3_weights:
+            start = torch.ones
+        else:
+            start = torch.randn
+        self.ia3_l = nn.Parameter(start(shape))
 
     def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         """Scale the input of a feed-forward, or the output of another target, bias included.
@@ -95,20 +106,26 @@ class IA3Part(ModulePart):
         Returns:
             ``l * x`` or ``l * y``  (Liu et al. 2022, section 3.3).
         """
-        vector = self.ia3_l[0] if self.layer.kind == "convolution" else self.ia3_l.flatten()
+        if self.layer.kind == "convolution":
+            vector = self.ia3_l[0]
+        else:
+            vector = self.ia3_l.flatten()
         return scaled(x if y is None else y, vector)
 
     def merged(self, tensors: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """The rows of the weight and the bias times l; for a feed-forward the columns of the weight."""
         weight = tensors["weight"]
         vector = self.ia3_l.flatten().to(weight.dtype)
-        ones = [1] * (weight.dim() - 2)
+        kernel = [1] * (weight.dim() - 2)
         if self.when == "before":
+            # Each group of a convolution's outputs sees its own part of the inputs.
             groups = self.layer.groups
-            grouped = weight.view(groups, -1, *weight.shape[1:]) * vector.view(groups, 1, -1, *ones)
+            grouped = weight.view(groups, -1, *weight.shape[1:]) * vector.view(groups, 1, -1, *kernel)
             return {"weight": grouped.view(weight.shape)}
-        result = {"weight": weight * vector.view(-1, 1, *ones)}
-        return {**result, "bias": tensors["bias"] * vector} if "bias" in tensors else result
+        result = {"weight": weight * vector.view(-1, 1, *kernel)}
+        if "bias" in tensors:
+            result["bias"] = tensors["bias"] * vector
+        return result
 
 
 def feedforwards_among_targets(config: IA3Config, places: Sequence[Place]) -> None:
@@ -118,54 +135,80 @@ def feedforwards_among_targets(config: IA3Config, places: Sequence[Place]) -> No
         UnmatchedTargetError: naming it.
     """
     paths = [place.path for place in places]
-    if stray := unmatched(paths, config.feedforward_modules or ()):
+    strays = unmatched(paths, config.feedforward_modules or ())
+    if strays:
         raise UnmatchedTargetError(
-            f"feedforward_modules={stray[0]!r} matches none of the targets, so nothing would be scaled "
+            f"feedforward_modules={strays[0]!r} matches none of the targets, so nothing would be scaled "
             f"there\n"
-            f"  targets: {nearest_modules(stray[0], paths)}"
+            f"  targets: {nearest_modules(strays[0], paths)}"
         )
 
 
-def file_values(values: Mapping[str, Any], parts: Parts) -> dict[str, Any]:
-    """The feed-forward modules where the structure of the model has told them, as some of the names of the
-    targets.
-    """
-    if values["feedforward_modules"] is not None:
-        return {}
-    before = [path for path, part in parts.items() if part.when == "before"]
-    names = values["target_modules"]
-    if not isinstance(names, str):
-        some = [name for name in names if all(path in before for path in parts if matches(path, [name]))]
-        if all(matches(path, some) for path in before):
-            return {"feedforward_modules": some}
-    return {"target_modules": list(parts), "feedforward_modules": before}
+class IA3Files(MethodFiles[IA3Config]):
+    """The files of (IA)3, which name the feed-forward modules where the model's structure has told them."""
+
+    def config_values(
+        self, config: IA3Config, values: Mapping[str, Any], parts: Parts, layers: Mapping[str, Layer]
+    ) -> Mapping[str, Any]:
+        """The feed-forward modules as some of the names of the targets, and the layout of the weights."""
+        changed: dict[str, Any] = {"fan_in_fan_out": is_transposed(layers)}
+        if values["feedforward_modules"] is not None or not parts:
+            return changed
+        feedforwards = [path for path, part in parts.items() if cast("IA3Part", part).when == "before"]
+        targets = values["target_modules"]
+        if targets is not None and not isinstance(targets, str):
+            names = []
+            for name in targets:
+                if _names_only(name, feedforwards, parts):
+                    names.append(name)
+            if all(matches(path, names) for path in feedforwards):
+                return changed | {"feedforward_modules": names}
+        return changed | {"target_modules": list(parts), "feedforward_modules": feedforwards}
+
+
+def _names_only(name: str, feedforwards: Sequence[str], parts: Parts) -> bool:
+    """Whether every target of that name is a feed-forward module."""
+    return all(path in feedforwards for path in parts if matches(path, [name]))
 
 
 def combined(
-    sources: Sequence[tuple[IA3Config, Parts, float]], blend: TensorMerging
+    sources: Sequence[Source[IA3Config]], merging: TensorMerging
 ) -> tuple[IA3Config, dict[str, Tensor]]:
     """One (IA)3 adapter made from several.
 
     - ``"linear"``: the weighted sum of the vectors;
     - ``"geometric"``: the product of the vectors, each to the power of its weight, which is what scaling with
       one after the other means. Signs multiply as they are.
+
+    Args:
+        sources: the adapters.
+        merging: the way.
+
+    Raises:
+        ConfigError: one of them scales the input of a module of which another scales the output.
     """
-    tensors: dict[str, Tensor] = {}
-    for path in dict.fromkeys(path for _, parts, _ in sources for path in parts):
-        here = [(cast("IA3Part", parts[path]), weight) for _, parts, weight in sources if path in parts]
-        if len({part.when for part, _ in here}) > 1:
-            raise ConfigError(
-                f"{path!r} has its input scaled by one of the adapters and its output by another"
-            )
-        vectors = torch.stack([part.ia3_l for part, _ in here])
-        weights = (
-            torch.tensor([weight for _, weight in here]).to(vectors).view(-1, *[1] * (vectors.dim() - 1))
-        )
-        if blend.method == "linear":
-            tensors[join(path, "ia3_l")] = (vectors * weights).sum(0)
+    vectors: dict[str, list[Tensor]] = {}
+    weights: dict[str, list[float]] = {}
+    when: dict[str, str] = {}
+    for source in sources:
+        for path, part in source.parts.items():
+            own = cast("IA3Part", part)
+            if when.setdefault(path, own.when) != own.when:
+                raise ConfigError(
+                    f"{path!r} has its input scaled by one of the adapters and its output by another"
+                )
+            vectors.setdefault(path, []).append(own.ia3_l)
+            weights.setdefault(path, []).append(source.weight)
+    tensors = {}
+    for path, of_path in vectors.items():
+        stack = torch.stack(of_path)
+        powers = torch.tensor(weights[path]).to(stack).view(-1, *[1] * (stack.dim() - 1))
+        if merging.method == "linear":
+            result = (stack * powers).sum(0)
         else:
-            tensors[join(path, "ia3_l")] = vectors.sign().prod(0) * vectors.abs().pow(weights).prod(0)
-    return sources[0][0], tensors
+            result = stack.sign().prod(0) * stack.abs().pow(powers).prod(0)
+        tensors[join(path, "ia3_l")] = result
+    return sources[0].config, tensors
 
 
 @method(
@@ -179,9 +222,9 @@ def combined(
     source="Liu et al. 2022, https://arxiv.org/abs/2205.05638",
     combinations=("linear", "geometric"),
     combine=combined,
+    example=partial(IA3Config, target_modules="all-linear"),
     check=feedforwards_among_targets,
-    file_values=file_values,
-    swaps=frozenset({"init_ia3_weights"}),
+    files=IA3Files(replaceable=frozenset({"init_ia3_weights"})),
 )
 def ia3_part(config: IA3Config, place: Place) -> Part:
     """The part for one layer."""

@@ -5,7 +5,7 @@ section 3.3).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -13,13 +13,14 @@ from torch import Tensor, nn
 
 from grafts.config import AdapterConfig, config, option
 from grafts.errors import ConfigError
-from grafts.methods._registry import Parts, Place, method
+from grafts.methods._registry import Place, method, stream_place
 from grafts.methods.shared.activations import activation, is_activation
 from grafts.methods.shared.weighted_average import averaged
-from grafts.modules.layers import Layer
 from grafts.sites.module import ModulePart
-from grafts.structure.residual_stream import BEGIN, END, Stream, require_width
+from grafts.sites.site import Part, Reference
+from grafts.structure.residual_stream import BEGIN, END, require_width
 from grafts.structure.roles import HEAD
+from grafts.structure.view import ModelView
 
 BLOCKS = ("nice", "glow")
 
@@ -46,8 +47,8 @@ class InvertibleConfig(AdapterConfig):
         """Refuse values that cannot be."""
         super().__post_init__()
         self.require("block", self.block in BLOCKS, f"one of {', '.join(BLOCKS)}")
-        number = isinstance(self.reduction_factor, (int, float)) and self.reduction_factor > 0
-        self.require("reduction_factor", number, "a number above 0")
+        is_number = isinstance(self.reduction_factor, (int, float)) and self.reduction_factor > 0
+        self.require("reduction_factor", is_number, "a number above 0")
         self.require(
             "non_linearity", is_activation(self.non_linearity), "an activation of transformers, or None"
         )
@@ -137,7 +138,6 @@ class CouplingPart(ModulePart):
 
     Attributes:
         block: the coupling, or None before the head.
-        source: the part that has it.
     """
 
     def __init__(self, block: str, factor: float, non_linearity: str | None, place: Place) -> None:
@@ -148,55 +148,67 @@ class CouplingPart(ModulePart):
         self.block: Nice | Glow | None = None
         if place.role == BEGIN:
             self.block = (Nice if block == "nice" else Glow)(size, factor, non_linearity)
-        self.source: tuple[CouplingPart, ...] = (self,)
+        self._shared_block: Reference[Nice | Glow] | None = None
+
+    def connect(self, parts: Mapping[str, Part]) -> None:
+        """Find the block: the head's part undoes that of the embeddings."""
+        for part in parts.values():
+            if isinstance(part, CouplingPart) and part.block is not None:
+                self._shared_block = Reference(part.block)
+                return
 
     def forward(self, x: Tensor, *y: Tensor) -> Tensor:
-        """The embeddings through the block, or the head's input through its inverse, ``(*batch, size)``."""
-        block = self.source[0].block
-        assert block is not None
-        require_width(y[0] if y else x, sum(block.sizes), self.path)
-        result: Tensor = block(y[0]) if y else block.inverse(x)
+        """The embeddings through the block, or the head's input through its inverse, ``(*batch, size)``.
+
+        Args:
+            x: the input of the embeddings or of the head.
+            y: the output of the embeddings; not given before the head.
+        """
+        assert self._shared_block is not None
+        block = self._shared_block.module
+        states = y[0] if y else x
+        require_width(states, sum(block.sizes), self.path)
+        result: Tensor
+        if y:
+            result = block(states)
+        else:
+            result = block.inverse(states)
         return result
 
 
-def coupling_places(
-    stream: Stream, module: Callable[[str], nn.Module], candidates: Sequence[Place]
-) -> list[Place]:
-    """The embeddings, and the head that gives tokens from hidden states of their size, if there is one.
+def coupling_places(view: ModelView, candidates: Sequence[Place]) -> list[Place]:
+    """The embeddings, and the heads that give tokens from hidden states of their size, if there are some.
+
+    Args:
+        view: the model, with its residual stream.
+        candidates: the places that all layers of the model would be.
 
     Raises:
         ConfigError: the interface names no embeddings.
     """
+    stream = view.stream
+    assert stream is not None
     if stream.embeddings is None:
         raise ConfigError("an invertible adapter needs model_embeddings, which the interface does not give")
-    first = next((place.layer for place in candidates if place.path == stream.embeddings), None)
-    size = first.out_features if first is not None else stream.layers[0].width
-    rows = first.in_features if first is not None and first.kind == "embedding" else None
-    heads = [
-        place for place in candidates if place.role == HEAD and place.layer.is_linear and rows is not None
-    ]
-    heads = [place for place in heads if place.layer.in_features == size and place.layer.out_features == rows]
-    layer = Layer("stream", size, size, False, type(module(stream.embeddings)).__name__)
-    result = [Place(stream.embeddings, layer, BEGIN, module(stream.embeddings))]
-    for head in heads:
-        result.append(
-            Place(head.path, Layer("stream", size, size, False, head.layer.class_name), END, head.host)
-        )
-    return result
+    embedding = view.layers.get(stream.embeddings)
+    if embedding is None:
+        size = stream.layers[0].width
+    else:
+        size = embedding.out_features
+    places = [stream_place(view, stream.embeddings, BEGIN, size)]
+    if embedding is None or embedding.kind != "embedding":
+        return places
+    for place in candidates:
+        sizes = (place.layer.in_features, place.layer.out_features)
+        gives_tokens = place.layer.is_linear and sizes == (size, embedding.in_features)
+        if place.role == HEAD and gives_tokens:
+            places.append(stream_place(view, place.path, END, size))
+    return places
 
 
-def link_couplings(parts: Parts) -> None:
-    """Let the head's part find the block."""
-    own = [part for part in parts.values() if isinstance(part, CouplingPart)]
-    first = next((part for part in own if part.block is not None), None)
-    for part in own if first is not None else ():
-        part.source = (first,)  # type: ignore[assignment]
-
-
-def _places(
-    config: InvertibleConfig, stream: Stream, module: Callable[[str], nn.Module], candidates: Sequence[Place]
-) -> list[Place]:
-    return coupling_places(stream, module, candidates)
+def places(config: InvertibleConfig, view: ModelView, candidates: Sequence[Place]) -> list[Place]:
+    """The embeddings and the head."""
+    return coupling_places(view, candidates)
 
 
 @method(
@@ -210,8 +222,7 @@ def _places(
     source="Pfeiffer et al. 2020, https://arxiv.org/abs/2005.00052",
     combinations=("linear",),
     combine=averaged,
-    places=_places,
-    attached=lambda config, parts: link_couplings(parts),
+    places=places,
 )
 def invertible_part(config: InvertibleConfig, place: Place) -> CouplingPart:
     """The part after the embeddings, or before the head."""

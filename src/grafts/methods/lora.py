@@ -8,24 +8,26 @@ import dataclasses
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Self, cast
+from functools import partial
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from grafts.config import config, option
 from grafts.errors import ConfigError, MergeError
-from grafts.methods._registry import Parts, Place, method
+from grafts.methods._files import MethodFiles, Parts
+from grafts.methods._registry import Place, Source, method
 from grafts.methods._tensor_merging import SPARSE, SUMS, TensorMerging
-from grafts.methods.shared.low_rank import product
+from grafts.methods.shared.low_rank import is_transposed, product
 from grafts.methods.shared.low_rank_config import LowRankConfig
 from grafts.methods.shared.rescale import scaled
 from grafts.methods.shared.token_positions import WholeInput
-from grafts.modules.layers import describe
+from grafts.modules.layers import Layer, describe
 from grafts.modules.patterns import join, pattern_value
 from grafts.modules.weights import canonical_weight, read_weights
 from grafts.sites.module import ModulePart
-from grafts.sites.site import Part
+from grafts.sites.site import Part, RankedPart
 from grafts.structure.roles import FUSED, KEY_VALUE, QUERY, VALUE
 
 _INITS = (True, False, "gaussian", "pissa", "olora", "orthogonal")
@@ -79,23 +81,21 @@ class LoraConfig(LowRankConfig):
         super().__post_init__()
         self.require("r", _is_rank(self.r), "a whole number above 0")
         init = self.init_lora_weights
+        is_iterated = isinstance(init, str) and re.fullmatch(r"pissa_niter_\d+", init) is not None
         self.require(
             "init_lora_weights",
-            init in _INITS or (isinstance(init, str) and re.fullmatch(r"pissa_niter_\d+", init) is not None),
+            init in _INITS or is_iterated,
             "True, False, 'gaussian', 'orthogonal', 'olora', 'pissa' or 'pissa_niter_N'",
         )
         self.require(
             "rank_pattern", all(map(_is_rank, self.rank_pattern.values())), "regular expression -> rank"
         )
-        plain = not self.use_dora and init in (True, False, "gaussian")
-        self.require(
-            "use_gating",
-            (plain and not self.lora_bias) or not self.use_gating,
-            "False beside use_dora and lora_bias",
-        )
+        is_plain = not self.use_dora and init in (True, False, "gaussian")
+        may_be_gated = is_plain and not self.lora_bias
+        self.require("use_gating", may_be_gated or not self.use_gating, "False beside use_dora and lora_bias")
         self.require(
             "lora_bias",
-            plain or not self.lora_bias,
+            is_plain or not self.lora_bias,
             "False beside use_dora or an init_lora_weights of the base's",
         )
 
@@ -105,10 +105,10 @@ class LoraConfig(LowRankConfig):
 
     def scaling(self, path: str) -> float:
         """The factor of the update beside the module at ``path``."""
-        rank = self.rank(path)
-        return pattern_value(path, self.alpha_pattern, self.lora_alpha) / (
-            math.sqrt(rank) if self.use_rslora else rank
-        )
+        alpha, rank = pattern_value(path, self.alpha_pattern, self.lora_alpha), self.rank(path)
+        if self.use_rslora:
+            return alpha / math.sqrt(rank)
+        return alpha / rank
 
 
 def _is_rank(value: object) -> bool:
@@ -127,7 +127,7 @@ class Start(nn.Module):
         self.register_buffer("b", b, persistent=False)
 
 
-class LoraPart(ModulePart):
+class LoraPart(ModulePart, RankedPart):
     """LoRA beside one layer.
 
     Attributes:
@@ -135,52 +135,57 @@ class LoraPart(ModulePart):
             ``(r, rows)``.
         lora_B: ``(out, r)``; beside a convolution ``(out, r, 1, ...)``, beside an embedding ``(dim, r)``.
         lora_bias: ``(out,)``, or None.
-        scaling: the factor of the update; 1 where room was made for others, whose factor is in ``rate``.
+        scaling: the factor of the update; 1 where rank was reserved, where the factor is in ``rate``.
         rank: how much of A and B is in use.
-        rate: the factor as a tensor, where room was made (`reserve`), so that compiled code reads it anew;
-            else None.
-        transposed: the parameters are those of a part beside an embedding or head that shares its weight with
-            this one.
+        rate: the factor as a tensor, where rank was reserved, so that compiled code reads it anew; else None.
+        is_transposed: the parameters are those of a part beside an embedding or head that shares its weight
+            with this one: A is that one's B turned, and the other way round.
         start: what A and B were at the start, where the update is counted from there; else None.
     """
 
-    transposed = False
     rate: Tensor | None
 
     def __init__(self, config: LoraConfig, place: Place) -> None:
         super().__init__()
+        self.config = config
+        self.place = dataclasses.replace(place, host=nn.Identity(), others=())
         self.register_buffer("rate", None, persistent=False)
         self.product = product(place.layer, place.host)
-        self.init = config.init_lora_weights if place.layer.is_linear else bool(config.init_lora_weights)
-        if place.layer.kind == "convolution" and config.init_lora_weights == "gaussian":
-            self.init = "gaussian"
-        rank = self.rank = config.rank(place.path)
+        self.init = _init_beside(config, place.layer)
+        self.rank = config.rank(place.path)
         self.scaling = config.scaling(place.path)
-        drops = config.lora_dropout and place.layer.kind != "embedding"
-        self.dropout = nn.Dropout(config.lora_dropout) if drops else None
-        a, b = self.product.shapes(rank)
-        self.lora_A, self.lora_B = nn.Parameter(torch.empty(a)), nn.Parameter(torch.empty(b))
-        self.lora_bias = nn.Parameter(torch.zeros(place.layer.out_features)) if config.lora_bias else None
+        self.is_transposed = False
         self.start: Start | None = None
-        if config.lora_bias and place.layer.kind == "embedding":
-            raise ConfigError("an embedding has no bias, so lora_bias=True cannot be had beside it")
-        if self.init == "orthogonal" and a[0] % 2:
-            raise ConfigError(f"init_lora_weights='orthogonal' needs an even rank, not {a[0]}")
+        drops = config.lora_dropout > 0 and place.layer.kind != "embedding"
+        self.dropout = nn.Dropout(config.lora_dropout) if drops else None
+        a_shape, b_shape = self.product.shapes(self.rank)
+        self.lora_A = nn.Parameter(torch.empty(a_shape))
+        self.lora_B = nn.Parameter(torch.empty(b_shape))
+        self.lora_bias: nn.Parameter | None = None
+        if config.lora_bias:
+            if place.layer.kind == "embedding":
+                raise ConfigError("an embedding has no bias, so lora_bias=True cannot be had beside it")
+            self.lora_bias = nn.Parameter(torch.zeros(place.layer.out_features))
+        if self.init == "orthogonal" and self.rank % 2:
+            raise ConfigError(f"init_lora_weights='orthogonal' needs an even rank, not {self.rank}")
         if not self.lora_A.is_meta:
             self._reset()
 
     def _reset(self) -> None:
+        """Start A and B as the option says, where that does not need the base's weight."""
         self.product.reset(self.lora_A, self.lora_B)
         if self.init == "gaussian":
-            nn.init.normal_(self.lora_A, std=1 / self.lora_A.shape[0])
+            nn.init.normal_(self.lora_A, std=1 / self.rank)
         elif self.init is False:
             self.product.reset_both(self.lora_A, self.lora_B)
         elif self.init == "orthogonal":
-            rank = self.lora_A.shape[0]
+            # Rows of one orthogonal matrix: those of even number span what those of odd number do not, so B A
+            # is 0.
+            half = self.rank // 2
             with torch.no_grad():
-                q = torch.linalg.qr(torch.randn(rank, rank))[0]
-                self.lora_A.copy_((torch.randn(self.lora_A.shape[1], rank // 2) @ q[0::2]).T / 10)
-                self.lora_B.copy_((torch.randn(rank // 2, self.lora_B.shape[0]).T @ q[1::2]) / 10)
+                q = torch.linalg.qr(torch.randn(self.rank, self.rank))[0]
+                self.lora_A.copy_((torch.randn(self.lora_A.shape[1], half) @ q[0::2]).T / 10)
+                self.lora_B.copy_((torch.randn(half, self.lora_B.shape[0]).T @ q[1::2]) / 10)
 
     def from_base(self, host: nn.Module, *, fresh: bool) -> None:
         """Take the start of A and B from the base's weight where the option says so."""
@@ -192,21 +197,33 @@ class LoraPart(ModulePart):
             raise ConfigError(
                 f"init_lora_weights={self.init!r}: rank {rank} is more than the weight's {min(matrix.shape)}"
             )
-        a, b = _olora(matrix, rank) if self.init == "olora" else _pissa(matrix, rank, self.scaling, self.init)
+        if self.init == "olora":
+            a, b = _olora(matrix, rank)
+        else:
+            a, b = _pissa(matrix, rank, self.scaling, self.init)
         self.start = Start(a.to(self.lora_A.dtype), b.to(self.lora_B.dtype))
         if fresh:
             with torch.no_grad():
                 self.lora_A.copy_(a)
                 self.lora_B.copy_(b)
 
+    def _matrices(self) -> tuple[Tensor, Tensor]:
+        """A and B as they are at this layer."""
+        if self.is_transposed:
+            return self.lora_B.T, self.lora_A.T
+        return self.lora_A, self.lora_B
+
     def factors(self) -> tuple[Tensor, Tensor]:
         """A and B of the whole update; counted from a start, that start stands in them with the opposite
         sign.
         """
-        a, b = (self.lora_B.T, self.lora_A.T) if self.transposed else (self.lora_A, self.lora_B)
+        a, b = self._matrices()
         if self.start is not None:
-            a, b = torch.cat([a, self.start.a]), torch.cat([b, -self.start.b], dim=1)
-        return a, b if self.rate is None else b * self.rate
+            a = torch.cat([a, self.start.a])
+            b = torch.cat([b, -self.start.b], dim=1)
+        if self.rate is not None:
+            b = b * self.rate
+        return a, b
 
     def forward(self, x: Tensor, y: Tensor, *base: nn.Module) -> Tensor:
         """Add the low-rank update to the base output.
@@ -232,8 +249,14 @@ class LoraPart(ModulePart):
         )
 
     def _input(self, x: Tensor, y: Tensor) -> Tensor:
+        """The input of the update: on the device of the output, and with dropout."""
         x = x.to(y.device)
-        return x if not self.training or self.dropout is None else self.dropout(x)
+        # Compiled code looks only at what it needs: outside of training another dropout makes no difference
+        # to it.
+        if not self.training or self.dropout is None:
+            return x
+        dropped: Tensor = self.dropout(x)
+        return dropped
 
     def _with_bias(self, y: Tensor) -> Tensor:
         if self.lora_bias is None:
@@ -241,17 +264,27 @@ class LoraPart(ModulePart):
         return y + self.product.along(self._scaled_bias(self.lora_bias)).to(y.dtype)
 
     def _scaled_bias(self, bias: Tensor) -> Tensor:
-        return self.scaling * bias if self.rate is None else self.rate * bias
+        if self.rate is None:
+            return self.scaling * bias
+        return self.rate * bias
 
     def file_tensors(self) -> Mapping[str, Tensor]:
         """The two matrices, under the names that they have in files beside this kind of layer, and the
         bias.
         """
-        a, b = (self.lora_B.T, self.lora_A.T) if self.transposed else (self.lora_A, self.lora_B)
-        if self.rate is not None:
+        a, b = self._matrices()
+        if self.rate is not None:  # without what is reserved
             a, b = a[: self.rank], b[:, : self.rank]
-        tensors = dict(zip(self.product.names, (a, b), strict=True))
-        return tensors if self.lora_bias is None else {**tensors, "lora_B.bias": self.lora_bias}
+        a_name, b_name = self.product.names
+        tensors = {a_name: a, b_name: b}
+        if self.lora_bias is not None:
+            tensors["lora_B.bias"] = self.lora_bias
+        return tensors
+
+    @property
+    def has_one_size(self) -> bool:
+        """Whether A and B cannot be made larger than they need to be."""
+        return self.start is not None or self.is_transposed
 
     def check_reservable(self, rank: int) -> None:
         """Refuse a rank that is below the present one, and an update that is counted from a start."""
@@ -260,30 +293,25 @@ class LoraPart(ModulePart):
                 f"room for rank {rank!r} is asked for beside an adapter of rank {self.rank}: it must be that "
                 f"or more"
             )
-        if self.start is not None or self.transposed or isinstance(self, GatedLoraPart):
+        if self.has_one_size:
             raise ConfigError(
                 "room for other ranks cannot be had with pissa, olora, use_gating or a tied weight"
             )
 
-    def reserve(self, rank: int) -> None:
+    def reserve_rank(self, rank: int) -> None:
         """Lay A and B into larger tensors with zeros around them, and the factor into a tensor."""
         if self.rate is None:
             self.register_buffer("rate", self.lora_A.new_tensor(self.scaling), persistent=False)
             self.scaling = 1.0
         more = rank - self.lora_A.shape[0]
-        a, b = (
-            nn.functional.pad(t.detach().movedim(dim, -1), (0, more)).movedim(-1, dim)
-            for t, dim in self._ranked()
-        )
-        self.lora_A = nn.Parameter(a.contiguous(), self.lora_A.requires_grad)
-        self.lora_B = nn.Parameter(b.contiguous(), self.lora_B.requires_grad)
-
-    def _ranked(self) -> tuple[tuple[Tensor, int], tuple[Tensor, int]]:
-        """A and B, each with the dimension that is the rank."""
-        return (self.lora_A, 0), (self.lora_B, 1)
+        a, b = self.lora_A.detach(), self.lora_B.detach()
+        a = torch.cat([a, a.new_zeros(more, *a.shape[1:])])
+        b = torch.cat([b, b.new_zeros(b.shape[0], more, *b.shape[2:])], dim=1)
+        self.lora_A = nn.Parameter(a, self.lora_A.requires_grad)
+        self.lora_B = nn.Parameter(b, self.lora_B.requires_grad)
 
     def check_capacity(self, other: Part) -> None:
-        """Ranks need as much room as was made."""
+        """Ranks may be as large as was reserved."""
         if not isinstance(other, LoraPart) or self.rate is None:
             super().check_capacity(other)
         elif other.rank > self.lora_A.shape[0]:
@@ -295,14 +323,14 @@ class LoraPart(ModulePart):
             )
 
     def copy_from(self, other: Part) -> None:
-        """Take over A, B and the factor; what room is left over is zero."""
+        """Take over A, B and the factor; what is reserved beyond them is zero."""
         assert isinstance(other, LoraPart)
         if self.rate is None:
             super().copy_from(other)
             self.scaling = other.scaling
         else:
-            for (mine, dim), (theirs, _) in zip(self._ranked(), other._ranked(), strict=True):
-                mine.zero_().narrow(dim, 0, other.rank).copy_(theirs)
+            self.lora_A.zero_()[: other.rank].copy_(other.lora_A)
+            self.lora_B.zero_()[:, : other.rank].copy_(other.lora_B)
             for name, value in other.named_parameters():
                 if name not in ("lora_A", "lora_B"):
                     self.get_parameter(name).copy_(value)
@@ -321,25 +349,27 @@ class LoraPart(ModulePart):
             result["bias"] = tensors["bias"] + self._scaled_bias(self.lora_bias).to(tensors["bias"].dtype)
         return result
 
-    def tied(self, host: nn.Module) -> Self:
+    def tied(self, host: nn.Module) -> LoraPart:
         """The same update beside a head whose weight is this embedding's, or the other way round."""
         layer = describe(host)
         if layer is None or layer.matrix != self.product.layer.matrix[::-1]:
             raise ConfigError("only an embedding and a head that share one weight can share one update")
-        twin = type(self).__new__(type(self))
-        nn.Module.__init__(twin)
-        twin.__dict__.update(
-            {name: value for name, value in self.__dict__.items() if name not in nn.Module().__dict__}
-        )
-        twin.product, twin.transposed, twin.dropout, twin.start = (
-            product(layer, host),
-            not self.transposed,
-            None,
-            None,
-        )
-        twin.lora_A, twin.lora_B, twin.lora_bias = self.lora_A, self.lora_B, None
-        twin.register_buffer("rate", None, persistent=False)
+        # Built on the meta device, where it costs nothing, and then given the parameters that it shares.
+        config = dataclasses.replace(self.config, lora_dropout=0.0, lora_bias=False, init_lora_weights=True)
+        with torch.device("meta"):
+            twin = type(self)(config, dataclasses.replace(self.place, layer=layer, host=host))
+        twin.lora_A, twin.lora_B = self.lora_A, self.lora_B
+        twin.init = self.init
+        twin.is_transposed = not self.is_transposed
         return twin
+
+
+def _init_beside(config: LoraConfig, layer: Layer) -> bool | str:
+    """How A and B start beside one layer: what needs the weight as a matrix is had beside linears only."""
+    init = config.init_lora_weights
+    if layer.is_linear or (layer.kind == "convolution" and init == "gaussian"):
+        return init
+    return bool(init)
 
 
 class GatedLoraPart(LoraPart):
@@ -373,9 +403,8 @@ class GatedLoraPart(LoraPart):
             ``y + mean_tokens(sigmoid(gate(x))) * B A x``.
         """
         x = x.to(y.device)
-        gate = torch.sigmoid(
-            nn.functional.linear(x, self.gate.weight.to(x.dtype), self.gate.bias.to(x.dtype))
-        ).mean(1, keepdim=True)
+        gates = nn.functional.linear(x, self.gate.weight.to(x.dtype), self.gate.bias.to(x.dtype))
+        gate = torch.sigmoid(gates).mean(1, keepdim=True)
         a, b = self.factors()
         update = self.product.add(torch.zeros_like(y), self._input(x, y), a, b, 1.0)
         return y + gate.to(y.dtype) * update
@@ -383,6 +412,11 @@ class GatedLoraPart(LoraPart):
     def forward_(self, x: Tensor, y: Tensor, *base: nn.Module) -> Tensor:
         """`forward`."""
         return self.forward(x, y, *base)
+
+    @property
+    def has_one_size(self) -> bool:
+        """The update is not scaled by the factor, for which a larger one would need a tensor."""
+        return True
 
     def file_tensors(self) -> Mapping[str, Tensor]:
         """LoRA's, and the gate."""
@@ -430,9 +464,8 @@ class DoraPart(LoraPart):
     def from_base(self, host: nn.Module, *, fresh: bool) -> None:
         """Measure the base's rows; a fresh adapter starts with their lengths."""
         super().from_base(host, fresh=fresh)
-        self.base_norm = (
-            self.product.matrix(read_weights(host)["weight"]).square().sum(1).to(self.magnitude.dtype)
-        )
+        matrix = self.product.matrix(read_weights(host)["weight"])
+        self.base_norm = matrix.square().sum(1).to(self.magnitude.dtype)
         if fresh:
             with torch.no_grad():
                 self.magnitude.copy_(self.base_norm.sqrt())
@@ -448,7 +481,8 @@ class DoraPart(LoraPart):
         a, b = self.product.flat(*self.factors())
         matrix = self.product.matrix(canonical_weight(host)).to(a.device)
         cross = (matrix @ a.T.to(matrix.dtype)).to(b.dtype)
-        squares = self.base_norm + self.scaling * ((2 * cross + self.scaling * (b @ (a @ a.T))) * b).sum(1)
+        added = (2 * cross + self.scaling * (b @ (a @ a.T))) * b
+        squares = self.base_norm + self.scaling * added.sum(1)
         return squares.clamp_min(torch.finfo(squares.dtype).tiny).sqrt()
 
     def forward(self, x: Tensor, y: Tensor, *base: nn.Module) -> Tensor:
@@ -479,27 +513,25 @@ class DoraPart(LoraPart):
     def file_tensors(self) -> Mapping[str, Tensor]:
         """LoRA's, and the magnitude, along the output of a convolution."""
         magnitude = self.product.along(self.magnitude)
-        return {
-            **super().file_tensors(),
-            "lora_magnitude_vector": magnitude if magnitude is self.magnitude else magnitude.unsqueeze(0),
-        }
+        if magnitude is not self.magnitude:
+            magnitude = magnitude.unsqueeze(0)
+        return {**super().file_tensors(), "lora_magnitude_vector": magnitude}
 
     def merged(self, tensors: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """``m / |W + s B A| * (W' + s B A)`` with W of the base and W' as it is here; the bias of the base is
         not scaled.
         """
         a, b = self.factors()
-        norms = (
-            self.product.matrix(self.product.plus(base["weight"], a, b, self.scaling)).norm(dim=1).detach()
-        )
+        updated_base = self.product.matrix(self.product.plus(base["weight"], a, b, self.scaling))
+        norms = updated_base.norm(dim=1).detach()
         factor = self.magnitude.to(norms.dtype) / norms.clamp_min(torch.finfo(norms.dtype).tiny)
-        here = self.product.matrix(self.product.plus(tensors["weight"], a, b, self.scaling))
-        result = {"weight": self.product.weight(here * factor[:, None], tensors["weight"])}
+        updated = self.product.matrix(self.product.plus(tensors["weight"], a, b, self.scaling))
+        result = {"weight": self.product.weight(updated * factor[:, None], tensors["weight"])}
         if "bias" in tensors and tensors["bias"] is not base["bias"]:
             result["bias"] = base["bias"] + factor * (tensors["bias"] - base["bias"])
         return result
 
-    def tied(self, host: nn.Module) -> Self:
+    def tied(self, host: nn.Module) -> LoraPart:
         """Not to be had: the rows of one are the columns of the other."""
         raise ConfigError(
             "use_dora cannot follow a tied weight, whose rows are columns there: leave ensure_weight_tying "
@@ -510,97 +542,186 @@ class DoraPart(LoraPart):
 COMBINATIONS = ("cat", "svd", *SUMS, *(f"{way}_svd" for way in SPARSE))
 
 
+class _Weighted(NamedTuple):
+    """A part with the weight of its adapter."""
+
+    part: LoraPart
+    weight: float
+
+    @property
+    def scale(self) -> float:
+        """What ``B A`` is multiplied with in the weighted sum of the updates."""
+        return self.weight * self.part.scaling
+
+
 def combined(
-    sources: Sequence[tuple[LoraConfig, Parts, float]], blend: TensorMerging
+    sources: Sequence[Source[LoraConfig]], merging: TensorMerging
 ) -> tuple[LoraConfig, dict[str, Tensor]]:
     """One LoRA adapter made from several: its config and its tensors.
 
     - ``"cat"`` puts the factors side by side: the exact weighted sum of the updates, at the sum of the ranks;
-    - ``"svd"`` and the ``_svd`` forms blend the updates ``s B A`` themselves and keep the largest singular
+    - ``"svd"`` and the ``_svd`` forms merge the updates ``s B A`` themselves and keep the largest singular
       values;
-    - the others blend the As and the Bs, each with the square root of the weight: cheap and at the same rank,
+    - the others merge the As and the Bs, each with the square root of the weight: cheap and at the same rank,
       but the product of the sums has cross terms (so does ``"linear"``, as in Huang et al. 2023).
 
     Biases and the distances of magnitudes from the base's row lengths are summed with the weights in all of
     them.
+
+    Args:
+        sources: the adapters.
+        merging: how tensors are made into one.
+
+    Raises:
+        ConfigError: the adapters are of different builds, or have ranks that do not go together.
     """
-    first = sources[0][0]
-    for name in ("use_dora", "lora_bias"):
-        if len({getattr(config, name) for config, _, _ in sources}) > 1:
-            raise ConfigError(f"adapters with and without {name} cannot be made into one")
+    first = sources[0].config
+    _require_alike("use_dora", [source.config.use_dora for source in sources])
+    _require_alike("lora_bias", [source.config.lora_bias for source in sources])
+    groups: dict[str, list[tuple[Part, float]]] = {}
+    for source in sources:
+        for path, part in source.parts.items():
+            groups.setdefault(path, []).append((part, source.weight))
+
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
-    for path in dict.fromkeys(path for _, parts, _ in sources for path in parts):
-        here = [(parts[path], weight) for _, parts, weight in sources if path in parts]
-        for prefix in here[0][0].components():
-            pieces = [(cast("LoraPart", part.components()[prefix]), weight) for part, weight in here]
-            made, ranks[path] = _combined_part(path, pieces, blend)
-            tensors.update({join(path, f"{prefix}{name}"): tensor for name, tensor in made.items()})
+    for path, group in groups.items():
+        # Inside `nn.MultiheadAttention` there are two parts, one for each projection.
+        for prefix in group[0][0].components():
+            parts = []
+            for part, weight in group:
+                parts.append(_Weighted(cast("LoraPart", part.components()[prefix]), weight))
+            values, ranks[path] = _combined_part(path, parts, merging)
+            for name, tensor in values.items():
+                tensors[join(path, f"{prefix}{name}")] = tensor
+
+    # Scaled so that the factor is 1 everywhere: alpha is the rank.
     rank = max(ranks.values())
-    other = {f"^{re.escape(path)}": here for path, here in ranks.items() if here != rank}
+    rank_pattern, alpha_pattern = {}, {}
+    for path, other in ranks.items():
+        if other != rank:
+            rank_pattern[f"^{re.escape(path)}"] = other
+            alpha_pattern[f"^{re.escape(path)}"] = float(other)
     config = dataclasses.replace(
         first,
         r=rank,
         lora_alpha=rank,
         use_rslora=False,
-        rank_pattern=other,
-        alpha_pattern={path: float(here) for path, here in other.items()},
+        rank_pattern=rank_pattern,
+        alpha_pattern=alpha_pattern,
         init_lora_weights=True,
     )
     return config, tensors
 
 
-def _combined_part(
-    path: str, pieces: Sequence[tuple[LoraPart, float]], blend: TensorMerging
-) -> tuple[dict[str, Tensor], int]:
-    """The tensors of one part made from several beside the same layer, scaled so that its own scaling is 1;
-    its rank.
+def _require_alike(option: str, values: Sequence[bool]) -> None:
+    """Refuse adapters of which some have an option and some have not.
+
+    Raises:
+        ConfigError: naming the option.
     """
-    first = pieces[0][0]
-    a_s, b_s = zip(*(part.factors() for part, _ in pieces), strict=True)
-    scales = [weight * part.scaling for part, weight in pieces]
-    if blend.method == "cat":
-        a = torch.cat([scale * a for a, scale in zip(a_s, scales, strict=True)])
-        b = torch.cat(b_s, dim=1)
-    elif blend.method.endswith("svd"):
-        deltas = [
-            scale * first.product.delta(a, b)
-            for a, b, scale in zip(a_s, b_s, (p.scaling for p, _ in pieces), strict=True)
-        ]
-        rank = min(blend.rank or max(a.shape[0] for a in a_s), *deltas[0].shape)
-        u, s, vh = torch.linalg.svd(blend(deltas, [weight for _, weight in pieces]), full_matrices=False)
-        a_shape, b_shape = first.product.shapes(rank)
-        a, b = vh[:rank].reshape(a_shape), (u[:, :rank] * s[:rank]).reshape(b_shape)
+    if len(set(values)) > 1:
+        raise ConfigError(f"adapters with and without {option} cannot be made into one")
+
+
+def _combined_part(
+    path: str, parts: Sequence[_Weighted], merging: TensorMerging
+) -> tuple[dict[str, Tensor], int]:
+    """The tensors of one part made from several beside the same layer, scaled so that its own factor is 1,
+    and its rank.
+    """
+    first = parts[0].part
+    if merging.method == "cat":
+        a, b = _side_by_side(parts)
+    elif merging.method.endswith("svd"):
+        a, b = _decomposed(parts, merging)
     else:
-        if len({a.shape[0] for a in a_s}) > 1:
-            ranks = [a.shape[0] for a in a_s]
-            raise ConfigError(
-                f"{path!r}: {blend.method!r} needs equal ranks, not {ranks}: take 'cat' or one of the svd "
-                f"forms"
-            )
-        roots = [math.sqrt(abs(scale)) for scale in scales]
-        a = blend(a_s, [math.copysign(root, scale) for root, scale in zip(roots, scales, strict=True)])
-        b = blend(b_s, roots)
-    tensors = dict(zip(first.product.names, (a, b), strict=True))
+        a, b = _summed(path, parts, merging)
+    a_name, b_name = first.product.names
+    tensors = {a_name: a, b_name: b}
     if first.lora_bias is not None:
-        biases = [
-            weight * part._scaled_bias(part.lora_bias)
-            for part, weight in pieces
-            if part.lora_bias is not None
-        ]
-        tensors["lora_B.bias"] = sum(biases)  # type: ignore[assignment]
+        bias = torch.zeros_like(first.lora_bias)
+        for part, weight in parts:
+            assert part.lora_bias is not None
+            bias = bias + weight * part._scaled_bias(part.lora_bias)
+        tensors["lora_B.bias"] = bias
     if isinstance(first, DoraPart):
         base = first.base_norm.sqrt()
-        moved = [weight * (cast("DoraPart", part).magnitude - base) for part, weight in pieces]
-        tensors["lora_magnitude_vector"] = (
-            torch.stack([base, *moved]).sum(0).view(first.file_tensors()["lora_magnitude_vector"].shape)
-        )
+        summands = [base]
+        for part, weight in parts:
+            summands.append(weight * (cast("DoraPart", part).magnitude - base))
+        shape = first.file_tensors()["lora_magnitude_vector"].shape
+        tensors["lora_magnitude_vector"] = torch.stack(summands).sum(0).view(shape)
     return tensors, a.shape[0]
 
 
-def with_listeners(config: LoraConfig, places: Sequence[Place], candidates: Sequence[Place]) -> list[Place]:
+def _side_by_side(parts: Sequence[_Weighted]) -> tuple[Tensor, Tensor]:
+    """A and B of the exact weighted sum of the updates, at the sum of the ranks."""
+    all_a, all_b = [], []
+    for weighted in parts:
+        a, b = weighted.part.factors()
+        all_a.append(weighted.scale * a)
+        all_b.append(b)
+    return torch.cat(all_a), torch.cat(all_b, dim=1)
+
+
+def _decomposed(parts: Sequence[_Weighted], merging: TensorMerging) -> tuple[Tensor, Tensor]:
+    """A and B of the largest singular values of the updates merged as matrices."""
+    first = parts[0].part
+    deltas, ranks = [], []
+    for part, _ in parts:
+        a, b = part.factors()
+        deltas.append(part.scaling * first.product.delta(a, b))
+        ranks.append(a.shape[0])
+    merged = merging(deltas, [weight for _, weight in parts])
+    rank = min(merging.rank or max(ranks), *merged.shape)
+    u, s, vh = torch.linalg.svd(merged, full_matrices=False)
+    a_shape, b_shape = first.product.shapes(rank)
+    return vh[:rank].reshape(a_shape), (u[:, :rank] * s[:rank]).reshape(b_shape)
+
+
+def _summed(path: str, parts: Sequence[_Weighted], merging: TensorMerging) -> tuple[Tensor, Tensor]:
+    """A and B merged each by themselves, with the square roots of the weights.
+
+    Raises:
+        ConfigError: the ranks differ.
+    """
+    all_a, all_b, a_weights, b_weights = [], [], [], []
+    for weighted in parts:
+        a, b = weighted.part.factors()
+        root = math.sqrt(abs(weighted.scale))
+        all_a.append(a)
+        all_b.append(b)
+        a_weights.append(math.copysign(root, weighted.scale))
+        b_weights.append(root)
+    ranks = [a.shape[0] for a in all_a]
+    if len(set(ranks)) > 1:
+        raise ConfigError(
+            f"{path!r}: {merging.method!r} needs equal ranks, not {ranks}: take 'cat' or one of the svd forms"
+        )
+    return merging(all_a, a_weights), merging(all_b, b_weights)
+
+
+def narrow(config: LoraConfig, places: Sequence[Place], candidates: Sequence[Place]) -> list[Place]:
     """The places, and beside a gate those that say how much of the input there is."""
-    return [*places, *(place for place in candidates if config.use_gating and place.layer.kind == "input")]
+    if not config.use_gating:
+        return list(places)
+    return [*places, *(place for place in candidates if place.layer.kind == "input")]
+
+
+def can_be_merged(config: LoraConfig) -> bool:
+    """Whether the update does not depend on the input."""
+    return not config.use_gating
+
+
+class LoraFiles(MethodFiles[LoraConfig]):
+    """The files of LoRA, which say how weights are laid out."""
+
+    def config_values(
+        self, config: LoraConfig, values: Mapping[str, Any], parts: Parts, layers: Mapping[str, Layer]
+    ) -> Mapping[str, Any]:
+        """Whether the weights are transposed."""
+        return {"fan_in_fan_out": is_transposed(layers)}
 
 
 @method(
@@ -614,22 +735,29 @@ def with_listeners(config: LoraConfig, places: Sequence[Place], candidates: Sequ
     source="Hu et al. 2021, https://arxiv.org/abs/2106.09685",
     combinations=COMBINATIONS,
     combine=combined,
-    merges=lambda config: not config.use_gating,
-    narrow=with_listeners,
-    swaps=frozenset(
-        {
-            "r",
-            "lora_alpha",
-            "rank_pattern",
-            "alpha_pattern",
-            "use_rslora",
-            "lora_dropout",
-            "init_lora_weights",
-        }
+    example=partial(LoraConfig, target_modules="all-linear"),
+    merges=can_be_merged,
+    narrow=narrow,
+    files=LoraFiles(
+        replaceable=frozenset(
+            {
+                "r",
+                "lora_alpha",
+                "rank_pattern",
+                "alpha_pattern",
+                "use_rslora",
+                "lora_dropout",
+                "init_lora_weights",
+            }
+        )
     ),
 )
 def lora_part(config: LoraConfig, place: Place) -> Part:
     """The part for one layer."""
     if config.use_gating:
-        return WholeInput() if place.layer.kind == "input" else GatedLoraPart(config, place)
-    return DoraPart(config, place) if config.use_dora else LoraPart(config, place)
+        if place.layer.kind == "input":
+            return WholeInput()
+        return GatedLoraPart(config, place)
+    if config.use_dora:
+        return DoraPart(config, place)
+    return LoraPart(config, place)

@@ -6,29 +6,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from grafts.config import config, option
-from grafts.methods._registry import Files, Parts, Place, method
+from grafts.methods._registry import Place, method
 from grafts.methods.shared.virtual_tokens import (
-    DECODER_TOKENS,
-    PREFIX,
+    InputTokensConfig,
     VirtualPart,
-    VirtualTokensConfig,
-    file_values,
+    VirtualTokenFiles,
     has_encoder,
     narrow_inputs,
-    packed,
-    unpacked,
 )
+from grafts.sites.site import Part, Reference
 from grafts.structure.attention_modules import DECODER_INPUT, ENCODER_INPUT, INPUT
 
 
 @config
-class PromptEncoderConfig(VirtualTokensConfig):
+class PromptEncoderConfig(InputTokensConfig):
     """What p-tuning is: virtual tokens that an MLP or an LSTM makes from embeddings of its own.
 
     >>> PromptEncoderConfig(num_virtual_tokens=8, encoder_hidden_size=64).encoder_reparameterization_type
@@ -42,10 +40,9 @@ class PromptEncoderConfig(VirtualTokensConfig):
     flat: bool = option(
         False, "Only what the network has made, as in files that do not hold it; training goes on with that."
     )
-    decoder_tokens: bool = option(False, DECODER_TOKENS)
 
     peft_type: ClassVar[str] = "P_TUNING"
-    own_fields: ClassVar[frozenset[str]] = VirtualTokensConfig.own_fields | {"flat", "decoder_tokens"}
+    own_fields: ClassVar[frozenset[str]] = InputTokensConfig.own_fields | {"flat"}
 
     def __post_init__(self) -> None:
         """Refuse values that cannot be."""
@@ -98,8 +95,8 @@ class PromptEncoder(nn.Module):
         x = self.embedding.weight[None]
         if self.lstm_head is not None:
             x = self.lstm_head(x)[0]
-        made: Tensor = self.mlp_head(x)[0]
-        return made
+        tokens: Tensor = self.mlp_head(x)[0]
+        return tokens
 
 
 class EncodedPromptPart(VirtualPart):
@@ -113,32 +110,41 @@ class EncodedPromptPart(VirtualPart):
     def __init__(self, config: PromptEncoderConfig, place: Place) -> None:
         super().__init__(config, place)
         size = place.layer.in_features
-        self.prompt = nn.Parameter(torch.randn(self.length, size)) if config.flat and self.length else None
-        owner = not config.flat and self.offset == 0 and self.length
-        self.encoder = PromptEncoder(config, self.total, size) if owner else None
-        self.source: tuple[EncodedPromptPart, ...] = (self,)
+        self.prompt: nn.Parameter | None = None
+        self.encoder: PromptEncoder | None = None
+        if config.flat and self.length:
+            self.prompt = nn.Parameter(torch.randn(self.length, size))
+        elif not config.flat and self.length and self.offset == 0:
+            self.encoder = PromptEncoder(config, self.total, size)
+        # The network of the first input makes the tokens of all of them.
+        self._shared_encoder: Reference[PromptEncoder] | None = None
+
+    def connect(self, parts: Mapping[str, Part]) -> None:
+        """Find the network: a decoder's stands at the encoder."""
+        for part in parts.values():
+            if isinstance(part, EncodedPromptPart) and part.encoder is not None:
+                self._shared_encoder = Reference(part.encoder)
+                return
 
     def virtual_tokens(self) -> Tensor:
         """The embeddings, ``(length, embedding size)``."""
         if self.prompt is not None:
             return self.prompt
-        encoder = self.source[0].encoder
-        assert encoder is not None
-        made: Tensor = encoder()
-        return made[self.offset : self.offset + self.length]
+        assert self._shared_encoder is not None
+        tokens: Tensor = self._shared_encoder.module()
+        return tokens[self.offset : self.offset + self.length]
+
+    def encoder_module(self) -> nn.Module | None:
+        """The network, where this part has it."""
+        return self.encoder
 
 
-def link(config: PromptEncoderConfig, parts: Parts) -> None:
-    """Let a decoder find the network, which stands at the encoder."""
-    own = [part for part in parts.values() if isinstance(part, EncodedPromptPart)]
-    owner = next((part for part in own if part.encoder is not None), own[0])
-    for part in own:
-        part.source = (owner,)
+class PromptEncoderFiles(VirtualTokenFiles[PromptEncoderConfig]):
+    """The files of p-tuning: its tokens, and the network that makes them."""
 
-
-def from_file(config: PromptEncoderConfig, tensors: Mapping[str, Tensor]) -> PromptEncoderConfig:
-    """Without the network where the file holds only what it gave."""
-    return replace(config, flat=not has_encoder(tensors))
+    def config_of(self, config: PromptEncoderConfig, tensors: Mapping[str, Tensor]) -> PromptEncoderConfig:
+        """Without the network where the file holds only what it gave."""
+        return replace(config, flat=not has_encoder(tensors))
 
 
 @method(
@@ -150,10 +156,9 @@ def from_file(config: PromptEncoderConfig, tensors: Mapping[str, Tensor]) -> Pro
     inert=False,
     mergeable=False,
     source="Liu et al. 2021, https://arxiv.org/abs/2103.10385",
+    example=partial(PromptEncoderConfig, num_virtual_tokens=5),
     narrow=narrow_inputs,
-    file_values=file_values,
-    attached=link,
-    files=Files(PREFIX, packed, unpacked, from_file),
+    files=PromptEncoderFiles(),
 )
 def encoded_prompt_part(config: PromptEncoderConfig, place: Place) -> EncodedPromptPart:
     """The part for one input."""

@@ -6,28 +6,32 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, ClassVar, Self, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Size, Tensor, nn
 
 from grafts.config import config, option
 from grafts.errors import CheckpointError, ConfigError, StateError
-from grafts.methods._registry import Files, FileTarget, Parts, Place, method
+from grafts.methods._files import FileTarget, PackedFiles, Parts
+from grafts.methods._registry import Place, method
 from grafts.methods.shared.virtual_tokens import (
-    PREFIX,
     PROMPT,
     VirtualTokensConfig,
+    encoder_by_path,
     encoder_tensors,
     has_encoder,
     split,
+    without_prefix,
 )
+from grafts.modules.layers import Layer
 from grafts.modules.patterns import join
 from grafts.sites.arguments import Kind
 from grafts.sites.attention import AttendingPart, Attention
 from grafts.sites.input import InputPart, embeds_positions
-from grafts.sites.site import Part
+from grafts.sites.site import Part, Reference
 from grafts.structure.attention_modules import (
     CROSS_ATTENTION,
     DECODER_INPUT,
@@ -101,9 +105,8 @@ class PrefixTuningConfig(VirtualTokensConfig):
         """A config from plain data; what `peft` has made for an encoder-decoder is a counted prefix of the
         decoder's.
         """
-        if (
-            data.get("num_transformer_submodules") == 2 and "attention" not in data
-        ):  # `peft`'s for an encoder-decoder
+        is_from_peft = data.get("num_transformer_submodules") == 2 and "attention" not in data
+        if is_from_peft:
             data = {**data, "attention": ("self",), "count_positions": True}
         return super().from_dict(data)
 
@@ -116,45 +119,60 @@ class PrefixPart(AttendingPart):
             makes them.
         encoder: the MLP that makes those of all layers, at the first of them; None at the others.
         gate: makes the gates of keys and values from the module's input, ``(2, hidden)``; None without gates.
+        heads: how many heads of keys the module has.
+        width: how wide the keys of all heads are.
+        columns: where the numbers of this layer begin and end among those that the MLP makes.
+        is_counted: the prefix takes up positions.
     """
 
     def __init__(self, config: PrefixTuningConfig, place: Place) -> None:
         super().__init__()
-        layers = [other.layer for other in place.others if other.layer.kind == "attending"]
-        self.heads, self.width = place.layer.heads, place.layer.out_features
-        index = [other.path for other in place.others if other.layer.kind == "attending"].index(place.path)
-        begin = sum(layer.keys_and_values for layer in layers[:index])
-        numbers = place.layer.keys_and_values
-        self.columns = begin, begin + numbers
-        length = config.num_virtual_tokens
+        attending = [other for other in place.others if other.layer.kind == "attending"]
+        index = [other.path for other in attending].index(place.path)
+        sizes = [other.layer.keys_and_values for other in attending]
+        self.heads = place.layer.heads
+        self.width = place.layer.out_features
+        self.columns = sum(sizes[:index]), sum(sizes[: index + 1])
+        self.is_counted = bool(config.count_positions)
         self.prefix: nn.Parameter | None = None
         self.encoder: PrefixEncoder | None = None
         if not config.prefix_projection:
-            start = torch.zeros if config.init_weights == "zero" else torch.randn
-            self.prefix = nn.Parameter(start(length, numbers))
+            if config.init_weights == "zero":
+                start = torch.zeros
+            else:
+                start = torch.randn
+            self.prefix = nn.Parameter(start(config.num_virtual_tokens, place.layer.keys_and_values))
         elif index == 0:
-            self.encoder = PrefixEncoder(config, self.width, sum(layer.keys_and_values for layer in layers))
+            self.encoder = PrefixEncoder(config, self.width, sum(sizes))
         self.gate = nn.Linear(place.layer.in_features, 2) if config.use_gating else None
-        self.source: tuple[PrefixPart, ...] = (self,)
-        self.counted = bool(config.count_positions)
-        self.distances: tuple[
-            nn.Module, ...
-        ] = ()  # at the first part: the module that knows the bias by distance
+        # The part at the first layer: it has the MLP of all layers, and what it comes to know of the model.
+        self._first: Reference[PrefixPart] = Reference(self)
+        # At the first part: the module of the base that knows the bias of scores by their distance (T5).
+        self._knows_distances: Reference[nn.Module] | None = None
+
+    def connect(self, parts: Mapping[str, Part]) -> None:
+        """Find the part at the first layer."""
+        for part in parts.values():
+            if isinstance(part, PrefixPart):
+                self._first = Reference(part)
+                return
 
     def numbers(self) -> Tensor:
         """Keys and values, ``(length, keys and values)``."""
         if self.prefix is not None:
             return self.prefix
-        encoder = self.source[0].encoder
+        encoder = self._first.module.encoder
         assert encoder is not None
-        made: Tensor = encoder(self.columns)
-        return made
+        numbers: Tensor = encoder(self.columns)
+        return numbers
 
     def as_heads(self, heads: int) -> tuple[Tensor, Tensor]:
         """Keys and values, ``(1, heads, length, head_dim)`` each."""
         numbers = self.numbers()
-        keys, values = numbers[:, : self.width], numbers[:, self.width :]
-        return tuple(x.view(x.shape[0], heads, -1).transpose(0, 1)[None] for x in (keys, values))  # type: ignore[return-value]
+        length = numbers.shape[0]
+        keys = numbers[:, : self.width].view(length, heads, -1).transpose(0, 1)[None]
+        values = numbers[:, self.width :].view(length, heads, -1).transpose(0, 1)[None]
+        return keys, values
 
     def in_front(self, attention: Attention) -> tuple[Tensor, Tensor]:
         """Keys and values in front of the module's own (Li & Liang 2021, section 4), times their gates."""
@@ -171,29 +189,29 @@ class PrefixPart(AttendingPart):
             raise StateError(
                 "a gated prefix needs the whole input of each layer at once: generate with use_cache=False"
             )
-        gates = F.linear(
-            attention.hidden,
-            self.gate.weight.to(attention.hidden.dtype),
-            self.gate.bias.to(attention.hidden.dtype),
-        )
-        key, value = torch.sigmoid(gates).mean(1).unbind(-1)
-        return keys * key.view(-1, 1, 1, 1), values * value.view(-1, 1, 1, 1)
+        hidden = attention.hidden
+        gates = F.linear(hidden, self.gate.weight.to(hidden.dtype), self.gate.bias.to(hidden.dtype))
+        key_gate, value_gate = torch.sigmoid(gates).mean(1).unbind(-1)
+        return keys * key_gate.view(-1, 1, 1, 1), values * value_gate.view(-1, 1, 1, 1)
 
     def position_bias(self, attention: Attention) -> Tensor | None:
         """For a counted prefix, the bias of T5's scores by their distance (Raffel et al. 2020, section
         2.1).
         """
-        host, first = attention.host, self.source[0]
-        if getattr(host, "has_relative_attention_bias", False):
-            first.distances = (host,)
-        if not self.counted or not first.distances or hasattr(host, "is_cross_attention"):
+        host, first = attention.host, self._first.module
+        # Of all layers only the first has the table of biases; the others get what it made.
+        known = first._knows_distances
+        if getattr(host, "has_relative_attention_bias", False) and (
+            known is None or known.module is not host
+        ):
+            first._knows_distances = Reference(host)
+        is_cross = hasattr(host, "is_cross_attention")
+        if not self.is_counted or first._knows_distances is None or is_cross:
             return None
-        knows: Any = first.distances[0]
-        numbers = self.numbers()
-        # the module makes the bias of all positions up to the last query, as if the prefix were its first
-        # tokens
-        length, queries = numbers.shape[0], attention.query.shape[2]
-        bias: Tensor = knows.compute_bias(length + attention.past() + queries, length)
+        module: Any = first._knows_distances.module
+        # It makes the bias of all positions up to the last query, as if the prefix were its first tokens.
+        length, queries = self.numbers().shape[0], attention.query.shape[2]
+        bias: Tensor = module.compute_bias(length + attention.past() + queries, length)
         return bias[:, :, -queries:]
 
 
@@ -229,83 +247,125 @@ class CountedPrefix(InputPart):
         self.shift = length
 
 
-def link(config: PrefixTuningConfig, parts: Parts) -> None:
-    """Let all layers find the MLP of the first."""
-    own = [part for part in parts.values() if isinstance(part, PrefixPart)]
-    for part in own:
-        part.source = (own[0],)
+def narrow(config: PrefixTuningConfig, places: Sequence[Place], candidates: Sequence[Place]) -> list[Place]:
+    """The attention modules that were selected, and what takes the positions if the prefix is counted.
 
-
-def counted(config: PrefixTuningConfig, places: Sequence[Place], candidates: Sequence[Place]) -> list[Place]:
-    """The attention modules that were selected, and what takes the positions if the prefix is counted."""
+    Raises:
+        ConfigError: the prefix is to be counted, and nothing takes positions.
+    """
     attending = [place for place in places if place.layer.kind == "attending"]
-    inputs = [place for place in candidates if place.layer.kind == "input"]
-    heard = {INPUT, DECODER_INPUT if {"self", "cross"} & set(config.attention) else ENCODER_INPUT}
-    taking = [place for place in inputs if place.role in heard and place.takes(Kind.POSITIONS)]
-    if config.count_positions:
-        taking = taking or [place for place in inputs if place.role in heard and embeds_positions(place.host)]
-    by_distance = any(getattr(place.host, "has_relative_attention_bias", False) for place in attending)
-    if config.count_positions and not taking and not by_distance:
+    if config.count_positions is False:
+        return attending
+    of_decoder = "self" in config.attention or "cross" in config.attention
+    roles = (INPUT, DECODER_INPUT if of_decoder else ENCODER_INPUT)
+    inputs = [place for place in candidates if place.layer.kind == "input" and place.role in roles]
+    taking = [place for place in inputs if place.takes(Kind.POSITIONS)]
+    if config.count_positions and not taking:
+        taking = [place for place in inputs if embeds_positions(place.host)]
+    counts_distances = any(getattr(place.host, "has_relative_attention_bias", False) for place in attending)
+    if config.count_positions and not taking and not counts_distances:
         raise ConfigError(
             "count_positions: this model takes no position_ids, so its tokens cannot be moved behind the "
             "prefix"
         )
-    return [*attending, *([] if config.count_positions is False else taking)]
+    return [*attending, *taking]
 
 
-def file_values(values: Mapping[str, Any], parts: Parts) -> dict[str, Any]:
-    """The sizes, as `peft` completes them from the model."""
-    own = [part for part in parts.values() if isinstance(part, PrefixPart)]
-    sizes = {"num_layers": len(own), "token_dim": own[0].width, "num_attention_heads": own[0].heads}
-    hidden = values["encoder_hidden_size"] or own[0].width
-    shifts = any(isinstance(part, CountedPrefix) for part in parts.values())
-    shifts = shifts or own[0].counted
-    counts = {} if shifts else {"count_positions": False}
-    return {**sizes, **counts, "encoder_hidden_size": hidden, "num_transformer_submodules": 1}
+class PrefixFiles(PackedFiles[PrefixTuningConfig]):
+    """The files of prefix tuning: keys and values of all layers side by side in one tensor."""
 
-
-def packed(config: PrefixTuningConfig, parts: Parts) -> dict[str, Tensor]:
-    """The tensors of the file."""
-    own = {path: part for path, part in parts.items() if isinstance(part, PrefixPart)}
-    with torch.no_grad():
-        tensors = {PROMPT: torch.cat([part.numbers() for part in own.values()], 1)}
-    first = next(iter(own.values()))
-    if first.encoder is not None:
-        tensors |= encoder_tensors(first.encoder)
-    gates = {path: part.gate for path, part in own.items() if part.gate is not None}
-    return tensors | {
-        f"{PREFIX}{path}.gate.{n}": t for path, gate in gates.items() for n, t in gate.named_parameters()
-    }
-
-
-def unpacked(
-    config: PrefixTuningConfig, tensors: Mapping[str, Tensor], targets: Sequence[FileTarget]
-) -> dict[str, Tensor]:
-    """The parts' tensors by path and name."""
-    result = {
-        name.removeprefix(PREFIX): tensor for name, tensor in tensors.items() if name.startswith(PREFIX)
-    }
-    if config.prefix_projection:
-        path = next(path for path, names, _ in targets if any(name.startswith("encoder.") for name in names))
-        encoder = {name: t for name, t in tensors.items() if name.startswith("prompt_encoder.")}
-        return result | {f"{path}.{name.removeprefix('prompt_')}": tensor for name, tensor in encoder.items()}
-    everything = [(path, names["prefix"], role) for path, names, role in targets if "prefix" in names]
-    groups = {PROMPT: everything}
-    if config.num_transformer_submodules == 2 and PROMPT in tensors:
-        return result | _of_peft(config, tensors[PROMPT], [(path, shape) for path, shape, _ in everything])
-    if PROMPT not in tensors and any(name.startswith(f"{PROMPT}.") for name in tensors):
-        groups = {
-            f"{PROMPT}.{name}": [t for t in everything if t[2] == role] for name, role in LOCATIONS.items()
+    def config_values(
+        self,
+        config: PrefixTuningConfig,
+        values: Mapping[str, Any],
+        parts: Parts,
+        layers: Mapping[str, Layer],
+    ) -> Mapping[str, Any]:
+        """The sizes, as `peft` completes them from the model."""
+        own = _prefixes(parts)
+        if not own:
+            return {}
+        first = next(iter(own.values()))
+        changed: dict[str, Any] = {
+            "num_layers": len(own),
+            "token_dim": first.width,
+            "num_attention_heads": first.heads,
+            "encoder_hidden_size": values["encoder_hidden_size"] or first.width,
+            "num_transformer_submodules": 1,
         }
-    for name, own in groups.items():
-        widths = [shape[1] for _, shape, _ in own]
-        pieces = split(tensors, widths, 1, (config.num_virtual_tokens, sum(widths)), name) if own else []
-        result |= {join(path, "prefix"): piece for (path, _, _), piece in zip(own, pieces, strict=True)}
+        shifts_positions = any(isinstance(part, CountedPrefix) for part in parts.values())
+        if not shifts_positions and not first.is_counted:
+            changed["count_positions"] = False
+        return changed
+
+    def config_of(self, config: PrefixTuningConfig, tensors: Mapping[str, Tensor]) -> PrefixTuningConfig:
+        """Without the MLP where the file holds only what it gave; for the attention that has a prefix of its
+        own in the file.
+        """
+        attention = tuple(name for name in LOCATIONS if f"{PROMPT}.{name}" in tensors)
+        return replace(
+            config,
+            prefix_projection=config.prefix_projection and has_encoder(tensors),
+            attention=attention or config.attention,
+        )
+
+    def pack(self, config: PrefixTuningConfig, parts: Parts) -> Mapping[str, Tensor]:
+        """Keys and values of all layers, the MLP that makes them, and the gates."""
+        own = _prefixes(parts)
+        with torch.no_grad():
+            tensors = {PROMPT: torch.cat([part.numbers() for part in own.values()], 1)}
+        for path, part in own.items():
+            if part.encoder is not None:
+                tensors |= encoder_tensors(part.encoder)
+            if part.gate is not None:
+                for name, tensor in part.gate.named_parameters():
+                    tensors[f"{self.prefix}{path}.gate.{name}"] = tensor
+        return tensors
+
+    def unpack(
+        self,
+        config: PrefixTuningConfig,
+        tensors: Mapping[str, Tensor],
+        targets: Sequence[FileTarget],
+    ) -> Mapping[str, Tensor]:
+        """The MLP for the first layer, else the keys and values of each."""
+        by_path = without_prefix(tensors, self.prefix)
+        if config.prefix_projection:
+            for target in targets:
+                if any(name.startswith("encoder.") for name in target.tensors):
+                    return by_path | encoder_by_path(tensors, target.path)
+        prefixes = [target for target in targets if "prefix" in target.tensors]
+        if config.num_transformer_submodules == 2 and PROMPT in tensors:
+            return by_path | _from_peft(config, tensors[PROMPT], prefixes)
+
+        # One tensor for all attention, or one for each location of it.
+        groups = {PROMPT: prefixes}
+        if PROMPT not in tensors and any(name.startswith(f"{PROMPT}.") for name in tensors):
+            groups = {}
+            for location, role in LOCATIONS.items():
+                groups[f"{PROMPT}.{location}"] = [target for target in prefixes if target.role == role]
+        for name, group in groups.items():
+            if not group:
+                continue
+            widths = [target.tensors["prefix"][1] for target in group]
+            shape = (config.num_virtual_tokens, sum(widths))
+            pieces = split(tensors, widths, 1, shape, name)
+            for target, piece in zip(group, pieces, strict=True):
+                by_path[join(target.path, "prefix")] = piece
+        return by_path
+
+
+def _prefixes(parts: Parts) -> dict[str, PrefixPart]:
+    """The prefixes among the parts of an adapter, by path."""
+    result = {}
+    for path, part in parts.items():
+        if isinstance(part, PrefixPart):
+            result[path] = part
     return result
 
 
-def _of_peft(
-    config: PrefixTuningConfig, numbers: Tensor, own: Sequence[tuple[str, Any]]
+def _from_peft(
+    config: PrefixTuningConfig, numbers: Tensor, targets: Sequence[FileTarget]
 ) -> dict[str, Tensor]:
     """`peft`'s numbers for an encoder-decoder: those of layer 2 i, counted in a circle, serve layer i of the
     decoder.
@@ -315,26 +375,18 @@ def _of_peft(
     Raises:
         CheckpointError: they are not those of so many layers of this size.
     """
-    layers, shape = config.num_layers or len(own), own[0][1]
-    if tuple(numbers.shape) != (shape[0], layers * shape[1]) or len(own) > layers:
-        wanted = (shape[0], layers * shape[1])
+    layers = config.num_layers or len(targets)
+    shape: Size = targets[0].tensors["prefix"]
+    wanted = (shape[0], layers * shape[1])
+    if tuple(numbers.shape) != wanted or len(targets) > layers:
         raise CheckpointError(
             f"{PROMPT!r} is {tuple(numbers.shape)} in the file and {wanted} for {layers} layers here"
         )
     pieces = torch.split(numbers, shape[1], 1)
-    return {join(path, "prefix"): pieces[2 * index % layers] for index, (path, _) in enumerate(own)}
-
-
-def from_file(config: PrefixTuningConfig, tensors: Mapping[str, Tensor]) -> PrefixTuningConfig:
-    """Without the MLP where the file holds only what it gave; for the attention that has a prefix of its own
-    in the file.
-    """
-    there = tuple(name for name in LOCATIONS if f"{PROMPT}.{name}" in tensors)
-    return replace(
-        config,
-        prefix_projection=config.prefix_projection and has_encoder(tensors),
-        attention=there or config.attention,
-    )
+    by_path = {}
+    for index, target in enumerate(targets):
+        by_path[join(target.path, "prefix")] = pieces[2 * index % layers]
+    return by_path
 
 
 @method(
@@ -346,15 +398,12 @@ def from_file(config: PrefixTuningConfig, tensors: Mapping[str, Tensor]) -> Pref
     inert=False,
     mergeable=False,
     source="Li & Liang 2021, https://arxiv.org/abs/2101.00190",
-    narrow=counted,
-    file_values=file_values,
-    attached=link,
-    files=Files(PREFIX, packed, unpacked, from_file),
+    example=partial(PrefixTuningConfig, num_virtual_tokens=5),
+    narrow=narrow,
+    files=PrefixFiles(),
 )
 def prefix_part(config: PrefixTuningConfig, place: Place) -> Part:
     """The part for one attention module, or for what takes the input."""
-    return (
-        PrefixPart(config, place)
-        if place.layer.kind == "attending"
-        else CountedPrefix(config.num_virtual_tokens)
-    )
+    if place.layer.kind == "attending":
+        return PrefixPart(config, place)
+    return CountedPrefix(config.num_virtual_tokens)

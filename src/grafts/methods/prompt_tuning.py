@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -10,17 +11,12 @@ from torch import Tensor, nn
 
 from grafts.config import config, option
 from grafts.errors import ConfigError
-from grafts.methods._registry import Files, Place, method
+from grafts.methods._registry import Place, method
 from grafts.methods.shared.virtual_tokens import (
-    DECODER_TOKENS,
-    PREFIX,
+    InputTokensConfig,
     VirtualPart,
-    VirtualTokensConfig,
-    file_values,
-    from_file,
+    VirtualTokenFiles,
     narrow_inputs,
-    packed,
-    unpacked,
 )
 from grafts.structure.attention_modules import DECODER_INPUT, ENCODER_INPUT, INPUT
 
@@ -28,7 +24,7 @@ _STARTS = ("RANDOM", "TEXT", "SAMPLE_VOCAB")
 
 
 @config
-class PromptTuningConfig(VirtualTokensConfig):
+class PromptTuningConfig(InputTokensConfig):
     """What prompt tuning is: embeddings of virtual tokens that come before those of the input.
 
     >>> PromptTuningConfig(num_virtual_tokens=8, prompt_tuning_init="SAMPLE_VOCAB").num_virtual_tokens
@@ -52,14 +48,9 @@ class PromptTuningConfig(VirtualTokensConfig):
         "Put them behind the embeddings' positions and norm, as AdapterHub does; for models with a module of "
         "those.",
     )
-    decoder_tokens: bool = option(False, DECODER_TOKENS)
 
     peft_type: ClassVar[str] = "PROMPT_TUNING"
-    own_fields: ClassVar[frozenset[str]] = VirtualTokensConfig.own_fields | {
-        "after_first",
-        "after_embeddings",
-        "decoder_tokens",
-    }
+    own_fields: ClassVar[frozenset[str]] = InputTokensConfig.own_fields | {"after_first", "after_embeddings"}
 
     def __post_init__(self) -> None:
         """Refuse values that cannot be."""
@@ -68,12 +59,20 @@ class PromptTuningConfig(VirtualTokensConfig):
         if self.prompt_tuning_init == "TEXT":
             for field in ("prompt_tuning_init_text", "tokenizer_name_or_path"):
                 self.require(field, bool(getattr(self, field)), "given where prompt_tuning_init is 'TEXT'")
-        trusted = (self.tokenizer_kwargs or {}).get("trust_remote_code")
+        trusts_code = (self.tokenizer_kwargs or {}).get("trust_remote_code")
         self.require(
             "tokenizer_kwargs",
-            not trusted,
+            not trusts_code,
             "without trust_remote_code, which would run code of the tokenizer",
         )
+
+    def is_after_first(self) -> bool:
+        """Whether they come after the first token and not before it."""
+        return self.after_first
+
+    def is_after_embeddings(self) -> bool:
+        """Whether they come behind the embeddings' positions and norm."""
+        return self.after_embeddings
 
 
 class PromptPart(VirtualPart):
@@ -141,9 +140,9 @@ def _text_tokens(config: PromptTuningConfig) -> list[int]:
     inert=False,
     mergeable=False,
     source="Lester et al. 2021, https://arxiv.org/abs/2104.08691",
+    example=partial(PromptTuningConfig, num_virtual_tokens=5),
     narrow=narrow_inputs,
-    file_values=file_values,
-    files=Files(PREFIX, packed, unpacked, from_file),
+    files=VirtualTokenFiles(),
 )
 def prompt_part(config: PromptTuningConfig, place: Place) -> PromptPart:
     """The part for one input."""

@@ -4,7 +4,7 @@ https://arxiv.org/abs/2404.03592).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -12,15 +12,15 @@ from torch import Tensor, nn
 
 from grafts.config import AdapterConfig, config, option
 from grafts.errors import ConfigError
-from grafts.methods._registry import Parts, Place, method
+from grafts.methods._registry import Place, method, stream_place
 from grafts.methods.shared.activations import activation, is_activation
 from grafts.methods.shared.seeding import seeded
-from grafts.methods.shared.token_positions import TokenCounter, inside, observer_places
+from grafts.methods.shared.token_positions import TokenCounter, counter_around, observer_places
 from grafts.methods.shared.weighted_average import averaged
-from grafts.modules.layers import Layer
 from grafts.sites.module import ModulePart
-from grafts.sites.site import Part
-from grafts.structure.residual_stream import LAYER, Stream, require_width
+from grafts.sites.site import Part, Reference
+from grafts.structure.residual_stream import LAYER, require_width
+from grafts.structure.view import ModelView
 
 
 @config
@@ -56,16 +56,16 @@ class ReftConfig(AdapterConfig):
     def __post_init__(self) -> None:
         """Refuse values that cannot be."""
         super().__post_init__()
-        known = self.layers == "all" or (
-            isinstance(self.layers, tuple) and all(isinstance(i, int) for i in self.layers)
-        )
-        self.require("layers", known, "'all' or a list of numbers")
+        are_numbers = isinstance(self.layers, tuple) and all(isinstance(i, int) for i in self.layers)
+        self.require("layers", self.layers == "all" or are_numbers, "'all' or a list of numbers")
         self.require("r", isinstance(self.r, int) and self.r > 0, "a whole number above 0")
         for name in ("prefix_positions", "suffix_positions"):
             value = getattr(self, name)
             self.require(name, isinstance(value, int) and value >= 0, "a whole number, 0 or more")
-        some = self.prefix_positions + self.suffix_positions > 0
-        self.require("prefix_positions", some, "above 0 where suffix_positions is 0: else nothing is changed")
+        changes_some = self.prefix_positions + self.suffix_positions > 0
+        self.require(
+            "prefix_positions", changes_some, "above 0 where suffix_positions is 0: else nothing is changed"
+        )
         self.require("dropout", 0 <= self.dropout < 1, "at least 0 and below 1")
         self.require(
             "non_linearity", is_activation(self.non_linearity), "an activation of transformers, or None"
@@ -88,17 +88,21 @@ class Intervention(nn.Module):
         self.dropout = config.dropout
         self.learned_source = nn.Linear(size, config.r)
         self.projection = nn.Parameter(torch.empty(config.r, size))
-        if not self.projection.is_meta:
-            nn.init.orthogonal_(self.projection) if self.orthogonal else nn.init.kaiming_uniform_(
-                self.projection, a=5**0.5
-            )
+        if self.projection.is_meta:
+            return
+        if self.orthogonal:
+            nn.init.orthogonal_(self.projection)
+        else:
+            nn.init.kaiming_uniform_(self.projection, a=5**0.5)
 
     def rotation(self) -> Tensor:
         """R, ``(r, hidden)``; of a matrix M its Q in ``M = L Q``, which no scaling of M changes."""
         if not self.orthogonal:
             return self.projection
         q, r = torch.linalg.qr(self.projection.T)
-        rotation: Tensor = (q * torch.where(r.diagonal() < 0, -1.0, 1.0).to(q)).T
+        # The decomposition is unique where the diagonal of L is positive.
+        signs = torch.where(r.diagonal() < 0, -1.0, 1.0).to(q)
+        rotation: Tensor = (q * signs).T
         return rotation
 
     def forward(self, h: Tensor) -> Tensor:
@@ -111,11 +115,8 @@ class Intervention(nn.Module):
             ``h + R^T (act(W h + b) - R h)``  (Wu et al. 2024, eq. 2), ``(*batch, hidden)``.
         """
         rotation = self.rotation().to(h.dtype)
-        source = self.act(
-            nn.functional.linear(
-                h, self.learned_source.weight.to(h.dtype), self.learned_source.bias.to(h.dtype)
-            )
-        )
+        weight, bias = self.learned_source.weight.to(h.dtype), self.learned_source.bias.to(h.dtype)
+        source = self.act(nn.functional.linear(h, weight, bias))
         if self.subtract:
             source = source - h @ rotation.T
         return nn.functional.dropout(h + source @ rotation, self.dropout, self.training)
@@ -127,7 +128,6 @@ class ReftPart(ModulePart):
     Attributes:
         units: for the first tokens and the last ones; one for both where they are tied, or only one is
             wanted.
-        counter: what knows the tokens of the present call; none where the model does not say which are real.
     """
 
     def __init__(self, config: ReftConfig, place: Place) -> None:
@@ -138,11 +138,21 @@ class ReftPart(ModulePart):
             raise ConfigError(
                 f"{place.path!r}: r={config.r} orthonormal rows cannot be had in {size} dimensions"
             )
-        wanted = [kind for kind, count in _counts(config).items() if count]
-        names = ["both"] if config.tied_weights else wanted
+        names = ["both"]
+        if not config.tied_weights:
+            names = []
+            for kind, count in _counts(config).items():
+                if count > 0:
+                    names.append(kind)
         with seeded(config.init_weights_seed, place.number):
             self.units = nn.ModuleDict({name: Intervention(config, size) for name in names})
-        self.counter: tuple[TokenCounter, ...] = ()
+        self._counter: Reference[TokenCounter] | None = None
+
+    def connect(self, parts: Mapping[str, Part]) -> None:
+        """Find what counts the layer's tokens."""
+        counter = counter_around(self.path, parts)
+        if counter is not None:
+            self._counter = Reference(counter)
 
     def forward(self, x: Tensor, y: Tensor, *base: nn.Module) -> Tensor:
         """Change the states of the first and the last tokens.
@@ -157,61 +167,72 @@ class ReftPart(ModulePart):
         """
         require_width(y, self.width, self.path)
         result = y
-        for kind, chosen in self._positions(y).items():
+        more_dimensions = [1] * (y.dim() - 2)
+        for kind, is_chosen in self._positions(y).items():
+            # Every row gets as many positions as one can have; those that it has not are changed by nothing.
             count = min(_counts(self.config)[kind], y.shape[1])
-            there, index = chosen.to(torch.long).topk(count, dim=1)
-            wide = index.view(*index.shape, *[1] * (y.dim() - 2)).expand(-1, -1, *y.shape[2:])
-            states = y.gather(1, wide)
-            changed = self.units["both" if self.config.tied_weights else kind](states) - states
-            really = there.view(wide.shape[0], -1, *[1] * (y.dim() - 2)).to(changed.dtype)
-            result = result.scatter_add(1, wide, changed * really)
+            has_position, index = is_chosen.to(torch.long).topk(count, dim=1)
+            index = index.view(*index.shape, *more_dimensions).expand(-1, -1, *y.shape[2:])
+            states = y.gather(1, index)
+            unit = self.units["both" if self.config.tied_weights else kind]
+            change = unit(states) - states
+            has_position = has_position.view(*has_position.shape, *more_dimensions).to(change.dtype)
+            result = result.scatter_add(1, index, change * has_position)
         return result
 
     def _positions(self, y: Tensor) -> dict[str, Tensor]:
         """Which positions are first and which are last tokens of their rows, ``(batch, positions)`` each;
         none is both.
         """
-        heard = self.counter[0] if self.counter else None
-        number, left = (None, None) if heard is None else (heard.number, heard.left)
-        if (
-            number is None or left is None or number.shape[1] != y.shape[1]
-        ):  # the model does not say which tokens are real
-            number = torch.arange(y.shape[1], device=y.device).expand(y.shape[0], -1)
-            left = y.shape[1] - 1 - number
-        if number.shape[0] != y.shape[0]:  # beams of one row side by side
-            number, left = (x.repeat_interleave(y.shape[0] // number.shape[0], 0) for x in (number, left))
-        counts, number, left = _counts(self.config), number.to(y.device), left.to(y.device)
-        last = (left >= 0) & (left < counts["suffix"])
-        chosen = {"prefix": (number >= 0) & (number < counts["prefix"])}
-        if heard is None or not heard.past:  # a generated token is none of the last ones of the input
-            chosen = {"prefix": chosen["prefix"] & ~last, "suffix": last}
-        return {kind: positions for kind, positions in chosen.items() if counts[kind]}
+        number, left, past = self._numbers(y)
+        counts = _counts(self.config)
+        is_first = (number >= 0) & (number < counts["prefix"])
+        is_last = (left >= 0) & (left < counts["suffix"])
+        positions = {"prefix": is_first}
+        if past == 0:  # a generated token is none of the last ones of the input
+            positions = {"prefix": is_first & ~is_last, "suffix": is_last}
+        result = {}
+        for kind, chosen in positions.items():
+            if counts[kind] > 0:
+                result[kind] = chosen
+        return result
+
+    def _numbers(self, y: Tensor) -> tuple[Tensor, Tensor, int]:
+        """Which token of its row each position is, and how many come after it, ``(batch, positions)`` each,
+        and how many tokens came before this call.
+        """
+        batch, positions = y.shape[0], y.shape[1]
+        number = left = None
+        past = 0
+        if self._counter is not None:
+            counter = self._counter.module
+            number, left, past = counter.number, counter.left, counter.past
+        if number is None or left is None or number.shape[1] != positions:
+            # The model does not say which tokens are real: all of them.
+            number = torch.arange(positions, device=y.device).expand(batch, -1)
+            left = positions - 1 - number
+        if number.shape[0] != batch:  # beams of one row lie side by side
+            copies = batch // number.shape[0]
+            number, left = number.repeat_interleave(copies, 0), left.repeat_interleave(copies, 0)
+        return number.to(y.device), left.to(y.device), past
 
 
 def _counts(config: ReftConfig) -> dict[str, int]:
+    """How many first and how many last tokens are changed."""
     return {"prefix": config.prefix_positions, "suffix": config.suffix_positions}
 
 
-def stream_places(
-    config: ReftConfig, stream: Stream, module: Callable[[str], nn.Module], candidates: Sequence[Place]
-) -> list[Place]:
+def places(config: ReftConfig, view: ModelView, candidates: Sequence[Place]) -> list[Place]:
     """The layers, and the inputs that say which tokens are real."""
-    stream.require_layers(() if isinstance(config.layers, str) else config.layers, "layers")
+    stream = view.stream
+    assert stream is not None
+    if not isinstance(config.layers, str):
+        stream.require_layers(config.layers, "layers")
     result = []
     for layer in stream.layers:
         if config.layers == "all" or layer.number in config.layers:
-            size = Layer("stream", layer.width, layer.width, False, type(module(layer.path)).__name__)
-            result.append(Place(layer.path, size, LAYER, module(layer.path), None, layer.number))
-    return [*result, *observer_places(stream, candidates)]
-
-
-def link(config: ReftConfig, parts: Parts) -> None:
-    """Let each layer find what counts its tokens."""
-    counters = {path: part for path, part in parts.items() if isinstance(part, TokenCounter)}
-    for path, part in parts.items():
-        around = sorted((owner for owner in counters if inside(path, owner)), key=len)
-        if isinstance(part, ReftPart) and around:
-            part.counter = (counters[around[-1]],)
+            result.append(stream_place(view, layer.path, LAYER, layer.width, number=layer.number))
+    return [*result, *observer_places(view, candidates)]
 
 
 @method(
@@ -225,9 +246,10 @@ def link(config: ReftConfig, parts: Parts) -> None:
     source="Wu et al. 2024, https://arxiv.org/abs/2404.03592",
     combinations=("linear",),
     combine=averaged,
-    places=stream_places,
-    attached=link,
+    places=places,
 )
 def reft_part(config: ReftConfig, place: Place) -> Part:
     """The part behind one layer, or what counts the tokens."""
-    return ReftPart(config, place) if place.role == LAYER else TokenCounter()
+    if place.role == LAYER:
+        return ReftPart(config, place)
+    return TokenCounter()

@@ -28,13 +28,10 @@ class UnionConfig(AdapterConfig):
     def __post_init__(self) -> None:
         """Refuse values that cannot be."""
         super().__post_init__()
-        fits = len(self.configs) > 0 and all(isinstance(one, AdapterConfig) for one in self.configs)
-        self.require("configs", fits, "a list of configs")
-        self.require(
-            "configs",
-            not any(isinstance(one, UnionConfig) for one in self.configs),
-            "a list of configs that are no unions",
-        )
+        are_configs = all(isinstance(config, AdapterConfig) for config in self.configs)
+        self.require("configs", len(self.configs) > 0 and are_configs, "a list of configs")
+        has_unions = any(isinstance(config, UnionConfig) for config in self.configs)
+        self.require("configs", not has_unions, "a list of configs that are no unions")
         for field in ("target_modules", "exclude_modules", "modules_to_save", "target_roles"):
             self.require(
                 field, getattr(self, field) is None, "given to the configs of the union, not to itself"
@@ -42,8 +39,8 @@ class UnionConfig(AdapterConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """The config as plain data."""
-        each = [{"peft_type": one.peft_type, **one.to_dict()} for one in self.configs]
-        return {**super().to_dict(), "configs": each}
+        configs = [{"peft_type": config.peft_type, **config.to_dict()} for config in self.configs]
+        return {**super().to_dict(), "configs": configs}
 
     @classmethod
     def from_configs(cls, configs: Sequence[AdapterConfig]) -> Self:
@@ -58,25 +55,40 @@ class UnionConfig(AdapterConfig):
         Raises:
             ConfigError: one of the configs names no method.
         """
-        each = data.get("configs")
-        if not isinstance(each, (list, tuple)) or not all(
-            isinstance(one, Mapping) and "peft_type" in one for one in each
-        ):
-            raise ConfigError("a union's configs are a list, each with its peft_type")
-        made = tuple(
-            method_named(str(one["peft_type"])).config.from_dict(
-                {k: v for k, v in one.items() if k != "peft_type"}
-            )
-            for one in each
-        )
-        return super().from_dict({**data, "configs": made})
+        entries = data.get("configs")
+        if not isinstance(entries, (list, tuple)):
+            raise _not_a_list()
+        configs = []
+        for entry in entries:
+            if not isinstance(entry, Mapping) or "peft_type" not in entry:
+                raise _not_a_list()
+            values = {}
+            for name, value in entry.items():
+                if name != "peft_type":
+                    values[name] = value
+            configs.append(method_named(str(entry["peft_type"])).config.from_dict(values))
+        return super().from_dict({**data, "configs": tuple(configs)})
+
+
+def _not_a_list() -> ConfigError:
+    return ConfigError("a union's configs are a list, each with its peft_type")
 
 
 def members(config: UnionConfig) -> Sequence[AdapterConfig]:
-    """The configs that it is made of."""
-    for one in config.configs:
-        method_of(one)
+    """The configs that it is made of.
+
+    Raises:
+        ConfigError: one of them is not the config of a registered method.
+    """
+    for member in config.configs:
+        method_of(member)
     return config.configs
+
+
+def example(**changes: Any) -> UnionConfig:
+    """A union of a bottleneck and LoRA, with these changes in both."""
+    names = ("bottleneck", "lora")
+    return UnionConfig.from_configs([method_named(name).example(**changes) for name in names])
 
 
 @method(
@@ -88,6 +100,7 @@ def members(config: UnionConfig) -> Sequence[AdapterConfig]:
     inert=False,
     mergeable=False,
     source="He et al. 2021, https://arxiv.org/abs/2110.04366",
+    example=example,
     members=members,
 )
 def union_part(config: UnionConfig, place: Place) -> Part:

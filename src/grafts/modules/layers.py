@@ -8,8 +8,10 @@ import inspect
 import itertools
 import math
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from types import FunctionType
+from typing import Literal, cast
 
 from torch import nn
 
@@ -72,19 +74,24 @@ class Layer:
         return self.out_features, self.in_features // self.groups * math.prod(self.kernel_size)
 
 
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
 def describe(module: nn.Module) -> Layer | None:
     """The layer that ``module`` is, or None where no adapter of the module site knows its kind.
 
     A linear is anything with ``in_features`` and ``out_features`` that derives from `nn.Linear` or is called
     a linear (quantizers bring their own classes). An embedding is an `nn.Embedding` that looks up its input
-    as it is: subclasses that compute other indices in ``forward`` are not understood, those that scale the
-    rows are. A module that its owner never calls is no layer: what stands beside it would silently do
-    nothing.
+    as it
+    is: subclasses that compute other indices in ``forward`` are not understood, those that scale the rows
+        are.
+    A module that its owner never calls is no layer: what stands beside it would silently do nothing.
     """
     name = type(module).__name__
     has_bias = getattr(module, "bias", None) is not None
     if isinstance(module, nn.Embedding):
-        if type(module).forward is not nn.Embedding.forward and not hasattr(module, "embed_scale"):
+        scales_rows = hasattr(module, "embed_scale")
+        if type(module).forward is not nn.Embedding.forward and not scales_rows:
             return None
         return Layer("embedding", module.num_embeddings, module.embedding_dim, has_bias, name)
     if type(module) is nn.modules.linear.NonDynamicallyQuantizableLinear:
@@ -104,21 +111,18 @@ def describe(module: nn.Module) -> Layer | None:
             module.groups,
         )
     if isinstance(module, nn.MultiheadAttention):
-        return Layer("attention", module.embed_dim, module.embed_dim, module.in_proj_bias is not None, name)
-    sizes = getattr(module, "in_features", None), getattr(module, "out_features", None)
-    if (
-        isinstance(sizes[0], int)
-        and isinstance(sizes[1], int)
-        and (isinstance(module, nn.Linear) or "Linear" in name)
-    ):
-        return Layer("linear", sizes[0], sizes[1], has_bias, name)
+        has_bias = module.in_proj_bias is not None
+        return Layer("attention", module.embed_dim, module.embed_dim, has_bias, name)
+    in_features, out_features = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    has_sizes = isinstance(in_features, int) and isinstance(out_features, int)
+    if has_sizes and (isinstance(module, nn.Linear) or "Linear" in name):
+        return Layer("linear", cast("int", in_features), cast("int", out_features), has_bias, name)
     if is_conv1d(module):
-        rows, columns = module.weight.shape  # type: ignore[misc]
+        rows, columns = module.get_parameter("weight").shape
         return Layer("transposed-linear", rows, columns, has_bias, name)
     return None
 
 
-@functools.cache
 def only_read(cls: type[nn.Module]) -> frozenset[str]:
     """The names of modules of which a class reads the weight or bias and which it never calls, as its code
     shows.
@@ -126,28 +130,47 @@ def only_read(cls: type[nn.Module]) -> frozenset[str]:
     >>> sorted(only_read(nn.Linear))
     []
     """
+    return _only_read(cls)  # type: ignore[arg-type]  # a metaclass may have no hash; those of modules have
+
+
+@functools.cache
+def _only_read(cls: type[nn.Module]) -> frozenset[str]:
     if cls.__module__.startswith("torch."):
         return frozenset()
-    read: set[str] = set()
-    used: set[str] = set()
-    own = [c for c in cls.__mro__ if "forward" in vars(c) and not c.__module__.startswith("torch.")]
-    for function in (f for c in own for f in vars(c).values()):
-        written = inspect.unwrap(function) if inspect.isfunction(function) else None
-        if written is None or written.__name__ == "__init__":
+    weights_read: set[str] = set()
+    used_otherwise: set[str] = set()
+    for function in _methods_of(cls):
+        instructions = list(dis.get_instructions(function))
+        for instruction, following in itertools.zip_longest(instructions, instructions[1:]):
+            is_attribute = instruction.opname in ("LOAD_ATTR", "LOAD_METHOD")
+            if not is_attribute or not isinstance(instruction.argval, str):
+                continue
+            # ``self.proj.weight`` loads proj, and then weight of that.
+            reads_weight = (
+                following is not None
+                and following.opname == "LOAD_ATTR"
+                and following.argval in ("weight", "bias")
+            )
+            if reads_weight:
+                weights_read.add(instruction.argval)
+            else:
+                used_otherwise.add(instruction.argval)
+    return frozenset(weights_read - used_otherwise)
+
+
+def _methods_of(cls: type[nn.Module]) -> Iterator[FunctionType]:
+    """The methods of a class and of those parents that have a ``forward`` of their own, without
+    constructors.
+    """
+    for parent in cls.__mro__:
+        if "forward" not in vars(parent) or parent.__module__.startswith("torch."):
             continue
-        steps = list(dis.get_instructions(written))
-        for step, following in itertools.zip_longest(steps, steps[1:]):
-            if step.opname in ("LOAD_ATTR", "LOAD_METHOD") and isinstance(step.argval, str):
-                reads = (
-                    following is not None
-                    and following.opname == "LOAD_ATTR"
-                    and following.argval in ("weight", "bias")
-                )
-                (read if reads else used).add(step.argval)
-    return frozenset(read - used)
-
-
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+        for function in vars(parent).values():
+            if not inspect.isfunction(function):
+                continue
+            written = inspect.unwrap(function)
+            if written.__name__ != "__init__":
+                yield written
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -158,4 +181,8 @@ def is_conv1d(module: nn.Module) -> bool:
 
 def row_scale(embedding: nn.Module) -> float:
     """The factor that an embedding's ``forward`` puts on its rows (Gemma, BART); 1 for most."""
-    return float(getattr(embedding, "scalar_embed_scale", getattr(embedding, "embed_scale", 1.0)))
+    # BART keeps the number beside a tensor of it.
+    scale = getattr(embedding, "scalar_embed_scale", None)
+    if scale is None:
+        return float(getattr(embedding, "embed_scale", 1.0))
+    return float(scale)

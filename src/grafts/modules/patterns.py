@@ -67,14 +67,17 @@ def compiled(pattern: str) -> re.Pattern[str]:
 
 
 def unmatched(paths: Iterable[str], patterns: str | Sequence[str]) -> list[str]:
-    """The patterns that select none of ``paths``."""
+    """The patterns that select none of ``paths``: the regular expression, or the names of the list."""
     paths = list(paths)
-    each = [patterns] if isinstance(patterns, str) else [[name] for name in patterns]
-    return [
-        one if isinstance(one, str) else one[0]
-        for one in each
-        if not any(matches(path, one) for path in paths)
-    ]
+    if isinstance(patterns, str):
+        if any(matches(path, patterns) for path in paths):
+            return []
+        return [patterns]
+    result = []
+    for name in patterns:
+        if not any(matches(path, [name]) for path in paths):
+            result.append(name)
+    return result
 
 
 def pattern_value(path: str, by_pattern: Mapping[str, V], default: V) -> V:
@@ -91,18 +94,26 @@ def pattern_value(path: str, by_pattern: Mapping[str, V], default: V) -> V:
 
 
 def layer_index(path: str, layers_pattern: Sequence[str]) -> int | None:
-    """The index of the repeated layer that ``path`` lies in: the first number in it, after a list of that
-    name if given.
+    """The index of the repeated layer that ``path`` lies in; None where it lies in none.
+
+    Args:
+        path: a module's.
+        layers_pattern: names of lists of layers, of which the first that is in the path counts; where none is
+            given it is the first number in the path.
 
     >>> layer_index("model.layers.3.mlp.experts.0.w1", []), layer_index("model.layers.3.q_proj", ["h"])
     (3, None)
     """
-    expressions = [rf"(?:^|.*?\.){name}\.(\d+)\." for name in layers_pattern] or [
-        r"(?:^|.*?\.)[^.]+\.(\d+)\.",
-        r"(\d+)\.",
-    ]
-    found = (compiled(expression).match(path) for expression in expressions)
-    return next((int(match.group(1)) for match in found if match), None)
+    if layers_pattern:
+        expressions = [rf"(?:^|.*?\.){name}\.(\d+)\." for name in layers_pattern]
+    else:
+        # A list of any name, else a model that is a list itself.
+        expressions = [r"(?:^|.*?\.)[^.]+\.(\d+)\.", r"(\d+)\."]
+    for expression in expressions:
+        match = compiled(expression).match(path)
+        if match is not None:
+            return int(match.group(1))
+    return None
 
 
 def collapsed(path: str) -> str:
@@ -118,7 +129,11 @@ def nearest_modules(pattern: str, paths: Iterable[str]) -> str:
     """The last names in ``paths`` that are most like a pattern's, with how often each stands in the model."""
     counts = Counter(path.rsplit(".", 1)[-1] for path in paths if path)
     wanted = re.sub(r"[^\w.]", "", pattern).rsplit(".", 1)[-1]
-    names = nearest(wanted, counts) or [name for name, _ in counts.most_common(6)]
-    return (
-        ", ".join(f"{name!r} ({counts[name]} module{'s' * (counts[name] != 1)})" for name in names) or "none"
-    )
+    names = nearest(wanted, counts)
+    if not names:
+        names = [name for name, _ in counts.most_common(6)]
+    described = []
+    for name in names:
+        plural = "" if counts[name] == 1 else "s"
+        described.append(f"{name!r} ({counts[name]} module{plural})")
+    return ", ".join(described) or "none"

@@ -8,8 +8,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-# the names of sites among the children of the module that they serve: beside it, inside attention, in front
-# of the input
+# The names of sites among the children of the module that they serve: beside it, inside attention, in front
+# of the input. They stand in the keys of a model's state dict, and so stay what they are ("model" is the
+# input site's).
 SITE_NAMES = ("grafts", "grafts_attention", "grafts_model")
 
 
@@ -27,20 +28,32 @@ def device_and_dtype(module: nn.Module) -> tuple[torch.device, torch.dtype]:
     The device is that of the module's own tensors; for a module whose tensors `accelerate` keeps elsewhere
     between calls, the device on which it computes. The dtype is float32, or float64 beside a float64 module.
     """
-    modules = [m for _, m in base_modules(module)] if module._modules else [module]
-    tensors = [t for m in modules for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
+    tensors = _base_tensors(module)
     device = tensors[0].device if tensors else torch.device("cpu")
-    if device.type == "meta" and (execution := _execution_device(module)) is not None:
-        device = execution
-    wide = any(tensor.dtype == torch.float64 for tensor in tensors)
-    return device, torch.float64 if wide else torch.float32
+    if device.type == "meta":
+        device = _execution_device(module) or device
+    is_wide = any(tensor.dtype == torch.float64 for tensor in tensors)
+    return device, torch.float64 if is_wide else torch.float32
+
+
+def _base_tensors(module: nn.Module) -> list[Tensor]:
+    """The parameters and buffers of a module and those below, without those of adapters."""
+    tensors = []
+    for _, owner in base_modules(module):
+        for tensor in (*owner._parameters.values(), *owner._buffers.values()):
+            if tensor is not None:
+                tensors.append(tensor)
+    return tensors
 
 
 def _execution_device(module: nn.Module) -> torch.device | None:
+    """The device on which a module computes whose tensors `accelerate` keeps elsewhere; None for others."""
     hook = getattr(module, "_hf_hook", None)
-    hooks = [hook, *getattr(hook, "hooks", ())]
-    devices = [d for h in hooks if (d := getattr(h, "execution_device", None)) is not None]
-    return torch.device(devices[0]) if devices else None
+    for one in (hook, *getattr(hook, "hooks", ())):
+        device = getattr(one, "execution_device", None)
+        if device is not None:
+            return torch.device(device)
+    return None
 
 
 def base_modules(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -58,25 +71,24 @@ def base_modules(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         yield path, module
         if module._modules:
             prefix = f"{path}." if path else ""
-            left += [
-                (prefix + n, m)
-                for n, m in reversed(module._modules.items())
-                if m is not None and n not in SITE_NAMES
-            ]
+            # The last child goes on the stack first, so that the first is taken next.
+            for name, child in reversed(module._modules.items()):
+                if child is not None and name not in SITE_NAMES:
+                    left.append((prefix + name, child))
 
 
 def base_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     """The base parameters of ``module`` and below, by every name that they have, without those of
     adapters.
     """
-    names = {}
+    parameters = {}
     left = [("", module)]
     while left:
         prefix, owner = left.pop()
-        names.update({prefix + name: p for name, p in owner._parameters.items() if p is not None})
-        left += [
-            (f"{prefix}{n}.", m)
-            for n, m in reversed(owner._modules.items())
-            if m is not None and n not in SITE_NAMES
-        ]
-    return names
+        for name, parameter in owner._parameters.items():
+            if parameter is not None:
+                parameters[prefix + name] = parameter
+        for name, child in reversed(owner._modules.items()):
+            if child is not None and name not in SITE_NAMES:
+                left.append((f"{prefix}{name}.", child))
+    return parameters

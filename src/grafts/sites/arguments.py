@@ -159,7 +159,9 @@ class CallArguments:
             StateError: the call carries several caches, and none can be told to be the one that is meant.
         """
         name = self._name(kind)
-        return None if name is None else self.values[name]
+        if name is None:
+            return None
+        return self.values[name]
 
     def set(self, kind: Kind, value: Any) -> None:
         """Give the call an argument of this kind, under the name that it had or that the signature says.
@@ -184,19 +186,26 @@ class CallArguments:
     def first(self) -> Any:
         """The first argument, which for most modules is the tensor that they work on."""
         name = self.first_name()
-        return self.unnamed[0] if name is None else self.values[name]
+        if name is None:
+            return self.unnamed[0]
+        return self.values[name]
 
     def first_name(self) -> str | None:
         """The name of the first argument, or None where it has none."""
         for name in self.signature.names:
             if name in self.values:
                 return name
-        return None if self.unnamed else next(iter(self.values))
+        if self.unnamed:
+            return None
+        return next(iter(self.values))
 
     def passed_on(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments as the module gets them: by name, but for what cannot be."""
         # What has no name can only follow all that have one, in their order.
-        count = len(self.signature.names) if self.unnamed else self.signature.only_by_position
+        if self.unnamed:
+            count = len(self.signature.names)
+        else:
+            count = self.signature.only_by_position
         if count == 0:
             return (), self.values
         first = self.signature.names[:count]
@@ -208,7 +217,9 @@ class CallArguments:
         """The name under which the call carries an argument of this kind."""
         names = [name for name in SPELLINGS[kind] if self.values.get(name) is not None]
         if kind is not Kind.CACHE:
-            return names[0] if names else None
+            if names:
+                return names[0]
+            return None
         if len(names) == 0:
             names = [name for name, value in self.values.items() if name not in KIND_OF and is_cache(value)]
         if len(names) == 0:
@@ -303,7 +314,10 @@ class CallArguments:
     def _unknown_for_each_token(self, past: int) -> Iterator[tuple[str, Tensor]]:
         """The tensors of no known kind that have the shape of something for each token."""
         embeddings = self.get(Kind.EMBEDDINGS)
-        tokens = self.get(Kind.TOKENS) if embeddings is None else embeddings
+        if embeddings is None:
+            tokens = self.get(Kind.TOKENS)
+        else:
+            tokens = embeddings
         # In a step of one token any (batch, 1) has that shape; what really is for each token was refused at
         # the beginning.
         if past > 0 and tokens.shape[1] == 1:
@@ -338,7 +352,10 @@ class CallArguments:
                 )
 
     def _refused(self, host: nn.Module, name: str, what: str) -> StateError:
-        cls = type(self.values[name]).__name__ if name in self.values else "value"
+        if name in self.values:
+            cls = type(self.values[name]).__name__
+        else:
+            cls = "value"
         known = ", ".join(name for name in self.signature.parameters if name in KIND_OF)
         return StateError(
             f"a {type(host).__name__} was called with {name!r} (a {cls}), which {what} and which the "
@@ -444,14 +461,18 @@ def is_for_each_token(value: Tensor, tokens: Tensor, past: int) -> bool:
     return by_token or by_query or of_kinds
 
 
+def output_values(output: Any) -> list[Any]:
+    """What a model gives, one by one: the values of a dictionary, of a tuple, or the only one."""
+    if isinstance(output, Mapping):
+        return list(output.values())
+    if isinstance(output, (tuple, list)):
+        return list(output)
+    return [output]
+
+
 def cache_in(output: Any) -> Any:
     """The cache that a model gives back in its output, or None."""
-    values: list[Any] = []
-    if isinstance(output, Mapping):
-        values = list(output.values())
-    elif isinstance(output, (tuple, list)):
-        values = list(output)
-    for value in values:
+    for value in output_values(output):
         if is_cache(value):
             return value
     return None

@@ -5,8 +5,7 @@ Modern `transformers` models fetch their attention kernel by the name that the a
 gives. An adapted module gets a view of its config that names the kernel of this file while an adapter acts
 there, and delegates everything else; that kernel calls the real one. Other modules are watched during their
 forward: a call of `F.scaled_dot_product_attention` is intercepted, or the steps of attention written out. A
-    module without adapters, and a
-module whose adapters are idle, runs the real kernel itself.
+module without adapters, and a module whose adapters are idle, runs the real kernel itself.
 """
 
 from __future__ import annotations
@@ -73,15 +72,18 @@ class Attention:
         if names is None:
             keys, values = self.site.project(self.host, prompt)
         else:
-            keys, values = (
-                unflatten(self.host.get_submodule(name)(prompt), -1, (self.key_heads, -1)).transpose(1, 2)
-                for name in names
-            )
+            keys, values = self._projected(names[0], prompt), self._projected(names[1], prompt)
         if self.where is None or keys.shape[0] in (1, self.query.shape[0]):
             return keys, values
-        return keys.index_select(0, self.where), values.index_select(
-            0, self.where
-        )  # rows have chosen in the projections too
+        # Rows have chosen adapters of the projections too, so these are of all rows of the batch.
+        return keys.index_select(0, self.where), values.index_select(0, self.where)
+
+    def _projected(self, name: str, prompt: Tensor) -> Tensor:
+        """A prompt through one of the module's linears,
+        ``(batch or 1, key-value heads, length, head_dim)``.
+        """
+        projected = self.host.get_submodule(name)(prompt)
+        return unflatten(projected, -1, (self.key_heads, -1)).transpose(1, 2)
 
     def past(self) -> int:
         """How many tokens came before the queries; looks into the cache, which has taken in theirs."""
@@ -95,14 +97,11 @@ class Attention:
 
     def rows(self, where: Tensor) -> Attention:
         """The call for some rows of the batch."""
-        bias = None if self.prompt_bias is None else self.prompt_bias.index_select(0, where)
-        return replace(
-            self,
-            query=self.query.index_select(0, where),
-            hidden=self.hidden.index_select(0, where),
-            prompt_bias=bias,
-            where=where,
-        )
+        bias = self.prompt_bias
+        if bias is not None:
+            bias = bias.index_select(0, where)
+        query, hidden = self.query.index_select(0, where), self.hidden.index_select(0, where)
+        return replace(self, query=query, hidden=hidden, prompt_bias=bias, where=where)
 
 
 class AttendingPart(Part):
@@ -148,17 +147,23 @@ class AttentionSite(Site):
     """All adapters inside one attention module."""
 
     child = "grafts_attention"
+    # The arguments of the present call; None outside of one, and where nothing acts.
     _called: CallArguments | None = None
+    # Keys and values that the module has come to, while it runs over a prompt (`project`); else None.
     _captured: list[tuple[Tensor, Tensor]] | None = None
+    # What is to be added to the module's output, behind its output projection.
     _late: Tensor | None = None
-    _values: Tensor | None = None
+    # The values of a prefix whose scores were given, of a module that writes attention out.
+    _prefix_values: Tensor | None = None
+    # What watches the present call, of a module that does not fetch its kernel.
     _mode: Interception | None = None
+    # Whether the present call came to a kernel.
     _reached: bool = False
 
     def hooks(self, host: nn.Module) -> tuple[RemovableHandle, ...]:
         """Stand between the module and its kernel."""
         forward = written_forward(type(host))
-        self.route = route_of(type(host))  # type: ignore[arg-type]
+        self.route = route_of(type(host))
         self.signature = CallSignature(forward)
         if self.route == "interface":
             self.functions = forward.__globals__["ALL_ATTENTION_FUNCTIONS"]
@@ -166,10 +171,11 @@ class AttentionSite(Site):
             self.functions.register(KERNEL, attention)
             host.__dict__["config"] = ConfigView(host.config, self)
         before = host.register_forward_pre_hook(self._before, with_kwargs=True)
-        # a mode has to be left also when the module fails; hooks that are called come what may do not compile
-        return before, host.register_forward_hook(
-            self._after, with_kwargs=True, always_call=self.route != "interface"
-        )
+        # A mode has to be left also when the module fails; hooks that are called come what may do not
+        # compile.
+        has_mode = self.route != "interface"
+        after = host.register_forward_hook(self._after, with_kwargs=True, always_call=has_mode)
+        return before, after
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Make the kernel known where a model is unpickled."""
@@ -194,15 +200,20 @@ class AttentionSite(Site):
                 self._mode.__enter__()  # type: ignore[no-untyped-call]
 
     def _watch(self, host: nn.Module, batch: int) -> Interception:
-        return Interception(self, host) if self.route == "call" else UnfusedAttention(self, host, batch)
+        """What watches a module that does not fetch its kernel."""
+        if self.route == "call":
+            return Interception(self, host)
+        return UnfusedAttention(self, host, batch)
 
     def _after(self, host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         if self._mode is not None:
             self._mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
-            self._reached, self._mode = self._mode.reached, None
-        called = self._called is not None
-        late, self._late, self._called = self._late, None, None
-        if called and output is not None and not self._reached:
+            self._reached = self._mode.reached
+            self._mode = None
+        was_called = self._called is not None
+        late = self._late
+        self._late = self._called = None
+        if was_called and output is not None and not self._reached:
             raise StateError(
                 f"a {type(host).__name__} came to no attention kernel, so its adapters could not act"
             )
@@ -221,13 +232,13 @@ class AttentionSite(Site):
         assert self._called is not None
         captured: list[tuple[Tensor, Tensor]] = []
         self._captured = captured
-        given = self._neutral(prompt)
+        arguments = self._arguments_for(prompt)
         try:
             if self.route == "interface":
-                type(host).forward(host, **given)
+                type(host).forward(host, **arguments)
             else:
                 with self._watch(host, prompt.shape[0]):
-                    type(host).forward(host, **given)
+                    type(host).forward(host, **arguments)
         finally:
             self._captured = None
         if not captured:
@@ -236,34 +247,45 @@ class AttentionSite(Site):
             )
         return captured[0]
 
-    def _neutral(self, prompt: Tensor) -> dict[str, Any]:
+    def _arguments_for(self, prompt: Tensor) -> dict[str, Any]:
         """The arguments of the present call with ``prompt`` for tokens at position 0, without mask and
         cache.
         """
         called = self._called
         assert called is not None
         hidden, length = called.first(), prompt.shape[1]
-        others = [
-            name for name in SPELLINGS[Kind.ENCODER_STATES] if isinstance(called.values.get(name), Tensor)
-        ]
-        if not others:
+        # Cross-attention projects keys and values from other states than its input.
+        states = []
+        for name in SPELLINGS[Kind.ENCODER_STATES]:
+            if isinstance(called.values.get(name), Tensor):
+                states.append(name)
+        if not states:
             called.refuse_unknown_states(hidden)
-        result = {name: _neutral(name, value, length) for name, value in called.values.items()}
-        # cross-attention projects keys and values from other states than its input
+        arguments = {}
+        for name, value in called.values.items():
+            arguments[name] = _neutral(name, value, length)
         first = called.first_name()
         assert first is not None
-        result[first] = hidden.new_zeros(1, 1, hidden.shape[-1]) if others else prompt
-        for name in others:
-            result[name] = prompt
-        return result
+        arguments[first] = hidden.new_zeros(1, 1, hidden.shape[-1]) if states else prompt
+        for name in states:
+            arguments[name] = prompt
+        return arguments
 
     def _present(self, host: nn.Module, query: Tensor, key: Tensor, scaling: float | None) -> Attention:
+        """The present call of the kernel, as parts see it."""
         called = self._called
         assert called is not None
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        cache, begin = called.get(Kind.CACHE), called.get(Kind.CACHE_POSITIONS)
-        bias = self.setup.prompt_bias
-        return Attention(self, host, query, key.shape[1], scale, called.first(), bias, cache, begin)
+        return Attention(
+            site=self,
+            host=host,
+            query=query,
+            key_heads=key.shape[1],
+            scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+            hidden=called.first(),
+            prompt_bias=self.setup.prompt_bias,
+            cache=called.get(Kind.CACHE),
+            begin=called.get(Kind.CACHE_POSITIONS),
+        )
 
     def kernel(
         self, host: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, arguments: dict[str, Any]
@@ -276,22 +298,33 @@ class AttentionSite(Site):
             return query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[-1]), None
         self._reached = True
         name = real_config(host.config)._attn_implementation
-        real: Any = self.eager if name in (None, "eager") else self.functions[name]
-        now = self._present(host, query, key, arguments.get("scaling"))
-        prefix = self._prefixes(now, key)
-        paged = arguments.get("cache")
+        kernel: Any
+        if name in (None, "eager"):
+            kernel = self.eager
+        else:
+            kernel = self.functions[name]
+        present = self._present(host, query, key, arguments.get("scaling"))
+        prefix = self._prefixes(present, key)
         if prefix is not None:
-            keys = key.shape[2] if paged is None or mask is None else mask.shape[-1]
-            mask, arguments = extended(
-                mask, name, _is_causal(host, arguments), query, keys, prefix, arguments
-            )
-            if paged is None:
-                key, value = prefix.before(key, value)
+            # With continuous batching the kernel gets all keys from a paged cache, and the mask says how
+            # many.
+            paged_cache = arguments.get("cache")
+            is_paged = paged_cache is not None
+            if is_paged and mask is not None:
+                keys = mask.shape[-1]
             else:
-                arguments["cache"] = PrefixedCache(paged, prefix)
-        output, weights = real(host, query, key, value, mask, **arguments)
-        added = self._beside(now)
-        return (output if added is None else output + added.transpose(1, 2)), weights
+                keys = key.shape[2]
+            causal = _is_causal(host, arguments)
+            mask, arguments = extended(mask, name, causal, query, keys, prefix, arguments)
+            if is_paged:
+                arguments["cache"] = PrefixedCache(paged_cache, prefix)
+            else:
+                key, value = prefix.before(key, value)
+        output, weights = kernel(host, query, key, value, mask, **arguments)
+        added = self._beside(present)
+        if added is not None:
+            output = output + added.transpose(1, 2)
+        return output, weights
 
     def call(
         self,
@@ -311,18 +344,21 @@ class AttentionSite(Site):
         if self._captured is not None:
             self._captured.append((key, value))
             return query.new_zeros(*query.shape[:-1], value.shape[-1])
-        now = self._present(host, query, key, scale)
-        prefix = self._prefixes(now, key)
+        present = self._present(host, query, key, scale)
+        prefix = self._prefixes(present, key)
         if prefix is not None:
             attn_mask, _ = extended(attn_mask, "sdpa", is_causal, query, key.shape[2], prefix, {})
             key, value = prefix.before(key, value)
             is_causal = False
-        more = {"enable_gqa": True} if enable_gqa else {}
+        # Given only where it is asked for: kernels of other devices may not know it.
+        grouped = {"enable_gqa": True} if enable_gqa else {}
         output = F.scaled_dot_product_attention(
-            query, key, value, attn_mask, dropout_p, is_causal=is_causal, scale=scale, **more
+            query, key, value, attn_mask, dropout_p, is_causal=is_causal, scale=scale, **grouped
         )
-        added = self._beside(now)
-        return output if added is None else output + added
+        added = self._beside(present)
+        if added is None:
+            return output
+        return output + added
 
     def prefix_scores(self, host: nn.Module, query: Tensor, key: Tensor, scaling: float) -> Tensor | None:
         """The scores of a prefix, ``(batch or 1, heads, queries, length)``, for a module that computes in
@@ -333,7 +369,7 @@ class AttentionSite(Site):
         prefix = self._prefixes(self._present(host, query, key, scaling), key)
         if prefix is None:
             return None
-        self._values = prefix.values
+        self._prefix_values = prefix.values
         scores = query @ prefix.keys.transpose(-1, -2) * scaling
         if prefix.bias is not None:
             scores = scores + prefix.bias.to(scores.dtype)
@@ -349,7 +385,7 @@ class AttentionSite(Site):
         scaling: float,
         weights: Tensor,
         value: Tensor,
-        of_prefix: Tensor | None,
+        prefix_weights: Tensor | None,
     ) -> Tensor:
         """The last product of a module that computes in steps, and what its adapters add to it.
 
@@ -360,29 +396,33 @@ class AttentionSite(Site):
             scaling: what the products of both were multiplied by.
             weights: of the module's own keys, ``(batch, heads, queries, keys)``.
             value: ``(batch, heads, keys, head_dim)``.
-            of_prefix: the weights of a prefix, ``(batch, heads, queries, length)``, or None.
+            prefix_weights: of a prefix, ``(batch, heads, queries, length)``, or None.
         """
         output = weights @ value
         if self._captured is not None:
             self._captured.append((key, value))
             return output
-        if of_prefix is not None:
-            assert self._values is not None
-            output, self._values = output + of_prefix.to(output.dtype) @ self._values.to(output.dtype), None
+        if prefix_weights is not None:
+            assert self._prefix_values is not None
+            output = output + prefix_weights.to(output.dtype) @ self._prefix_values.to(output.dtype)
+            self._prefix_values = None
         added = self._beside(self._present(host, query, key, scaling))
-        return output if added is None else output + added
+        if added is None:
+            return output
+        return output + added
 
-    def _beside(self, now: Attention) -> Tensor | None:
-        """What the parts add to the heads' output."""
+    def _beside(self, present: Attention) -> Tensor | None:
+        """What the parts add to the heads' output, ``(batch, heads, queries, head_dim)``; None for
+        nothing.
+        """
         total: Tensor | None = None
-        for part, where in self._acting(now.query):
-            added = part.beside(now if where is None else now.rows(where))
+        for part, where in self._acting(present.query):
+            added = part.beside(present if where is None else present.rows(where))
             if added is None:
                 continue
             if where is not None:
-                added = now.query.new_zeros(*now.query.shape[:-1], added.shape[-1]).index_copy(
-                    0, where, added
-                )
+                nothing = present.query.new_zeros(*present.query.shape[:-1], added.shape[-1])
+                added = nothing.index_copy(0, where, added)
             if part.after_projection:
                 heads = added.transpose(1, 2).flatten(2)
                 self._late = heads if self._late is None else self._late + heads
@@ -390,19 +430,27 @@ class AttentionSite(Site):
                 total = added if total is None else total + added
         return total
 
-    def _prefixes(self, now: Attention, like: Tensor) -> Prefix | None:
-        """The keys and values of all parts together."""
-        given = []
-        for part, where in self._acting(now.query):
-            pair = part.in_front(now if where is None else now.rows(where))
-            if pair is not None:
-                keys, values = (x.to(like.device, like.dtype) for x in pair)
-                bias = part.position_bias(now)
-                if where is None:
-                    given.append(Prefix(keys, values, None, bias))
-                else:
-                    given.append(Prefix.of_rows(keys, values, bias, where, now.query.shape[0]))
-        return Prefix.joined(given, like.shape[0]) if given else None
+    def _prefixes(self, present: Attention, like: Tensor) -> Prefix | None:
+        """The keys and values of all parts together; None where no part has any.
+
+        Args:
+            present: the call.
+            like: the module's own keys, ``(batch, heads, keys, head_dim)``.
+        """
+        prefixes = []
+        for part, where in self._acting(present.query):
+            pair = part.in_front(present if where is None else present.rows(where))
+            if pair is None:
+                continue
+            keys, values = pair[0].to(like.device, like.dtype), pair[1].to(like.device, like.dtype)
+            bias = part.position_bias(present)
+            if where is None:
+                prefixes.append(Prefix(keys, values, None, bias))
+            else:
+                prefixes.append(Prefix.of_rows(keys, values, bias, where, present.query.shape[0]))
+        if not prefixes:
+            return None
+        return Prefix.joined(prefixes, like.shape[0])
 
     def _acting(self, query: Tensor) -> Iterator[tuple[AttendingPart, Tensor | None]]:
         """The parts that act now, each with the rows of the batch that it acts on, or None for all."""
@@ -419,25 +467,37 @@ AttendingPart.site = AttentionSite
 
 
 def _is_causal(host: nn.Module, arguments: Mapping[str, Any]) -> bool:
-    said = arguments.get("is_causal")
-    return bool(getattr(host, "is_causal", True) if said is None else said)
+    """Whether a kernel without a mask is causal: what the call says, else what the module says."""
+    causal = arguments.get("is_causal")
+    if causal is None:
+        causal = getattr(host, "is_causal", True)
+    return bool(causal)
 
 
 def _neutral(name: str, value: Any, length: int) -> Any:
-    """An argument of an attention module for ``length`` tokens at position 0, without mask and cache."""
+    """An argument of an attention module for ``length`` tokens at position 0, without mask and cache.
+
+    Rotary embeddings are those of no rotation: the cosine is 1 and the sine 0, a complex number 1.
+    """
     if name in ("position_embeddings", "rotary_pos_emb") and isinstance(value, (tuple, list)):
-        return tuple(_neutral(kind, x, length) for kind, x in zip(("cos", "sin"), value, strict=True))
+        cos, sin = value
+        return _neutral("cos", cos, length), _neutral("sin", sin, length)
     if isinstance(value, Tensor):
         lead = [1] * (value.dim() - 2)
+        options: dict[str, Any] = {"dtype": value.dtype, "device": value.device}
         if name == "cos" or value.is_complex():
-            return torch.ones(*lead, length, value.shape[-1], dtype=value.dtype, device=value.device)
+            return torch.ones(*lead, length, value.shape[-1], **options)
         if name == "sin":
-            return torch.zeros(*lead, length, value.shape[-1], dtype=value.dtype, device=value.device)
+            return torch.zeros(*lead, length, value.shape[-1], **options)
         if name in SPELLINGS[Kind.CACHE_POSITIONS]:
             return torch.arange(length, device=value.device)
-        positions = name in SPELLINGS[Kind.POSITIONS]
-        return torch.zeros(1, length, dtype=value.dtype, device=value.device) if positions else None
-    return value if value is None or isinstance(value, (bool, int, float, str)) else None
+        if name in SPELLINGS[Kind.POSITIONS]:
+            return torch.zeros(1, length, **options)
+        return None
+    is_plain = isinstance(value, (bool, int, float, str))
+    if is_plain:
+        return value
+    return None
 
 
 class ConfigView:
@@ -450,7 +510,9 @@ class ConfigView:
 
     @property
     def _attn_implementation(self) -> Any:
-        return KERNEL if self._grafts_site.acts() else self._grafts_config._attn_implementation
+        if self._grafts_site.acts():
+            return KERNEL
+        return self._grafts_config._attn_implementation
 
     def __getattr__(self, name: str) -> Any:
         """What the config has; Python's own protocols (copying, pickling) ask the view itself."""
@@ -465,7 +527,9 @@ class ConfigView:
 
 def real_config(config: Any) -> Any:
     """The config behind a view, or itself."""
-    return config.__dict__["_grafts_config"] if isinstance(config, ConfigView) else config
+    if isinstance(config, ConfigView):
+        return config.__dict__["_grafts_config"]
+    return config
 
 
 def attention(

@@ -1,8 +1,12 @@
-"""The two ways of reaching the attention of a module that watch PyTorch's own calls."""
+"""The two ways of reaching the attention of a module that watch PyTorch's own calls.
+
+Both are function modes: while one is entered, PyTorch shows it every call of its functions.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from enum import Enum, auto
 from typing import Any, Protocol
 
 import torch
@@ -12,9 +16,17 @@ from torch.overrides import TorchFunctionMode
 
 from grafts.sites.attention_routes import unflatten
 
+_PRODUCTS = frozenset({torch.matmul, torch.bmm, Tensor.matmul, Tensor.__matmul__, Tensor.bmm})
+_PRODUCTS_WITH_SUM = frozenset({torch.baddbmm, Tensor.baddbmm})
+_QUOTIENTS = frozenset(
+    {torch.div, torch.true_divide, Tensor.div, Tensor.div_, Tensor.__truediv__, Tensor.__itruediv__}
+)
+_MULTIPLES = frozenset({torch.mul, Tensor.mul, Tensor.mul_, Tensor.__mul__, Tensor.__imul__})
+_SOFTMAXES = frozenset({torch.softmax, F.softmax, Tensor.softmax})
 
-class Listener(Protocol):
-    """What is told of the attention of a module that is watched."""
+
+class Watched(Protocol):
+    """What is told of the attention of a module that is watched: its site."""
 
     def call(self, host: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         """Instead of `F.scaled_dot_product_attention`."""
@@ -30,7 +42,7 @@ class Listener(Protocol):
         scaling: float,
         weights: Tensor,
         value: Tensor,
-        of_prefix: Tensor | None,
+        prefix_weights: Tensor | None,
     ) -> Tensor:
         """Instead of the product of weights and values."""
 
@@ -42,140 +54,196 @@ class Interception(TorchFunctionMode):
         reached: whether there was such a call.
     """
 
-    def __init__(self, site: Listener, host: nn.Module) -> None:
+    def __init__(self, site: Watched, host: nn.Module) -> None:
         super().__init__()
-        self.site, self.host, self.reached = site, host, False
+        self.site = site
+        self.host = host
+        self.reached = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Every call of PyTorch in the meantime."""
         if func is F.scaled_dot_product_attention:
             self.reached = True
             return self.site.call(self.host, *args, **(kwargs or {}))
-        if (
-            func is Tensor.unflatten
-        ):  # compilers cannot trace it from here, though they can where it was written
+        # Compilers cannot trace it from here, though they can where it was written.
+        if func is Tensor.unflatten:
             return unflatten(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
 
-_PRODUCTS = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm}
-_SUMS = {torch.baddbmm, Tensor.baddbmm}
-_QUOTIENTS = {torch.div, torch.true_divide, Tensor.div, Tensor.div_, Tensor.__truediv__, Tensor.__itruediv__}
-_MULTIPLES = {torch.mul, Tensor.mul, Tensor.mul_, Tensor.__mul__, Tensor.__imul__}
-_SOFTMAXES = {torch.softmax, F.softmax, Tensor.softmax}
+class _State(Enum):
+    """What was seen last of attention that is written out (the drawing is at `UnfusedAttention`)."""
+
+    NOTHING = auto()
+    SCORES = auto()
+    WEIGHTS = auto()
 
 
 class UnfusedAttention(Interception):
-    """Follows a module that computes attention in steps: queries by keys, some number, softmax, weights by
-    values.
+    """Follows the attention of a module that writes it out, and brings its steps to the module's site.
 
-    All of them are four-dimensional, ``(batch, heads, ..., ...)``, or have batch and heads in one dimension.
-    The softmax is given the scores of a prefix as well and gives back the weights of the module's own keys;
-    what the prefix and the prompts give is added to the last product.
+    A module computes ``softmax(query @ key.T * scaling + mask) @ value`` with calls of its own. Which product
+    is which is told by the order of the steps and by sizes::
+
+                     a product of two tensors
+                     with heads: query, key
+        NOTHING  ------------------------------->  SCORES  ---.
+           ^                                        |  ^      |  times or divided by a number: the scaling
+           |                                        |  `------'  (another such product: those were no scores)
+           |        the weights times a tensor:     |
+           |        value; the site reads           |  softmax over as many numbers as there are keys;
+           |                                        v  a prefix joins it
+           `------------------------------------  WEIGHTS
+
+    Whatever does not fit runs as it is and changes no state (a mask is added to the scores, dropout is on the
+    weights).
 
     Attributes:
-        query: the queries, once they were multiplied by keys.
-        key: the keys.
-        scaling: what that product was multiplied by since.
-        batch: how many rows the module was called with.
+        batch: how many rows; where batch and heads are one dimension it tells them apart.
+        query: ``(batch, heads, queries, head_dim)``, of the last scores; None before the first.
+        key: ``(batch, heads, keys, head_dim)``, likewise.
+        scaling: what their products were multiplied with.
     """
 
-    def __init__(self, site: Listener, host: nn.Module, batch: int) -> None:
+    def __init__(self, site: Watched, host: nn.Module, batch: int) -> None:
         super().__init__(site, host)
         self.batch = batch
         self.query: Tensor | None = None
         self.key: Tensor | None = None
         self.scaling = 1.0
+        self._state = _State.NOTHING
+        # In the state SCORES: the scores as they are now, to know them again when they are scaled.
         self._scores: Tensor | None = None
-        self._weights: torch.Size | None = None
-        self._of_prefix: Tensor | None = None
+        # In the state WEIGHTS: the shape of the weights of the module's own keys, and the weights of a
+        # prefix.
+        self._weights_shape: torch.Size | None = None
+        self._prefix_weights: Tensor | None = None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Every call of PyTorch in the meantime."""
+        kwargs = kwargs or {}
         if func in _PRODUCTS and len(args) == 2 and self._may_attend(args[0], args[1]):
-            return self._product(args[0], args[1], lambda: func(*args))
-        if func in _SUMS and self._weights is None:
-            options = kwargs or {}
-            left, right = (options.get(f"batch{i}", args[i] if len(args) > i else None) for i in (1, 2))
+            left, right = args
+            if self._are_weights(left):
+                return self._read(left, right)
+            return self._scored(left, right, lambda: func(left, right))
+        if func in _PRODUCTS_WITH_SUM and self._state is not _State.WEIGHTS:
+            left = kwargs.get("batch1", args[1] if len(args) > 1 else None)
+            right = kwargs.get("batch2", args[2] if len(args) > 2 else None)
             if self._may_attend(left, right):
-                self._begin(left, right)
-                self.scaling = float(options.get("alpha", 1.0))
-                self._scores = func(*args, **options)
-                return self._scores
-        if (
-            len(args) == 2
-            and args[0] is self._scores
-            and self._scores is not None
-            and (func in _QUOTIENTS or func in _MULTIPLES)
-        ):
+                result = self._scored(left, right, lambda: func(*args, **kwargs))
+                self.scaling = float(kwargs.get("alpha", 1.0))
+                return result
+        may_scale = func in _QUOTIENTS or func in _MULTIPLES
+        if may_scale and len(args) == 2 and self._is_scores(args[0]):
             self._scale(func, args[1])
-            self._scores = func(*args, **(kwargs or {}))
+            self._scores = func(*args, **kwargs)
             return self._scores
-        if func in _SOFTMAXES and self.query is not None and args and self._are_scores(args[0]):
-            return self._softmax(args[0], lambda x: func(x, *args[1:], **(kwargs or {})))
+        if func in _SOFTMAXES and args and self._fits_scores(args[0]):
+            return self._softmax(args[0], lambda x: func(x, *args[1:], **kwargs))
         return super().__torch_function__(func, types, args, kwargs)
 
-    def _rows(self, x: Tensor) -> bool:
-        """Whether batch and heads may be the first dimension; a module that knows its heads says how large
-        the batch is.
-        """
-        heads = getattr(self.host, "num_heads", None)
-        if x.dim() == 3 and isinstance(heads, int) and x.shape[0] % heads == 0:
-            self.batch = x.shape[0] // heads
-        return x.shape[0] % self.batch == 0 and x.dim() == 3
-
     def _may_attend(self, left: Any, right: Any) -> bool:
-        if not (isinstance(left, Tensor) and isinstance(right, Tensor) and left.dim() == right.dim()):
+        """Whether a product of these may be one of attention: both have heads, apart or with the batch."""
+        if not isinstance(left, Tensor) or not isinstance(right, Tensor) or left.dim() != right.dim():
             return False
-        return left.dim() == 4 or self._rows(left)
+        return left.dim() == 4 or self._has_heads_in_batch(left)
 
-    def _four(self, x: Tensor) -> Tensor:
-        """With batch and heads apart."""
-        return x if x.dim() == 4 else x.view(self.batch, -1, *x.shape[1:])
+    def _has_heads_in_batch(self, x: Tensor) -> bool:
+        """Whether batch and heads may be the first dimension.
 
-    def _are_scores(self, x: Tensor) -> bool:
-        assert self.query is not None
-        assert self.key is not None
-        return (
-            x.shape[-1] == self.key.shape[2]
-            and x.numel() // x.shape[-1] == self.query.numel() // self.query.shape[-1]
-        )
+        A module that knows how many heads it has says so how large the batch is: that of cross-attention over
+        a prompt is another than that of the call.
+        """
+        if x.dim() != 3:
+            return False
+        heads = getattr(self.host, "num_heads", None)
+        if isinstance(heads, int) and x.shape[0] % heads == 0:
+            self.batch = x.shape[0] // heads
+        return x.shape[0] % self.batch == 0
 
-    def _begin(self, left: Any, right: Any) -> None:
-        self.query, self.key, self.scaling = self._four(left), self._four(right).transpose(-1, -2), 1.0
+    def _with_heads(self, x: Tensor) -> Tensor:
+        """A tensor with batch and heads apart, ``(batch, heads, ...)``."""
+        if x.dim() == 4:
+            return x
+        return x.view(self.batch, -1, *x.shape[1:])
 
-    def _product(self, left: Tensor, right: Tensor, product: Callable[[], Tensor]) -> Tensor:
-        if (
-            self._weights is not None
-            and left.numel() == self._weights.numel()
-            and left.shape[-1] == self._weights[-1]
-        ):
-            self.reached, self._weights = True, None
-            assert self.query is not None
-            assert self.key is not None
-            values = self._four(right)
-            output = self.site.read(
-                self.host, self.query, self.key, self.scaling, self._four(left), values, self._of_prefix
-            )
-            return output if left.dim() == 4 else output.reshape(-1, *output.shape[2:])
-        self._begin(left, right)
+    def _scored(self, left: Tensor, right: Tensor, product: Callable[[], Tensor]) -> Tensor:
+        """A product of queries and keys: remember them, and compute it."""
+        self.query = self._with_heads(left)
+        self.key = self._with_heads(right).transpose(-1, -2)
+        self.scaling = 1.0
+        if self._state is not _State.WEIGHTS:
+            self._state = _State.SCORES
         self._scores = product()
         return self._scores
 
+    def _is_scores(self, value: Any) -> bool:
+        """Whether a value is the very tensor of the scores."""
+        return self._scores is not None and value is self._scores
+
     def _scale(self, func: Any, by: Any) -> None:
-        if isinstance(by, (int, float)) or (isinstance(by, Tensor) and by.numel() == 1):
-            self.scaling = self.scaling / float(by) if func in _QUOTIENTS else self.scaling * float(by)
+        """Note what the scores are multiplied with or divided by, where it is one number."""
+        is_number = isinstance(by, (int, float)) or (isinstance(by, Tensor) and by.numel() == 1)
+        if not is_number:
+            return
+        if func in _QUOTIENTS:
+            self.scaling = self.scaling / float(by)
+        else:
+            self.scaling = self.scaling * float(by)
+
+    def _fits_scores(self, x: Tensor) -> bool:
+        """Whether a tensor has the size of the scores: as many rows as queries, as many numbers as keys."""
+        if self.query is None or self.key is None:
+            return False
+        rows = x.numel() // x.shape[-1]
+        return x.shape[-1] == self.key.shape[2] and rows == self.query.numel() // self.query.shape[-1]
 
     def _softmax(self, scores: Tensor, softmax: Callable[[Tensor], Tensor]) -> Tensor:
+        """The softmax of the scores, over those of a prefix too; gives the weights of the module's own
+        keys.
+        """
         assert self.query is not None
         assert self.key is not None
-        prefix = self.site.prefix_scores(self.host, self.query, self.key, self.scaling)
-        if prefix is None:
-            weights, self._of_prefix = softmax(scores), None
+        prefix_scores = self.site.prefix_scores(self.host, self.query, self.key, self.scaling)
+        if prefix_scores is None:
+            weights = softmax(scores)
+            self._prefix_weights = None
         else:
-            length = prefix.shape[-1]
-            own = prefix.expand(*self.query.shape[:-1], length).reshape(*scores.shape[:-1], length)
-            both = softmax(torch.cat([own.to(scores.dtype), scores], -1))
-            self._of_prefix, weights = self._four(both[..., :length]), both[..., length:]
-        self._weights = weights.shape
+            length = prefix_scores.shape[-1]
+            prefix_scores = prefix_scores.expand(*self.query.shape[:-1], length)
+            prefix_scores = prefix_scores.reshape(*scores.shape[:-1], length)
+            both = softmax(torch.cat([prefix_scores.to(scores.dtype), scores], -1))
+            self._prefix_weights = self._with_heads(both[..., :length])
+            weights = both[..., length:]
+        self._weights_shape = weights.shape
+        self._state = _State.WEIGHTS
         return weights
+
+    def _are_weights(self, x: Tensor) -> bool:
+        """Whether a tensor may be the weights: they may have been through dropout since, and had another
+        form.
+        """
+        if self._state is not _State.WEIGHTS or self._weights_shape is None:
+            return False
+        return x.numel() == self._weights_shape.numel() and x.shape[-1] == self._weights_shape[-1]
+
+    def _read(self, weights: Tensor, values: Tensor) -> Tensor:
+        """The product of weights and values, with what the adapters add to it."""
+        assert self.query is not None
+        assert self.key is not None
+        self.reached = True
+        self._state = _State.NOTHING
+        self._weights_shape = None
+        output = self.site.read(
+            self.host,
+            self.query,
+            self.key,
+            self.scaling,
+            self._with_heads(weights),
+            self._with_heads(values),
+            self._prefix_weights,
+        )
+        if weights.dim() == 4:
+            return output
+        return output.reshape(-1, *output.shape[2:])

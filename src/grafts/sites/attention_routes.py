@@ -23,7 +23,6 @@ def written_forward(cls: type[nn.Module]) -> Callable[..., Any]:
     return cast("Callable[..., Any]", inspect.unwrap(cls.forward))
 
 
-@functools.cache
 def route_of(cls: type[nn.Module]) -> Route | None:
     """How the attention of a class of modules is reached; None where it has none.
 
@@ -31,26 +30,42 @@ def route_of(cls: type[nn.Module]) -> Route | None:
     - ``"call"``: it calls `F.scaled_dot_product_attention`;
     - ``"steps"``: it multiplies, takes a softmax and multiplies again.
 
+    It is read off the names in the code of the class; nothing is run.
+
     >>> route_of(nn.Linear) is None
     True
     """
+    return _route_of(cls)  # type: ignore[arg-type]  # a metaclass may have no hash; those of modules have
+
+
+@functools.cache
+def _route_of(cls: type[nn.Module]) -> Route | None:
     forward = written_forward(cls)
     code = getattr(forward, "__code__", None)
     if cls.__module__.startswith("torch.") or code is None:
         return None
     if "ALL_ATTENTION_FUNCTIONS" in code.co_names and "ALL_ATTENTION_FUNCTIONS" in forward.__globals__:
         return "interface"
-    methods = [
-        inspect.unwrap(f)
-        for c in cls.__mro__
-        if c is not nn.Module
-        for f in vars(c).values()
-        if inspect.isfunction(f)
-    ]
-    everything = {name for f in methods if hasattr(f, "__code__") for name in f.__code__.co_names}
-    for names in (set(code.co_names), everything):  # what it calls itself says more than what it could call
+    # What ``forward`` calls itself says more than what its class could call.
+    for names in (set(code.co_names), _names_in_methods(cls)):
         if "scaled_dot_product_attention" in names:
             return "call"
-        if names & {"matmul", "bmm", "baddbmm"} and names & {"softmax", "Softmax"}:
+        multiplies = bool(names & {"matmul", "bmm", "baddbmm"})
+        if multiplies and names & {"softmax", "Softmax"}:
             return "steps"
     return None
+
+
+def _names_in_methods(cls: type[nn.Module]) -> set[str]:
+    """The names that the code of a class's methods uses, those of its parents' too."""
+    names: set[str] = set()
+    for parent in cls.__mro__:
+        if parent is nn.Module:
+            continue
+        for function in vars(parent).values():
+            if not inspect.isfunction(function):
+                continue
+            code = getattr(inspect.unwrap(function), "__code__", None)
+            if code is not None:
+                names.update(code.co_names)
+    return names

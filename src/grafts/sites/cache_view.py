@@ -10,7 +10,7 @@ from torch import Tensor
 
 from grafts.errors import StateError
 from grafts.sites.arguments import versions
-from grafts.sites.virtual_positions import PromptLayout
+from grafts.sites.prompt_layout import PromptLayout
 
 
 class CacheView:
@@ -18,49 +18,62 @@ class CacheView:
     everyone else.
 
     It answers for two of the cache's methods, as attributes of the cache, and is copied and pickled with it.
+
+    Attributes:
+        layout: what the virtual tokens take up in it.
+        inside: whether it is the model that asks now.
     """
 
-    def __init__(self, cache: Any, room: PromptLayout) -> None:
-        self.room, self.inside = room, True
-        # one by one, and as attributes: compilers before torch 2.9 cannot follow a change of ``__dict__``
+    def __init__(self, cache: Any, layout: PromptLayout) -> None:
+        self.layout = layout
+        self.inside = True
+        # One by one, and as attributes: compilers before torch 2.9 cannot follow a change of ``__dict__``.
         cache.get_seq_length = _Length(cache, self)
         cache.crop = _Crop(cache, self)
 
     @staticmethod
     def of(cache: Any) -> CacheView | None:
         """The view of a cache, or None where it holds no virtual tokens."""
-        answers = None if cache is None else getattr(cache, "__dict__", {}).get("get_seq_length")
-        return answers.view if isinstance(answers, _Length) else None
+        if cache is None:
+            return None
+        answers = getattr(cache, "__dict__", {}).get("get_seq_length")
+        if isinstance(answers, _Length):
+            return answers.view
+        return None
 
 
 class _Length:
     """A cache's ``get_seq_length``."""
 
     def __init__(self, cache: Any, view: CacheView) -> None:
-        self.cache, self.view = cache, view
+        self.cache = cache
+        self.view = view
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The number of tokens in the cache."""
         length = type(self.cache).get_seq_length(self.cache, *args, **kwargs)
         if self.view.inside:
             return length
-        less = length - self.view.room.count
-        return less.clamp_min(0) if isinstance(less, Tensor) else max(less, 0)
+        tokens = length - self.view.layout.count
+        if isinstance(tokens, Tensor):
+            return tokens.clamp_min(0)
+        return max(tokens, 0)
 
 
 class _Crop:
     """A cache's ``crop``."""
 
     def __init__(self, cache: Any, view: CacheView) -> None:
-        self.cache, self.view = cache, view
+        self.cache = cache
+        self.view = view
 
     def __call__(self, max_length: int) -> Any:
         """Forget the last ``-max_length`` tokens; in older versions, where it may be positive, all but the
         first.
         """
-        return type(self.cache).crop(
-            self.cache, max_length + self.view.room.count if max_length > 0 else max_length
-        )
+        if max_length > 0:
+            max_length += self.view.layout.count
+        return type(self.cache).crop(self.cache, max_length)
 
 
 def forget_view(cache: Any) -> None:
@@ -69,28 +82,31 @@ def forget_view(cache: Any) -> None:
         cache.__dict__.pop(name, None)
 
 
+# The name under which a static cache says for how many virtual tokens it was enlarged.
+_ENLARGED_BY = "grafts_room"
+
+
 def enlarge_cache(cache: Any, count: int, window: int | None) -> None:
     """Enlarge an empty static cache, which was made for the tokens alone, by ``count`` positions.
 
     Args:
         cache: the cache, or None.
         count: how many virtual tokens come.
-        window: of the model's attention, beyond which layers that slide need no room.
+        window: of the model's attention, beyond which layers that slide need no more; None where it has none.
     """
-    one = getattr(cache, "self_attention_cache", cache)
-    layers = [layer for layer in getattr(one, "layers", ()) if hasattr(layer, "max_cache_len")]
-    more = count - getattr(cache, "__dict__", {}).get("grafts_room", 0)
+    # Of an encoder-decoder the decoder's own.
+    own = getattr(cache, "self_attention_cache", cache)
+    layers = [layer for layer in getattr(own, "layers", ()) if hasattr(layer, "max_cache_len")]
+    more = count - getattr(cache, "__dict__", {}).get(_ENLARGED_BY, 0)
     if not layers or more <= 0:
         return
     for layer in layers:
-        slides = getattr(layer, "is_sliding", False) and window is not None
-        layer.max_cache_len = (
-            min(layer.max_cache_len + more, max(window, layer.max_cache_len))
-            if slides
-            else layer.max_cache_len + more
-        )
+        enlarged = layer.max_cache_len + more
+        if getattr(layer, "is_sliding", False) and window is not None:
+            enlarged = min(enlarged, max(window, layer.max_cache_len))
+        layer.max_cache_len = enlarged
         layer.is_initialized = False
-    cache.__dict__["grafts_room"] = count
+    cache.__dict__[_ENLARGED_BY] = count
 
 
 def past_of(cache: Any, position: Tensor | None, view: CacheView | None) -> int:
@@ -105,14 +121,17 @@ def past_of(cache: Any, position: Tensor | None, view: CacheView | None) -> int:
         StateError: it does not say, or there are tokens before and no cache that is known.
     """
     if position is not None:
-        begin = int(position[0])  # older static caches cannot count padding; callers count tokens
+        # Older static caches cannot count padding; callers count tokens.
+        begin = int(position[0])
         if begin and cache is None:
             raise StateError(
                 f"the tokens of this call go to position {begin}, and it carries no cache that is "
                 "recognised: give the cache of the tokens before, or, if the model keeps it to itself, call "
                 f"it with use_cache=False ({versions()})"
             )
-        return begin + view.room.count if begin and view is not None else begin
+        if begin and view is not None:
+            return begin + view.layout.count
+        return begin
     if cache is None:
         return 0
     length = cache.get_seq_length()

@@ -5,7 +5,7 @@ The module may be quantized, sharded or offloaded: the site uses its input and i
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Literal, cast
 
@@ -50,15 +50,18 @@ class ModuleSite(Site):
     """All adapters beside one module."""
 
     child = "grafts"
+    # The host's own parameters by name, while it computes with others.
     _swapped: Mapping[str, nn.Parameter] = MappingProxyType({})
-    _swaps: bool = False
+    _gives_back: bool = False
 
     def append(self, name: str, part: Part, host: nn.Module) -> None:
         """Add a part to those of adapter ``name``; parts act in the order of adding."""
         super().append(name, part, host)
-        if cast("ModulePart", part).when == "weights" and not self._swaps:
-            self._swaps = True
-            self._handles = (*self._handles, host.register_forward_hook(self._restore, always_call=True))
+        if cast("ModulePart", part).when == "weights" and not self._gives_back:
+            # Only where it is needed: compilers cannot follow hooks that are called also after an error.
+            self._gives_back = True
+            handle = host.register_forward_hook(self._give_weights_back, always_call=True)
+            self._handles = (*self._handles, handle)
 
     def hooks(self, host: nn.Module) -> tuple[RemovableHandle, ...]:
         """Act before and after the module."""
@@ -67,90 +70,118 @@ class ModuleSite(Site):
             host.register_forward_hook(self._after, with_kwargs=True),
         )
 
-    def _running(self) -> list[ModulePart]:
-        return cast("list[ModulePart]", self.running())
+    def _acting(self) -> Iterator[tuple[ModulePart, _ChosenRows | None]]:
+        """The parts that act now, in order, each with the rows of the batch that it acts on, or None for
+        all.
+        """
+        rows = self.setup.rows
+        if rows is None:
+            for part in self.running():
+                yield cast("ModulePart", part), None
+        else:
+            for key, part in self.routed(rows):
+                yield cast("ModulePart", part), _ChosenRows(rows, key)
 
     def _before(
         self, host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        if self.setup.rows is not None:
-            return self._before_rows(self.setup.rows, args, kwargs)
-        if self.setup.routed:
+        if self.setup.rows is None and self.setup.routed:
             self.setup.require_forward()
-        changed = False
-        weights = []
-        for part in self._running():
-            if part.when == "sees":
-                part(_first_input(args, kwargs))
+        is_changed = False
+        through_weights: list[Part] = []
+        for part, chosen in self._acting():
+            if part.when == "weights":
+                through_weights.append(part)
+            elif part.when == "sees":
+                x = _first_input(args, kwargs)
+                part(x if chosen is None else chosen.take(x, chosen.indices(x)))
             elif part.when == "before":
-                args, kwargs = _with_first_input(args, kwargs, part(_first_input(args, kwargs)))
-                changed = True
-            elif part.when == "weights":
-                weights.append(part)
-        if weights:
-            tensors = to_storage(host, fold(read_weights(host), weights))
-            self._swapped = {name: _swap(host, name, tensor) for name, tensor in tensors.items()}
-        return (args, kwargs) if changed else None
+                x = _first_input(args, kwargs)
+                if chosen is None:
+                    x = part(x)
+                else:
+                    indices = chosen.indices(x)
+                    x = chosen.put(x, indices, part(chosen.take(x, indices)))
+                args, kwargs = _with_first_input(args, kwargs, x)
+                is_changed = True
+        if through_weights:
+            self._take_weights(host, through_weights)
+        if is_changed:
+            return args, kwargs
+        return None
 
     def _after(self, host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        if self.setup.rows is not None:
-            return self._after_rows(self.setup.rows, host, args, kwargs, output)
-        parts = self._running()
-        owned = len(parts) > 0 and _is_fresh(host, output)
-        for part in parts:
+        # Whether a part may write into the output: only where it is one for all rows, and nobody else's.
+        is_ours: bool | None = None
+        for part, chosen in self._acting():
             if part.when == "after":
-                x = _first_input(args, kwargs)
                 base = (host,) if part.reads_base else ()
-                if isinstance(output, Tensor):
-                    output = part.forward_(x, output, *base) if owned else part(x, output, *base)
-                else:
+                x = _first_input(args, kwargs)
+                if chosen is not None:
+                    y = _first_output(host, output)
+                    indices = chosen.indices(y)
+                    result = part(chosen.take(x, indices), chosen.take(y, indices), *base)
+                    output = _with_first_output(output, chosen.put(y, indices, result))
+                elif not isinstance(output, Tensor):
                     output = _with_first_output(output, part(x, _first_output(host, output), *base))
+                else:
+                    if is_ours is None:
+                        is_ours = _is_unshared(host, output)
+                    if is_ours:
+                        output = part.forward_(x, output, *base)
+                    else:
+                        output = part(x, output, *base)
             elif part.when == "instead":
-                output = part(*args, **kwargs)
+                if chosen is None:
+                    output = part(*args, **kwargs)
+                else:
+                    y = _first_output(host, output)
+                    indices = chosen.indices(y)
+                    chosen_args = [chosen.take(value, indices) for value in args]
+                    chosen_kwargs = {name: chosen.take(value, indices) for name, value in kwargs.items()}
+                    result = _first_output(host, part(*chosen_args, **chosen_kwargs))
+                    output = _with_first_output(output, chosen.put(y, indices, result))
         return output
 
-    def _restore(self, host: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def _take_weights(self, host: nn.Module, parts: Sequence[Part]) -> None:
+        """Let the host compute with what these parts make of its weights, until its forward ends."""
+        tensors = to_storage(host, fold(read_weights(host), parts))
+        self._swapped = {name: _swap(host, name, tensor) for name, tensor in tensors.items()}
+
+    def _give_weights_back(self, host: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Give a host its own weights back, also when its forward has failed."""
         for name, parameter in self._swapped.items():
             _swap(host, name, parameter)
         self._swapped = {}
 
-    def _routed(self, rows: Rows) -> list[tuple[str, ModulePart]]:
-        return cast("list[tuple[str, ModulePart]]", self.routed(rows))
 
-    def _before_rows(
-        self, rows: Rows, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        changed = False
-        for key, part in self._routed(rows):
-            if part.when not in ("sees", "before"):
-                continue
-            x = _spread(_first_input(args, kwargs), rows)
-            where = rows.of(key, x.shape[0], x.device)
-            new = part(x.index_select(0, where))
-            if part.when == "before":
-                args, kwargs = _with_first_input(args, kwargs, x.index_copy(0, where, new))
-                changed = True
-        return (args, kwargs) if changed else None
+class _ChosenRows:
+    """The rows of a batch that one adapter acts on."""
 
-    def _after_rows(
-        self, rows: Rows, host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> Any:
-        for key, part in self._routed(rows):
-            if part.when in ("sees", "before"):
-                continue
-            y = _spread(_first_output(host, output), rows)
-            where = rows.of(key, y.shape[0], y.device)
-            if part.when == "instead":
-                given = [_rows_of(value, where, rows) for value in (*args, *kwargs.values())]
-                new = _first_output(
-                    host, part(*given[: len(args)], **dict(zip(kwargs, given[len(args) :], strict=True)))
-                )
-            else:
-                x = _rows_of(_first_input(args, kwargs), where, rows)
-                new = part(x, y.index_select(0, where), *((host,) if part.reads_base else ()))
-            output = _with_first_output(output, y.index_copy(0, where, new))
-        return output
+    def __init__(self, rows: Rows, key: str) -> None:
+        self.rows = rows
+        self.key = key
+
+    def indices(self, x: Tensor) -> Tensor:
+        """Where the rows lie in a tensor whose first dimension is the batch, or one for all of it."""
+        x = self._spread(x)
+        return self.rows.of(self.key, x.shape[0], x.device)
+
+    def take(self, value: Any, indices: Tensor) -> Any:
+        """These rows of an argument of the module, where it is a tensor."""
+        if isinstance(value, Tensor) and value.dim() > 0:
+            return self._spread(value).index_select(0, indices.to(value.device))
+        return value
+
+    def put(self, x: Tensor, indices: Tensor, changed: Tensor) -> Tensor:
+        """A tensor with what the adapter has made of its rows in it."""
+        return self._spread(x).index_copy(0, indices, changed)
+
+    def _spread(self, x: Tensor) -> Tensor:
+        """A tensor with one row for each of the batch, where it has one for all (positions)."""
+        if x.shape[0] == 1:
+            return x.expand(len(self.rows.names), *x.shape[1:])
+        return x
 
 
 def fold(base: Mapping[str, Tensor], parts: Sequence[Part]) -> dict[str, Tensor]:
@@ -160,7 +191,7 @@ def fold(base: Mapping[str, Tensor], parts: Sequence[Part]) -> dict[str, Tensor]
     weight.
 
     Args:
-        base: the module's tensors, as `grafts.modules.weights.read` gives them.
+        base: the module's tensors, as `grafts.modules.weights.read_weights` gives them.
         parts: in the order in which they act.
     """
     changed: dict[str, Tensor] = {}
@@ -179,21 +210,7 @@ def _swap(host: nn.Module, name: str, tensor: Tensor) -> nn.Parameter:
     return before
 
 
-def _spread(x: Tensor, rows: Rows) -> Tensor:
-    """``x`` with one row for each of the batch where it has one for all (positions)."""
-    return x.expand(len(rows.names), *x.shape[1:]) if x.shape[0] == 1 else x
-
-
-def _rows_of(value: Any, where: Tensor, rows: Rows) -> Any:
-    """The chosen rows of a module's argument, if it is a tensor that has them."""
-    return (
-        _spread(value, rows).index_select(0, where.to(value.device))
-        if isinstance(value, Tensor) and value.dim()
-        else value
-    )
-
-
-def _is_fresh(host: nn.Module, output: Any) -> bool:
+def _is_unshared(host: nn.Module, output: Any) -> bool:
     """Whether the host's output is memory that nobody else can hold: not a hook, not the graph of the
     backward pass.
 
@@ -212,7 +229,10 @@ def _is_fresh(host: nn.Module, output: Any) -> bool:
 
 
 def _first_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return args[0] if args else next(iter(kwargs.values()))
+    """The first argument of a module's call, which for most is the tensor that they work on."""
+    if args:
+        return args[0]
+    return next(iter(kwargs.values()))
 
 
 def _first_output(host: nn.Module, output: Any) -> Tensor:
@@ -222,8 +242,10 @@ def _first_output(host: nn.Module, output: Any) -> Tensor:
         StateError: it gives none.
     """
     value = output
-    if not isinstance(output, Tensor) and output:
-        value = next(iter(output.values())) if isinstance(output, Mapping) else output[0]
+    if isinstance(output, Mapping) and output:
+        value = next(iter(output.values()))
+    elif isinstance(output, (tuple, list)) and output:
+        value = output[0]
     if not isinstance(value, Tensor):
         raise StateError(
             f"the output of a {type(host).__name__} is no tensor and begins with none, so no adapter can act "
@@ -240,7 +262,9 @@ def _with_first_output(output: Any, y: Tensor) -> Any:
         output[next(iter(output))] = y  # type: ignore[index]
         return output
     rest = output[1:]
-    return type(output)(y, *rest) if hasattr(output, "_fields") else type(output)((y, *rest))
+    if hasattr(output, "_fields"):  # a named tuple
+        return type(output)(y, *rest)
+    return type(output)((y, *rest))
 
 
 def _with_first_input(

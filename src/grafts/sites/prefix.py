@@ -35,34 +35,26 @@ class Prefix:
         """A prefix that some rows of a batch have."""
 
         def spread(x: Tensor) -> Tensor:
-            rows = x.expand(where.shape[0], *x.shape[1:])
-            return x.new_zeros(batch, *x.shape[1:]).index_copy(0, where, rows)
+            of_rows = x.expand(where.shape[0], *x.shape[1:])
+            return x.new_zeros(batch, *x.shape[1:]).index_copy(0, where, of_rows)
 
-        here = torch.zeros(batch, dtype=torch.bool, device=where.device).index_fill(0, where, True)
-        return cls(spread(keys), spread(values), here[:, None].expand(batch, keys.shape[2]), bias)
+        has_prefix = torch.zeros(batch, dtype=torch.bool, device=where.device).index_fill(0, where, True)
+        visible = has_prefix[:, None].expand(batch, keys.shape[2])
+        return cls(spread(keys), spread(values), visible, bias)
 
     @classmethod
     def joined(cls, prefixes: Sequence[Prefix], batch: int) -> Prefix:
-        """Several as one, in order."""
+        """Several as one, in order.
+
+        Args:
+            prefixes: at least one.
+            batch: how many rows the call has.
+        """
         if len(prefixes) == 1:
             return prefixes[0]
-        visible = None
-        if any(p.visible is not None for p in prefixes):
-            seen = [torch.ones(batch, p.length, dtype=torch.bool, device=p.keys.device) for p in prefixes]
-            visible = torch.cat(
-                [all_ if p.visible is None else p.visible for p, all_ in zip(prefixes, seen, strict=True)], 1
-            )
-        keys, values = (
-            torch.cat([x.expand(batch, *x.shape[1:]) for x in xs], 2)
-            for xs in ([p.keys for p in prefixes], [p.values for p in prefixes])
-        )
-        some = next((p.bias for p in prefixes if p.bias is not None), None)
-        biases = (
-            [some.new_zeros(*some.shape[:3], p.length) if p.bias is None else p.bias for p in prefixes]
-            if some is not None
-            else []
-        )
-        return cls(keys, values, visible, torch.cat(biases, -1) if biases else None)
+        keys = torch.cat([prefix.keys.expand(batch, -1, -1, -1) for prefix in prefixes], 2)
+        values = torch.cat([prefix.values.expand(batch, -1, -1, -1) for prefix in prefixes], 2)
+        return cls(keys, values, _joined_visible(prefixes, batch), _joined_bias(prefixes))
 
     @property
     def length(self) -> int:
@@ -71,10 +63,42 @@ class Prefix:
 
     def before(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """The module's keys and values with these in front."""
-        return tuple(  # type: ignore[return-value]
-            torch.cat([own.expand(x.shape[0], *own.shape[1:]), x], 2)
-            for own, x in ((self.keys, key), (self.values, value))
-        )
+        batch = key.shape[0]
+        keys = torch.cat([self.keys.expand(batch, -1, -1, -1), key], 2)
+        values = torch.cat([self.values.expand(batch, -1, -1, -1), value], 2)
+        return keys, values
+
+
+def _joined_visible(prefixes: Sequence[Prefix], batch: int) -> Tensor | None:
+    """Which of several prefixes each row attends to, ``(batch, length)``; None for all."""
+    if not any(prefix.visible is not None for prefix in prefixes):
+        return None
+    visible = []
+    for prefix in prefixes:
+        if prefix.visible is None:
+            visible.append(torch.ones(batch, prefix.length, dtype=torch.bool, device=prefix.keys.device))
+        else:
+            visible.append(prefix.visible)
+    return torch.cat(visible, 1)
+
+
+def _joined_bias(prefixes: Sequence[Prefix]) -> Tensor | None:
+    """The bias of several prefixes, zero for those that have none, ``(1, heads, queries, length)``; None for
+    none.
+    """
+    like: Tensor | None = None
+    for prefix in prefixes:
+        if prefix.bias is not None and like is None:
+            like = prefix.bias
+    if like is None:
+        return None
+    biases = []
+    for prefix in prefixes:
+        if prefix.bias is None:
+            biases.append(like.new_zeros(*like.shape[:3], prefix.length))
+        else:
+            biases.append(prefix.bias)
+    return torch.cat(biases, -1)
 
 
 class PrefixedCache:
@@ -100,8 +124,8 @@ class PrefixedCache:
         key, value = self._cache.update(*args, **kwargs)
         if key.dim() == 4:
             return self._prefix.before(key, value)
-        whole = self._prefix.before(*(x.transpose(0, 1)[None] for x in (key, value)))
-        return whole[0][0].transpose(0, 1), whole[1][0].transpose(0, 1)
+        keys, values = self._prefix.before(key.transpose(0, 1)[None], value.transpose(0, 1)[None])
+        return keys[0].transpose(0, 1), values[0].transpose(0, 1)
 
     def __getattr__(self, name: str) -> Any:
         """What the cache has."""
@@ -132,40 +156,45 @@ def extended(
         StateError: the kernel cannot be told about a prefix.
     """
     changed = dict(arguments)
-    if (bias := arguments.get("position_bias")) is not None:
-        own = (
-            bias.new_zeros(*bias.shape[:3], prefix.length)
-            if prefix.bias is None
-            else prefix.bias.to(bias.dtype)
-        )
-        changed["position_bias"] = torch.cat([own.expand(*bias.shape[:3], -1), bias], -1)
+    bias = arguments.get("position_bias")
+    if bias is not None:
+        changed["position_bias"] = _extended_bias(bias, prefix)
     if name is not None and "flash" in name:
         return _extended_flash(mask, keys, prefix, changed, query.shape[0]), changed
     if name == "flex_attention":
         return _extended_flex(mask, query, keys, prefix), changed
+
+    takes_scores = name in (None, "eager")  # its mask is added to the scores; others take a boolean one too
     batch, queries = query.shape[0], query.shape[2]
-    if mask is None and name not in (None, "eager") and causal and queries > 1:
-        mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril()[
-            None, None
-        ]  # as the kernel's own
+    if mask is None and not takes_scores and causal and queries > 1:
+        # The mask that the kernel would make itself, aligned to the first key, which is another one now.
+        mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril()[None, None]
         changed.pop("is_causal", None)
     if mask is None and prefix.visible is None:
         return None, changed
-    if mask is None:
-        kind = query.dtype if name in (None, "eager") else torch.bool
-        mask = torch.zeros(1, 1, 1, keys, dtype=kind, device=query.device)
-        mask = mask if kind != torch.bool else ~mask
+    if mask is None and takes_scores:
+        mask = torch.zeros(1, 1, 1, keys, dtype=query.dtype, device=query.device)
+    elif mask is None:
+        mask = torch.ones(1, 1, 1, keys, dtype=torch.bool, device=query.device)
     mask = mask[..., :keys]
-    boolean = mask.dtype == torch.bool
+    is_boolean = mask.dtype == torch.bool
     if prefix.visible is None:
-        return F.pad(mask, (prefix.length, 0), value=boolean), changed
-    seen = prefix.visible[:, None, None, :]
-    if not boolean:
-        seen = torch.zeros(seen.shape, dtype=mask.dtype, device=mask.device).masked_fill(
-            ~seen, torch.finfo(mask.dtype).min
-        )
+        return F.pad(mask, (prefix.length, 0), value=is_boolean), changed
+    of_prefix = prefix.visible[:, None, None, :]
+    if not is_boolean:
+        scores = torch.zeros(of_prefix.shape, dtype=mask.dtype, device=mask.device)
+        of_prefix = scores.masked_fill(~of_prefix, torch.finfo(mask.dtype).min)
     shape = batch, mask.shape[1], queries
-    return torch.cat([seen.expand(*shape, -1), mask.expand(*shape, -1)], -1), changed
+    return torch.cat([of_prefix.expand(*shape, -1), mask.expand(*shape, -1)], -1), changed
+
+
+def _extended_bias(bias: Tensor, prefix: Prefix) -> Tensor:
+    """A bias of scores by position, ``(1, heads, queries, keys)``, with that of the prefix in front."""
+    if prefix.bias is None:
+        of_prefix = bias.new_zeros(*bias.shape[:3], prefix.length)
+    else:
+        of_prefix = prefix.bias.to(bias.dtype)
+    return torch.cat([of_prefix.expand(*bias.shape[:3], -1), bias], -1)
 
 
 def _extended_flash(
@@ -195,14 +224,20 @@ def _extended_flex(mask: Any, query: Tensor, keys: int, prefix: Prefix) -> Any:
         return F.pad(mask[..., :keys], (length, 0))
     if mask is None and visible is None:
         return None
-    own = mask.mask_mod if isinstance(mask, BlockMask) else None
+    if isinstance(mask, BlockMask):
+        own_mask = mask.mask_mod
+    else:
+        own_mask = None
 
     def mask_mod(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        in_prefix = k < length
-        here = in_prefix if visible is None else in_prefix & visible[b, k.clamp_max(length - 1)]
-        there = ~in_prefix if own is None else ~in_prefix & own(b, h, q, (k - length).clamp_min(0))
-        return here | there
+        is_in_prefix = k < length
+        sees_prefix = is_in_prefix
+        if visible is not None:
+            sees_prefix = is_in_prefix & visible[b, k.clamp_max(length - 1)]
+        sees_own = ~is_in_prefix
+        if own_mask is not None:
+            sees_own = sees_own & own_mask(b, h, q, (k - length).clamp_min(0))
+        return sees_prefix | sees_own
 
-    return create_block_mask(
-        mask_mod, query.shape[0], None, query.shape[2], keys + length, device=str(query.device)
-    )
+    queries, device = query.shape[2], str(query.device)
+    return create_block_mask(mask_mod, query.shape[0], None, queries, keys + length, device=device)

@@ -1,5 +1,6 @@
 """The model's own calls: arguments that are meant for its adapters (which one each row of the batch wants,
-and for prompts), and outputs that cannot be trained by."""
+and for prompts), and outputs that cannot be trained by.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +13,14 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from grafts.errors import StateError
-from grafts.sites.arguments import SPELLINGS, Kind
+from grafts.sites.arguments import SPELLINGS, Kind, output_values
+from grafts.sites.attention import AttendingPart
 from grafts.sites.input import InputSite
 from grafts.sites.setup import Rows, Setup
 from grafts.sites.site import sites_in
 
-ARGUMENT, BIAS = "adapter_names", "prompt_bias"
+# The arguments of a model's call that are meant for its adapters.
+ADAPTER_NAMES, PROMPT_BIAS = "adapter_names", "prompt_bias"
 # The name of a flag at the model: a call has come through its hooks and is on its way to ``forward``.
 ENTERED = "_adapters_entered"
 Choose = Callable[[Sequence[str | None]], Rows]
@@ -36,13 +39,13 @@ class RootCallHooks:
         self.setup = setup
         self.choose = choose
         self.trains = trains
-        self._hook: RemovableHandle | None = None
+        self._begin: RemovableHandle | None = None
         self._end: RemovableHandle | None = None
         self._guard: RemovableHandle | None = None
 
     def attach(self, model: nn.Module) -> None:
         """Hook the model's calls, and its ``generate`` if it has one."""
-        self._hook = model.register_forward_pre_hook(self._before, with_kwargs=True, prepend=True)
+        self._begin = model.register_forward_pre_hook(self._before, with_kwargs=True, prepend=True)
         self.stay_last(model)
         model.__dict__[ENTERED] = False
         if callable(getattr(type(model), "generate", None)):
@@ -56,10 +59,10 @@ class RootCallHooks:
 
     def detach(self, model: nn.Module) -> None:
         """The exact inverse of `attach`."""
-        for handle in (self._hook, self._end, self._guard):
+        for handle in (self._begin, self._end, self._guard):
             if handle is not None:
                 handle.remove()
-        self._hook = self._end = self._guard = None
+        self._begin = self._end = self._guard = None
         model.__dict__.pop("generate", None)
         model.__dict__.pop(ENTERED, None)
 
@@ -69,28 +72,34 @@ class RootCallHooks:
         setup = self.setup
         if not torch.compiler.is_compiling():
             model.__dict__[ENTERED] = True
-        if kwargs.get(ARGUMENT) is not None:
-            setup.rows = self.rows(model, kwargs[ARGUMENT], args, kwargs)
-        if kwargs.get(BIAS) is not None:
+        names, bias = kwargs.get(ADAPTER_NAMES), kwargs.get(PROMPT_BIAS)
+        if names is not None:
+            setup.rows = self.rows(model, names, args, kwargs)
+        if bias is not None:
             self.require_bias(model)
-            setup.prompt_bias = kwargs[BIAS]
-        if (setup.rows is not None and ARGUMENT in kwargs) or kwargs.get(BIAS) is not None:
+            setup.prompt_bias = bias
+        ends_here = (setup.rows is not None and ADAPTER_NAMES in kwargs) or bias is not None
+        if ends_here:
             if self._end is not None:
                 self._end.remove()
-            # only for such a call, because compilers do not like hooks that are called come what may
+            # Only for such a call, because compilers do not like hooks that are called come what may.
             self._end = model.register_forward_hook(self._after, always_call=True)
+        # Compilers guard on what is assigned, so only where it changes.
         if setup.routed != (setup.rows is not None):
             setup.routed = setup.rows is not None
-        if ARGUMENT not in kwargs and BIAS not in kwargs:
+        if ADAPTER_NAMES not in kwargs and PROMPT_BIAS not in kwargs:
             return None
-        return args, {name: value for name, value in kwargs.items() if name not in (ARGUMENT, BIAS)}
+        of_model = {}
+        for name, value in kwargs.items():
+            if name not in (ADAPTER_NAMES, PROMPT_BIAS):
+                of_model[name] = value
+        return args, of_model
 
     def _after(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self.setup.rows = None
         self.setup.prompt_bias = None
-        if (
-            output is not None and self._end is not None
-        ):  # PyTorch is looking at its hooks when the call has failed
+        # Where the call has failed there is no output, and PyTorch is walking over its hooks.
+        if output is not None and self._end is not None:
             self._end.remove()
             self._end = None
 
@@ -104,18 +113,21 @@ class RootCallHooks:
         if not call[0].training or not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return None
         model, args, kwargs, output = call
-        values = (
-            output.values()
-            if isinstance(output, Mapping)
-            else output
-            if isinstance(output, tuple)
-            else (output,)
-        )
-        floats = [value for value in values if isinstance(value, Tensor) and value.is_floating_point()]
-        wanted = any(isinstance(value, Tensor) and value.requires_grad for value in (*args, *kwargs.values()))
-        # embeddings may have been made to want gradients (for reentrant checkpointing), so that alone says
-        # nothing
-        if not floats or wanted or (any(value.requires_grad for value in floats) and self.trains(model)):
+        has_floats = False
+        has_gradient = False
+        for value in output_values(output):
+            if isinstance(value, Tensor) and value.is_floating_point():
+                has_floats = True
+                has_gradient = has_gradient or value.requires_grad
+        if not has_floats:
+            return None
+        # Who gives inputs that want gradients has something of his own to train.
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, Tensor) and value.requires_grad:
+                return None
+        # Embeddings may have been made to want gradients (for reentrant checkpointing), so that alone says
+        # nothing.
+        if has_gradient and self.trains(model):
             return None
         anchor = torch.empty(0, requires_grad=True)
         return _replaced(output, lambda value: Untrainable.apply(value, anchor, self.setup))  # type: ignore[no-untyped-call]
@@ -126,15 +138,17 @@ class RootCallHooks:
         Raises:
             StateError: no adapter that acts now takes it.
         """
-        keys = self.setup.running if self.setup.rows is None else self.setup.rows.keys
-        parts = (
-            site._modules[name]
-            for _, site in sites_in(model)
-            for key in keys
-            for name in site.children_of.get(key, ())
-        )
-        if not any(getattr(part, "takes_bias", False) for part in parts):
-            raise StateError("prompt_bias was given, and no adapter that acts in this call takes it")
+        if self.setup.rows is None:
+            keys = self.setup.running
+        else:
+            keys = self.setup.rows.keys
+        for _, site in sites_in(model):
+            for key in keys:
+                for child in site.children_of.get(key, ()):
+                    part = site._modules[child]
+                    if isinstance(part, AttendingPart) and part.takes_bias:
+                        return
+        raise StateError("prompt_bias was given, and no adapter that acts in this call takes it")
 
     def rows(
         self, model: nn.Module, names: Sequence[str | None], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -146,27 +160,28 @@ class RootCallHooks:
             StateError: there is not one name a row, or rows cannot choose now.
         """
         rows = self.choose(names)
-        preferred = [
-            kwargs.get(name)
-            for name in (getattr(model, "main_input_name", None), *SPELLINGS[Kind.EMBEDDINGS])
-            if name
-        ]
-        given = [
-            value
-            for value in (*args, *preferred, *kwargs.values())
-            if isinstance(value, Tensor) and value.dim()
-        ]
-        if given and given[0].shape[0] != len(rows.names):
-            raise StateError(
-                f"adapter_names has {len(rows.names)} names for a batch of {given[0].shape[0]} rows"
-            )
+        # The batch is the first dimension of the first argument, of the model's main input, or of any other.
+        preferred = [kwargs.get(name) for name in SPELLINGS[Kind.EMBEDDINGS]]
+        main_input = getattr(model, "main_input_name", None)
+        if main_input:
+            preferred.insert(0, kwargs.get(main_input))
+        for value in (*args, *preferred, *kwargs.values()):
+            if not isinstance(value, Tensor) or value.dim() == 0:
+                continue
+            if value.shape[0] != len(rows.names):
+                raise StateError(
+                    f"adapter_names has {len(rows.names)} names for a batch of {value.shape[0]} rows"
+                )
+            break
         return rows
 
 
 def _replaced(output: Any, change: Callable[[Tensor], Any]) -> Any:
     """An output with its floating-point tensors changed."""
     if isinstance(output, Tensor):
-        return change(output) if output.is_floating_point() else output
+        if output.is_floating_point():
+            return change(output)
+        return output
     if isinstance(output, Mapping):
         for name, value in list(output.items()):
             if isinstance(value, Tensor):
@@ -182,7 +197,14 @@ class Untrainable(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, anchor: Tensor, setup: Setup) -> Tensor:
-        """A copy of ``value``."""
+        """A copy of ``value``.
+
+        Args:
+            ctx: what the backward pass gets.
+            value: one of the model's outputs.
+            anchor: a tensor that wants a gradient, so that there is a backward pass.
+            setup: the model's.
+        """
         ctx.setup = setup
         return value.clone()
 
@@ -205,8 +227,8 @@ class AdaptedGenerate:
     their mask.
     """
 
-    def __init__(self, calls: RootCallHooks, model: nn.Module) -> None:
-        self.calls = calls
+    def __init__(self, hooks: RootCallHooks, model: nn.Module) -> None:
+        self.hooks = hooks
         self.model = model
 
     @property
@@ -234,30 +256,35 @@ class AdaptedGenerate:
             AdapterNameError: a name is unknown.
             StateError: there is not one name a row, or rows cannot choose now.
         """
-        setup, own = self.calls.setup, self.model.__dict__
-        before = setup.prompt_bias
+        setup, attributes = self.hooks.setup, self.model.__dict__
+        bias_before = setup.prompt_bias
         if adapter_names is not None:
-            setup.rows = self.calls.rows(self.model, adapter_names, args, kwargs)
+            setup.rows = self.hooks.rows(self.model, adapter_names, args, kwargs)
         if prompt_bias is not None:
-            self.calls.require_bias(self.model)
-            beams = int(
-                kwargs.get("num_beams") or getattr(kwargs.get("generation_config"), "num_beams", None) or 1
-            )
-            copies = max(beams, 1) * int(kwargs.get("num_return_sequences") or 1 if beams == 1 else 1)
-            setup.prompt_bias = prompt_bias.repeat_interleave(copies, 0)
-        masks_inside = any(isinstance(site, InputSite) and site.acts() for _, site in sites_in(self.model))
-        if (
-            masks_inside
-        ):  # static caches have their masks made outside of the model, which knows nothing of virtual tokens
-            own["create_masks_for_generate"] = _mask_as_it_is
+            self.hooks.require_bias(self.model)
+            setup.prompt_bias = prompt_bias.repeat_interleave(_copies_of_rows(kwargs), 0)
+        # Static caches have their masks made outside of the model, where nothing is known of virtual tokens.
+        makes_masks_inside = False
+        for _, site in sites_in(self.model):
+            makes_masks_inside = makes_masks_inside or (isinstance(site, InputSite) and site.acts())
+        if makes_masks_inside:
+            attributes["create_masks_for_generate"] = _mask_as_it_is
         try:
             return self.__wrapped__(*args, **kwargs)
         finally:
-            if masks_inside:
-                own.pop("create_masks_for_generate", None)
+            if makes_masks_inside:
+                attributes.pop("create_masks_for_generate", None)
             if adapter_names is not None:
                 setup.rows = None
-            setup.prompt_bias = before
+            setup.prompt_bias = bias_before
+
+
+def _copies_of_rows(kwargs: Mapping[str, Any]) -> int:
+    """How many rows ``generate`` makes of each row of its inputs: beams, or sequences that are sampled."""
+    beams = kwargs.get("num_beams") or getattr(kwargs.get("generation_config"), "num_beams", None) or 1
+    if int(beams) > 1:
+        return int(beams)
+    return int(kwargs.get("num_return_sequences") or 1)
 
 
 def _mask_as_it_is(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:

@@ -12,20 +12,16 @@ from torch import Tensor, nn
 
 from grafts.errors import StateError
 
-_OF_SITES = {
-    "setup",
-    "children_of",
-    "parts",
-    "running",
-    "routed",
-    "append",
-    "remove",
-    "attach",
-    "detach",
-    "hooks",
-    "acts",
-}
-_OF_SITES |= {"child", "project", "kernel", "call", "route", "signature", "functions", "eager"}
+# The public attributes of sites, under which no adapter can be kept: parts are children of their site, and a
+# child of one of these names would stand in the attribute's place. They stand here and are not read off the
+# classes, because a key must not depend on which kinds of site have been imported; a test compares them with
+# the classes.
+SITE_ATTRIBUTES = frozenset(
+    (
+        "acts append attach call child children_of detach eager functions hooks kernel parts project read "
+        "remove route routed running setup signature"
+    ).split()
+)
 
 
 def child_key(name: str) -> str:
@@ -35,8 +31,14 @@ def child_key(name: str) -> str:
     >>> child_key("en"), child_key("v1.0"), child_key("train")
     ('en', 'v1%2E0', '%train')
     """
-    key = name if name.isascii() and name.isidentifier() else quote(name, safe=" ").replace(".", "%2E")
-    return f"%{key}" if hasattr(nn.ModuleDict, key) or key in _OF_SITES else key
+    if name.isascii() and name.isidentifier():
+        key = name
+    else:
+        key = quote(name, safe=" ").replace(".", "%2E")
+    is_taken = hasattr(nn.ModuleDict, key) or key in SITE_ATTRIBUTES
+    if is_taken:
+        return f"%{key}"
+    return key
 
 
 class Rows:
@@ -49,12 +51,12 @@ class Rows:
 
     def __init__(self, names: Sequence[str | None]) -> None:
         self.names = tuple(names)
-        self.keys = tuple(child_key(name) for name in dict.fromkeys(self.names) if name is not None)
-        self._of_key = {
-            child_key(name): [row for row, other in enumerate(self.names) if other == name]
-            for name in self.names
-            if name is not None
-        }
+        # The numbers of the rows that each adapter has, by its key.
+        self._of_key: dict[str, list[int]] = {}
+        for row, name in enumerate(self.names):
+            if name is not None:
+                self._of_key.setdefault(child_key(name), []).append(row)
+        self.keys = tuple(self._of_key)
 
     def of(self, key: str, length: int, device: torch.device) -> Tensor:
         """Where the rows of one adapter lie in a tensor whose first dimension is the batch.
@@ -72,14 +74,16 @@ class Rows:
         Raises:
             StateError: the dimension is no multiple of the batch.
         """
-        each, rest = divmod(length, len(self.names))
-        if rest or not each:
+        per_row, rest = divmod(length, len(self.names))
+        if rest or not per_row:
             raise StateError(
                 f"adapter_names is given for {len(self.names)} rows, and a module with an adapter was called "
                 f"with {length}: here the first dimension of its input is not the batch, so its rows cannot "
                 "choose"
             )
-        indices = [row * each + i for row in self._of_key[key] for i in range(each)]
+        indices: list[int] = []
+        for row in self._of_key[key]:
+            indices += range(row * per_row, (row + 1) * per_row)
         return torch.tensor(indices, device=device)
 
 

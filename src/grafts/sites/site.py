@@ -1,22 +1,39 @@
 """What all sites have in common: the parts of adapters at one module, as its children, and which of them run.
 
-There are three kinds of site, one file each: beside a module, inside attention, and in front of a model's
-input. A site is registered as a child of the module that it serves, under the name of its kind, and driven by
-PyTorch's hooks. The module's class, its own parameters and its ``forward`` stay untouched.
+There are three kinds of site, one file each: beside a module, inside attention, and in front of a stack's
+input. A site is registered as a child of the module that it serves, its host, under the name of its kind, and
+driven by PyTorch's hooks. The host's class, its own parameters and its ``forward`` stay untouched.
 """
 
 from __future__ import annotations
 
 import abc
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, ClassVar, TypeVar, cast
+from typing import Any, ClassVar, Generic, TypeVar, cast
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from grafts.errors import ConfigError, MergeError, StateError
 from grafts.modules.tree import SITE_NAMES, base_modules
 from grafts.sites.setup import Rows, Setup, child_key
+
+N = TypeVar("N", bound=nn.Module)
+
+
+class Reference(Generic[N]):
+    """A module that a part works with and does not own: another part of its adapter, or a module of the base.
+
+    A module that is assigned to an attribute of another one becomes its child, and its tensors the other's.
+    Behind a reference it does not; copies and pickles of the model follow it all the same.
+
+    Attributes:
+        module: what is referred to.
+    """
+
+    def __init__(self, module: N) -> None:
+        self.module = module
 
 
 class Part(nn.Module):
@@ -29,15 +46,21 @@ class Part(nn.Module):
     Attributes:
         site: the kind of site that it stands at.
         routable: it can act on some rows of a batch only.
+        frozen: the names of its parameters that are never trained (a projection that is made from a seed).
+        own_dtypes: the names of its parameters and buffers that stay in the format in which the method made
+            them.
     """
 
     site: ClassVar[type[Site]]
     routable: bool = True
+    frozen: ClassVar[frozenset[str]] = frozenset()
+    own_dtypes: ClassVar[frozenset[str]] = frozenset()
 
     def file_tensors(self) -> Mapping[str, Tensor]:
         """The tensors that a checkpoint holds, by their name after the module's path.
 
-        Those of a part that was just made share memory with it: writing into them loads it.
+        Those of a part that was just made share memory with it: writing into them loads it. A tensor that
+        several parts of an adapter share belongs to one of them, and is here only there.
         """
         return dict(self.named_parameters())
 
@@ -58,14 +81,11 @@ class Part(nn.Module):
         raise MergeError(f"a {type(self).__name__} has no exact merge")
 
     def components(self) -> Mapping[str, Part]:
-        """The parts that this one is made of, by the prefix of their file names; most are of one piece,
-        themselves.
-        """
+        """The parts that this one is made of, by the prefix of their file names; most are only themselves."""
         return {"": self}
 
     def from_base(self, host: nn.Module, *, fresh: bool) -> None:
-        """Take what the part needs from the base's weights; called once, when it has got its place and its
-        tensors.
+        """Take what the part needs from the base's weights; called once, when it has got its tensors.
 
         Args:
             host: the base module.
@@ -76,15 +96,33 @@ class Part(nn.Module):
             MergeError: the weights cannot be read.
         """
 
-    def check_reservable(self, rank: int) -> None:
-        """Refuse a `reserve` that cannot be; most parts have one size.
+    def connect(self, parts: Mapping[str, Part]) -> None:
+        """Find the other parts that this one works with; called once, when all are in their places.
 
-        Raises:
-            ConfigError: the rank is not above 0, or below what is there.
+        What several parts share belongs to one of them, and the others refer to it (`Reference`).
+
+        Args:
+            parts: those of the same adapter that its method has made, by path, in order; this one among them.
         """
 
-    def reserve(self, rank: int) -> None:
-        """Make room for values of another rank, up to this one, in tensors that stay where they are."""
+    def set_trainable(self, trainable: bool) -> None:
+        """Let the parameters get gradients, but for those that are frozen, or let none."""
+        if not self.frozen:
+            self.requires_grad_(trainable)
+            return
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(trainable and name not in self.frozen)
+
+    def store_in(self, dtype: torch.dtype) -> None:
+        """Store the tensors in ``dtype``, but for those that keep their own; methods make float32."""
+        if dtype == torch.float32:
+            return
+        if not self.own_dtypes:
+            self.to(dtype=dtype)
+            return
+        for name, tensor in (*self.named_parameters(), *self.named_buffers()):
+            if tensor.is_floating_point() and name not in self.own_dtypes:
+                tensor.data = tensor.data.to(dtype)
 
     def check_capacity(self, other: Part) -> None:
         """Refuse a `copy_from` that cannot be.
@@ -92,10 +130,10 @@ class Part(nn.Module):
         Raises:
             ConfigError: the other part's tensors are of other sizes.
         """
-        mine, theirs = _shapes(self), _shapes(other)
-        for name in sorted(mine.keys() | theirs.keys()):
-            if mine.get(name) != theirs.get(name):
-                raise ConfigError(f"its {name} is {mine.get(name)} here and {theirs.get(name)} there")
+        ours, theirs = _shapes(self), _shapes(other)
+        for name in sorted(ours.keys() | theirs.keys()):
+            if ours.get(name) != theirs.get(name):
+                raise ConfigError(f"its {name} is {ours.get(name)} here and {theirs.get(name)} there")
 
     def copy_from(self, other: Part) -> None:
         """Take the values of a part that was made for the same place, into the tensors that are there.
@@ -109,7 +147,7 @@ class Part(nn.Module):
 
     def tied(self, host: nn.Module) -> Part:
         """A part with the same parameters, beside a module whose weight is the same tensor as this one's
-        module's.
+        host's.
 
         Args:
             host: the other module.
@@ -120,11 +158,33 @@ class Part(nn.Module):
         raise NotImplementedError(f"a {type(self).__name__} cannot follow a tied weight")
 
 
+class RankedPart(Part):
+    """A part with a rank, for which tensors can be made larger than it needs, so that others may take its
+    place.
+    """
+
+    def check_reservable(self, rank: int) -> None:
+        """Refuse a `reserve_rank` that cannot be.
+
+        Raises:
+            ConfigError: the rank is not above 0, or below what is there.
+        """
+        raise NotImplementedError
+
+    def reserve_rank(self, rank: int) -> None:
+        """Make the tensors large enough for parts of another rank, up to this one; the values stay."""
+        raise NotImplementedError
+
+
 P = TypeVar("P", bound=Part)
 
 
 def _shapes(part: nn.Module) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in (*part.named_parameters(), *part.named_buffers())}
+    """The shapes of a part's parameters and buffers by name."""
+    shapes = {}
+    for name, tensor in (*part.named_parameters(), *part.named_buffers()):
+        shapes[name] = tuple(tensor.shape)
+    return shapes
 
 
 class Site(nn.Module, abc.ABC):
@@ -160,16 +220,26 @@ class Site(nn.Module, abc.ABC):
 
     def acts(self) -> bool:
         """Whether some adapter may act here now."""
-        keys = self.setup.running if self.setup.rows is None else self.setup.rows.keys
-        return any(key in self.children_of for key in keys)
+        if self.setup.rows is None:
+            keys = self.setup.running
+        else:
+            keys = self.setup.rows.keys
+        for key in keys:
+            if key in self.children_of:
+                return True
+        return False
 
     def running(self) -> list[Part]:
         """The parts that act now, in order."""
         return self._parts(self.setup.running)
 
     def _parts(self, keys: Iterable[str]) -> list[Part]:
-        modules, children = self._modules, self.children_of
-        return [cast("Part", modules[name]) for key in keys if key in children for name in children[key]]
+        """The parts of the adapters with these keys, in order."""
+        parts = []
+        for key in keys:
+            for child in self.children_of.get(key, ()):
+                parts.append(cast("Part", self._modules[child]))
+        return parts
 
     def routed(self, rows: Rows) -> list[tuple[str, Part]]:
         """The parts that the rows of this call have asked for, with the key of their adapter.
@@ -177,12 +247,14 @@ class Site(nn.Module, abc.ABC):
         Raises:
             StateError: one of them acts on all rows of a batch at once.
         """
-        routed = [(key, part) for key in rows.keys for part in self._parts((key,))]
-        for _, part in routed:
-            if not part.routable:
-                raise StateError(
-                    f"adapter_names: a {type(part).__name__} acts on all rows of a batch at once"
-                )
+        routed = []
+        for key in rows.keys:
+            for part in self._parts((key,)):
+                if not part.routable:
+                    raise StateError(
+                        f"adapter_names: a {type(part).__name__} acts on all rows of a batch at once"
+                    )
+                routed.append((key, part))
         return routed
 
     def append(self, name: str, part: Part, host: nn.Module) -> None:
@@ -218,13 +290,16 @@ class Site(nn.Module, abc.ABC):
 def site_of(host: nn.Module, kind: type[Site]) -> Site | None:
     """The site of that kind at ``host``, or None."""
     site = host._modules.get(kind.child)
-    return site if isinstance(site, kind) else None
+    if isinstance(site, kind):
+        return site
+    return None
 
 
 def sites_at(host: nn.Module) -> Iterator[Site]:
     """The sites of all kinds at ``host``."""
     for child in SITE_NAMES:
-        if isinstance(site := host._modules.get(child), Site):
+        site = host._modules.get(child)
+        if isinstance(site, Site):
             yield site
 
 

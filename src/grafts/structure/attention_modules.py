@@ -27,6 +27,7 @@ SELF_ATTENTION, CROSS_ATTENTION, ENCODER_ATTENTION = (
 )
 INPUT, ENCODER_INPUT, DECODER_INPUT = "input", "encoder input", "decoder input"
 
+# The names that modules and configs give to how many heads there are, and to how wide a head is.
 _HEADS = ("num_attention_heads", "num_heads", "n_heads", "n_head", "nhead", "heads")
 _HEAD_DIM = (
     "head_dim",
@@ -37,95 +38,158 @@ _HEAD_DIM = (
     "attention_head_dim",
     "dim_head",
 )
+# The projections that say how wide keys are, the surest first.
+_WITH_KEYS = ("key", "key+value", "query+key+value")
 
 
 def attending_modules(
-    model: nn.Module, modules: Mapping[str, nn.Module], layers: Mapping[str, Layer], roles: Mapping[str, str]
+    model: nn.Module,
+    modules: Mapping[str, nn.Module],
+    layers: Mapping[str, Layer],
+    roles: Mapping[str, str],
 ) -> tuple[dict[str, Layer], dict[str, str]]:
     """The modules whose attention kernel can be reached, described as layers, and their roles, by path.
 
     The sizes of such a layer are those of what it attends to: its input is what keys are projected from, its
     output the keys of all heads.
+
+    Args:
+        model: the model.
+        modules: all its modules by path.
+        layers: its layers by path, without attending modules.
+        roles: what those layers are there for, by path.
     """
-    found, said = {}, {}
-    children: dict[str, dict[str, Layer]] = defaultdict(dict)
+    projections: dict[str, dict[str, Layer]] = defaultdict(dict)
     names: dict[str, dict[str, str]] = defaultdict(dict)
     for path, layer in layers.items():
         owner, name = owner_and_name(path)
-        children[owner][roles[path]] = layer
+        projections[owner][roles[path]] = layer
         names[owner][roles[path]] = name
+
+    attending, attention_roles = {}, {}
     for path, module in modules.items():
-        if path in layers or route_of(type(module)) is None:  # type: ignore[arg-type]
+        if path in layers or route_of(type(module)) is None:
             continue
+        # Such a module (GPT-2 in half precision) leaves out the kernel for one of its own.
         if getattr(module, "reorder_and_upcast_attn", False):
-            continue  # it leaves out the kernel for one of its own
-        below = [owner for owner in children if owner.startswith(f"{path}.") and "key" in children[owner]]
-        own = children[path]
-        if len(below) == 1 and not {"key", "key+value", "query+key+value"} & own.keys():
-            own = {**own, **children[below[0]]}
-        projection = next(
-            (own[role] for role in ("key", "key+value", "query+key+value", "query") if role in own), None
-        )
-        latent = _latent(module)
-        if projection is None and latent is None:
             continue
-        projection = projection or next(iter(own.values()))
-        heads = _said(module, _HEADS)
-        head_dim = _said(module, _HEAD_DIM) or (projection.in_features // heads if heads else 0)
-        width = _key_width(own, heads * head_dim) if latent is None else latent[0]
-        if latent is not None:
-            head_dim = latent[0] // heads
-        found[path] = Layer(
-            "attending",
-            projection.in_features,
-            width,
-            projection.bias,
-            type(module).__name__,
-            heads=width // head_dim if head_dim and width % head_dim == 0 else 0,
-            projections=_apart(module, names[path]),
-            values=0 if latent is None else latent[1],
-        )
-        said[path] = _attention_role(model, path, module)
-    return found, said
+        as_layer = _as_layer(module, _projections_of(path, projections), names[path])
+        if as_layer is not None:
+            attending[path] = as_layer
+            attention_roles[path] = _attention_role(model, path, module)
+    return attending, attention_roles
 
 
-def _latent(module: nn.Module) -> tuple[int, int] | None:
+def _projections_of(path: str, projections: Mapping[str, dict[str, Layer]]) -> dict[str, Layer]:
+    """The layers at an attention module by role; where it has no keys, those of the only module below that
+    has.
+    """
+    own = dict(projections.get(path, {}))
+    with_keys = []
+    for owner in projections:
+        if owner.startswith(f"{path}.") and "key" in projections[owner]:
+            with_keys.append(owner)
+    if len(with_keys) == 1 and not any(role in own for role in _WITH_KEYS):
+        own.update(projections[with_keys[0]])
+    return own
+
+
+def _as_layer(module: nn.Module, projections: Mapping[str, Layer], names: Mapping[str, str]) -> Layer | None:
+    """An attention module as a layer; None where its sizes cannot be told.
+
+    Args:
+        module: the module.
+        projections: its projections by role.
+        names: their names in it by role.
+    """
+    latent = _latent_widths(module)
+    projection = None
+    for role in (*_WITH_KEYS, "query"):
+        if role in projections:
+            projection = projections[role]
+            break
+    if projection is None:
+        if latent is None:
+            return None
+        projection = next(iter(projections.values()))
+
+    heads = _number_at(module, _HEADS)
+    if latent is not None:
+        key_width, value_width = latent
+        head_dim = key_width // heads
+    else:
+        head_dim = _number_at(module, _HEAD_DIM)
+        if head_dim == 0 and heads > 0:
+            head_dim = projection.in_features // heads
+        key_width = _key_width(projections, heads * head_dim)
+        value_width = 0
+    key_heads = 0
+    if head_dim > 0 and key_width % head_dim == 0:
+        key_heads = key_width // head_dim
+    return Layer(
+        "attending",
+        projection.in_features,
+        key_width,
+        projection.bias,
+        type(module).__name__,
+        heads=key_heads,
+        projections=_plain_projections(module, names),
+        values=value_width,
+    )
+
+
+def _latent_widths(module: nn.Module) -> tuple[int, int] | None:
     """The widths of all heads' keys and values where they differ: latent attention (DeepSeek-V2 2024, section
     2.1).
     """
-    key, value, heads = (getattr(module, name, None) for name in ("qk_head_dim", "v_head_dim", "num_heads"))
-    if not (isinstance(key, int) and isinstance(value, int)):
+    key = getattr(module, "qk_head_dim", None)
+    value = getattr(module, "v_head_dim", None)
+    if not isinstance(key, int) or not isinstance(value, int):
         return None
-    heads = heads if isinstance(heads, int) else _said(module, _HEADS)
-    return (heads * key, heads * value) if heads else None
-
-
-def _apart(module: nn.Module, names: Mapping[str, str]) -> tuple[str, str] | None:
-    """The names of the linears for keys and values of a module that does attention itself and norms its keys
-    nowhere.
-    """
-    if route_of(type(module)) == "interface" or not {"key", "value"} <= set(names):  # type: ignore[arg-type]
+    heads = getattr(module, "num_heads", None)
+    if not isinstance(heads, int):
+        heads = _number_at(module, _HEADS)
+    if heads == 0:
         return None
-    normed = any(
-        re.search(r"(^|_)k(ey)?_?(norm|ln)|norm_?k(ey)?$", name) for name, _ in module.named_children()
-    )
-    return None if normed else (names["key"], names["value"])
+    return heads * key, heads * value
 
 
-def _key_width(own: Mapping[str, Layer], queries: int) -> int:
-    """How wide the keys of all heads are, given the module's projections by role and the width of the
-    queries.
+def _plain_projections(module: nn.Module, names: Mapping[str, str]) -> tuple[str, str] | None:
+    """The names of the linears for keys and values of a module that does attention itself and norms no keys.
+
+    Of a module that fetches its kernel from `transformers` they are not needed: it can be run over a prompt.
     """
-    if "key" in own:
-        return own["key"].out_features
-    if "key+value" in own:
-        return own["key+value"].out_features // 2
-    fused = own["query+key+value"].out_features
-    return (fused if "query" in own else fused - (queries or fused // 3)) // 2
+    if route_of(type(module)) == "interface" or "key" not in names or "value" not in names:
+        return None
+    for name, _ in module.named_children():
+        if re.search(r"(^|_)k(ey)?_?(norm|ln)|norm_?k(ey)?$", name):
+            return None
+    return names["key"], names["value"]
 
 
-def _said(module: nn.Module, names: tuple[str, ...]) -> int:
-    """The first of the attributes ``names`` that the module, or its config, has as a number; 0 for none."""
+def _key_width(projections: Mapping[str, Layer], query_width: int) -> int:
+    """How wide the keys of all heads are.
+
+    Args:
+        projections: the module's projections by role.
+        query_width: how wide the queries of all heads are; 0 where that is not known.
+    """
+    if "key" in projections:
+        return projections["key"].out_features
+    if "key+value" in projections:
+        return projections["key+value"].out_features // 2
+    fused = projections["query+key+value"].out_features
+    if "query" in projections:  # it holds keys and values only
+        return fused // 2
+    # Queries may be wider than keys (fewer heads of keys); where that is not known all three are taken for
+    # alike.
+    return (fused - (query_width or fused // 3)) // 2
+
+
+def _number_at(module: nn.Module, names: tuple[str, ...]) -> int:
+    """The first of the attributes that the module, or else its config, has as a positive number; 0 for
+    none.
+    """
     config = real_config(getattr(module, "config", None))
     for owner in (module, config):
         for name in names:
@@ -136,11 +200,14 @@ def _said(module: nn.Module, names: tuple[str, ...]) -> int:
 
 
 def _attention_role(model: nn.Module, path: str, module: nn.Module) -> str:
+    """Whether an attention module attends to its own input, and in which stack."""
     if getattr(module, "is_cross_attention", False) or crosses(path):
         return CROSS_ATTENTION
     config = getattr(model, "config", None)
-    both = bool(getattr(config, "is_encoder_decoder", False))
-    return ENCODER_ATTENTION if both and "encoder" in path.split(".") else SELF_ATTENTION
+    has_both = bool(getattr(config, "is_encoder_decoder", False))
+    if has_both and "encoder" in path.split("."):
+        return ENCODER_ATTENTION
+    return SELF_ATTENTION
 
 
 def crosses(path: str) -> bool:
@@ -162,59 +229,83 @@ def input_modules(
     That is the base model of a `transformers` model, the encoder and the decoder where it has both, and any
     other model whose ``forward`` takes ``inputs_embeds``.
     """
-    found, said = {}, {}
-    for role, module in _input_modules(model):
-        path = next((path for path, other in modules.items() if other is module), None)
+    inputs, roles = {}, {}
+    for role, module in _input_candidates(model):
         embedding = embedding_of(module)
-        if path is None or embedding is None or not _takes_embeds(module):
+        if embedding is None or not _takes_embeddings(module):
             continue
-        size = embedding.embedding_dim
-        found[path] = Layer("input", size, size, False, type(module).__name__)
-        said[path] = role
-    return found, said
+        for path, other in modules.items():
+            if other is module:
+                size = embedding.embedding_dim
+                inputs[path] = Layer("input", size, size, False, type(module).__name__)
+                roles[path] = role
+                break
+    return inputs, roles
 
 
-def _input_modules(model: nn.Module) -> list[tuple[str, Any]]:
+def _input_candidates(model: nn.Module) -> list[tuple[str, Any]]:
+    """The modules that may take the embeddings, each with its role."""
     config = getattr(model, "config", None)
     if config is None:
         return [(INPUT, model)]
     base = getattr(model, "base_model", model)
     encoder, decoder = _ask(model, "get_encoder"), _ask(model, "get_decoder")
-    if getattr(config, "is_encoder_decoder", False) and _takes_embeds(encoder):
+    if getattr(config, "is_encoder_decoder", False) and _takes_embeddings(encoder):
         return [(ENCODER_INPUT, encoder), (DECODER_INPUT, decoder)]
-    if (
-        encoder is not None and encoder is not decoder and _takes_embeds(base)
-    ):  # a tower beside it is no stack of its own
-        text = config.get_text_config() if hasattr(config, "get_text_config") else config
-        decoder = decoder if text is not config else None
-    # where a model has a stack inside its base, its head may call that one
-    within = [module for module in (decoder, getattr(base, "decoder", None)) if module in set(base.modules())]
-    return [(INPUT, next((module for module in within if _takes_embeds(module)), base))]
+
+    if encoder is not None and encoder is not decoder and _takes_embeddings(base):
+        # The encoder is a tower for images or sound. Where the text has no config of its own, the base is the
+        # stack.
+        if hasattr(config, "get_text_config"):
+            text = config.get_text_config()
+        else:
+            text = config
+        if text is config:
+            decoder = None
+    # Where a model has a stack inside its base (OPT), its head may call that one and not the base.
+    inside = set(base.modules())
+    for module in (decoder, getattr(base, "decoder", None)):
+        if module in inside and _takes_embeddings(module):
+            return [(INPUT, module)]
+    return [(INPUT, base)]
 
 
-def _takes_embeds(module: Any) -> bool:
+def _takes_embeddings(module: Any) -> bool:
     return isinstance(module, nn.Module) and CallSignature(type(module).forward).takes(Kind.EMBEDDINGS)
 
 
 def _ask(model: nn.Module, getter: str) -> Any:
-    return getattr(model, getter, lambda: None)()
+    """What a getter of the model gives; None where it has no such getter."""
+    get = getattr(model, getter, None)
+    if get is None:
+        return None
+    return get()
 
 
 def embedding_of(module: Any) -> nn.Embedding | None:
-    """A module's token embedding."""
+    """A module's token embedding: the one that it names, else the first among its children."""
     if not isinstance(module, nn.Module):
         return None
     if hasattr(module, "get_input_embeddings"):
         named = named_embedding(module)
-        return named if isinstance(named, nn.Embedding) else None
-    return next((child for child in module.children() if isinstance(child, nn.Embedding)), None)
+        if isinstance(named, nn.Embedding):
+            return named
+        return None
+    for child in module.children():
+        if isinstance(child, nn.Embedding):
+            return child
+    return None
 
 
 def named_embedding(model: nn.Module) -> nn.Module | None:
     """What a `transformers` model names as its input embedding; None where it names none."""
     get = getattr(model, "get_input_embeddings", None)
-    try:
-        named = get() if callable(get) else None
-    except NotImplementedError:  # models of several towers
+    if not callable(get):
         return None
-    return named if isinstance(named, nn.Module) else None
+    try:
+        named = get()
+    except NotImplementedError:  # models of several towers name none
+        return None
+    if isinstance(named, nn.Module):
+        return named
+    return None

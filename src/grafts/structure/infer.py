@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -12,13 +12,21 @@ from torch import nn
 
 from grafts.errors import InterfaceError
 from grafts.modules.patterns import join, within
-from grafts.sites.attention_routes import route_of
-from grafts.structure.interface import METHODS, Accessor, AdapterModelInterface, Finding, accessor_names
-from grafts.structure.residual_stream import Stream
-from grafts.structure.roles import ModelView, look_at
+from grafts.structure.interface import (
+    METHODS,
+    Accessor,
+    AdapterModelInterface,
+    Finding,
+    InterfaceMethod,
+    accessor_names,
+)
+from grafts.structure.layer_trace import LayerTrace, StreamUpdate, layer_trace, relative
+from grafts.structure.residual_stream import ResidualStream
 from grafts.structure.trace import traced
-from grafts.structure.trace_reader import LayerTrace, StreamUpdate, TraceReader, relative
+from grafts.structure.trace_reader import TraceReader
+from grafts.structure.view import ModelView, look_at
 
+# What was inferred of a model, which is worked out anew where it does not fit any more.
 _inferred: WeakKeyDictionary[nn.Module, AdapterModelInterface] = WeakKeyDictionary()
 
 
@@ -39,210 +47,162 @@ def infer_interface(model: nn.Module, *, inputs: Mapping[str, Any] | None = None
 
 
 def inferred(view: ModelView, inputs: Mapping[str, Any] | None = None) -> AdapterModelInterface:
-    """`infer_interface` of a model whose build is known already."""
-    model = view.modules[""]
-    if inputs is None and model in _inferred:
-        with contextlib.suppress(InterfaceError):  # the model may have been rebuilt since
-            _inferred[model].resolve(view)
-            return _inferred[model]
-    found = _interface(view, TraceReader(view, traced(model, inputs)))
-    _inferred[model] = found
-    return found
+    """`infer_interface` of a model that was looked at already."""
+    if inputs is None:
+        known = _inferred.get(view.model)
+        if known is not None and fits(known, view):
+            return known
+    interface = _interface(view, TraceReader(view, traced(view.model, inputs)))
+    _inferred[view.model] = interface
+    return interface
 
 
-def _layers(view: ModelView, reading: TraceReader) -> dict[str, list[LayerTrace]]:
-    """The lists of layers that were run, each with what was seen of its members.
+def inferred_or_none(view: ModelView) -> AdapterModelInterface | None:
+    """`inferred`, or None where nothing can be worked out."""
+    try:
+        return inferred(view)
+    except InterfaceError:
+        return None
+
+
+def fits(interface: AdapterModelInterface, view: ModelView) -> bool:
+    """Whether every accessor of an interface leads somewhere in a model."""
+    try:
+        interface.resolve(view)
+    except InterfaceError:
+        return False
+    return True
+
+
+def _layer_lists(view: ModelView, reader: TraceReader) -> dict[str, list[LayerTrace]]:
+    """The lists of layers that were run, by path, each with what was seen of its members.
 
     A container is a list of layers if at least half of its members were seen to add to the residual stream.
-    Containers
-    nest: a list of blocks may hold lists of layers, and a layer may hold a list of experts. Of nested ones
-        the list is taken
-    whose members are whole layers, that is, add to the stream at least twice (attention and feed-forward).
+    Containers nest: a list of blocks may hold lists of layers, and a layer may hold a list of experts. Of
+    nested ones the list is taken whose members are whole layers, that is, add to the stream at least twice
+    (attention and feed-forward).
     """
-    calls = {call.path: call for call in reversed(reading.trace.calls) if call.end >= 0}
+    # The first call of each module; one that did not end was left by an exception that the model caught.
+    calls = {}
+    for call in reversed(reader.trace.calls):
+        if call.end >= 0:
+            calls[call.path] = call
     adding: dict[str, list[LayerTrace]] = {}
-    whole: set[str] = set()
+    of_whole_layers: set[str] = set()
     for path, module in view.modules.items():
         if not isinstance(module, (nn.ModuleList, nn.Sequential, nn.ModuleDict)):
             continue
-        members = [join(path, name) for name, _ in module.named_children()]
-        seen = [
-            reading.layer(calls[member]) for member in members if member in calls and member in view.modules
-        ]
-        if _most(len(layer.written) >= 1 for layer in seen):
-            adding[path] = seen
-            if _most(len(layer.written) >= 2 for layer in seen):
-                whole.add(path)
+        traces = []
+        for name, _ in module.named_children():
+            member = join(path, name)
+            if member in calls and member in view.modules:
+                traces.append(layer_trace(reader, calls[member]))
+        if _at_least_half(len(trace.updates) >= 1 for trace in traces):
+            adding[path] = traces
+            if _at_least_half(len(trace.updates) >= 2 for trace in traces):
+                of_whole_layers.add(path)
 
     chosen: dict[str, list[LayerTrace]] = {}
-    for path, seen in adding.items():
+    for path, traces in adding.items():
         # An outer list is passed over for the whole layers inside of it (blocks of layers).
-        if any(inner.startswith(f"{path}.") for inner in whole):
+        if any(inner.startswith(f"{path}.") for inner in of_whole_layers):
             continue
         # An inner list that holds no whole layers is part of a layer (experts, branches).
-        inside = any(path.startswith(f"{outer}.") for outer in adding)
-        if inside and path not in whole:
+        is_nested = any(path.startswith(f"{outer}.") for outer in adding)
+        if is_nested and path not in of_whole_layers:
             continue
-        chosen[path] = seen
+        chosen[path] = traces
     return chosen
 
 
-def _most(answers: Iterable[bool]) -> bool:
+def _at_least_half(answers: Iterable[bool]) -> bool:
     """Whether at least half of the answers are yes, and there is one."""
-    given = list(answers)
-    return len(given) > 0 and sum(given) * 2 >= len(given)
+    all_answers = list(answers)
+    return len(all_answers) > 0 and sum(all_answers) * 2 >= len(all_answers)
 
 
-def _interface(view: ModelView, reading: TraceReader) -> AdapterModelInterface:
-    lists = _layers(view, reading)
+def _interface(view: ModelView, reader: TraceReader) -> AdapterModelInterface:
+    """The interface that what was seen comes to.
+
+    Raises:
+        InterfaceError: there are no layers, or no accessors lead to what was seen in all of them.
+    """
+    lists = _layer_lists(view, reader)
     if not lists:
         raise InterfaceError(
             f"no list of layers of this {view.name} was seen to add to a stream: write the interface by hand"
         )
-    root = view.base
-    embeddings = _embeddings(view, reading, [layer.path for some in lists.values() for layer in some])
-    paths = [*lists, *([embeddings] if embeddings is not None else [])]
-    named_base = None
-    if not all(within(path, [root]) or not root for path in paths):
-        root, named_base = "", ""
-    seen = [layer for some in lists.values() for layer in some]
-    values: dict[str, Accessor] = {}
-    findings = []
-    for name in accessor_names():
-        if name in ("model_embeddings", "model_layers", "base_model"):
-            continue
-        values[name], finding = _accessor(name, seen, view)
-        findings.append(finding)
-    layers = tuple(relative(path, root) for path in lists)
-    methods = _methods(view, reading, embeddings, seen)
-    found = AdapterModelInterface(
-        adapter_methods=methods,
-        model_embeddings=None if embeddings is None else relative(embeddings, root),
-        model_layers=layers[0] if len(layers) == 1 else layers,
-        base_model=named_base,
-        report=(
-            Finding(
-                "model_embeddings",
-                embeddings,
-                "seen" if embeddings else "not there",
-                "what the first layer's input is made with",
-            ),
-            Finding(
-                "model_layers",
-                layers,
-                "seen",
-                f"{len(seen)} layers that add to the stream that they are given",
-            ),
-            *findings,
+    layers = [trace for traces in lists.values() for trace in traces]
+    embeddings = _embeddings(view, reader, [layer.path for layer in layers])
+
+    # Paths count from the base model; where something stands outside of it, from the model itself.
+    root, base_model = view.base, None
+    named = [*lists, *([embeddings] if embeddings is not None else [])]
+    if root != "" and not all(within(path, [root]) for path in named):
+        root, base_model = "", ""
+    list_paths = tuple(relative(path, root) for path in lists)
+
+    report = [
+        Finding(
+            "model_embeddings",
+            embeddings,
+            "seen" if embeddings else "not there",
+            "what the first layer's input is made with",
         ),
-        **values,
+        Finding(
+            "model_layers",
+            list_paths,
+            "seen",
+            f"{len(layers)} layers that add to the stream that they are given",
+        ),
+    ]
+    accessors: dict[str, Accessor] = {}
+    for name in accessor_names():
+        if name not in ("model_embeddings", "model_layers", "base_model"):
+            finding = _Accessor(name, layers, view).finding()
+            accessors[name] = finding.value
+            report.append(finding)
+    interface = AdapterModelInterface(
+        adapter_methods=_offered_methods(view, reader, embeddings, layers),
+        model_embeddings=None if embeddings is None else relative(embeddings, root),
+        model_layers=list_paths[0] if len(list_paths) == 1 else list_paths,
+        base_model=base_model,
+        report=tuple(report),
+        **accessors,
     )
-    _verify(found.resolve(view), seen)
-    return found
+    _require_as_seen(interface.resolve(view), layers)
+    return interface
 
 
-def _by_layer(name: str, seen: Sequence[LayerTrace], view: ModelView, accessor: Accessor) -> Accessor:
-    """The accessor, or where it would lead to something else in some layer, one that says it layer by
-    layer.
-    """
-    meant: list[str | None] = []
-    for layer in seen:
-        values = [_value(name, layer, one) for one in layer.written if _concerns(name, one)]
-        meant.append(values[0] if values else None)
-    inside = name.startswith("attn_")
-    owners = [[_owner(name, layer, one) for one in layer.written if _concerns(name, one)] for layer in seen]
-    wrong = False
-    for layer, value, attentions in zip(seen, meant, owners, strict=True):
-        owner = (attentions[0] if attentions else None) if inside or name.startswith(_ASIDE) else layer.path
-        owner = layer.path if owner is not None and not inside else owner
-        if owner is not None and first_of(accessor, owner, view.modules) != value:
-            wrong = True
-    if not wrong:
-        return accessor
-    common = Counter(meant).most_common(1)[0][0]
-    if set(meant) == {None}:
-        return None
-    return {"default": common, **{str(at): value for at, value in enumerate(meant) if value != common}}
-
-
-def first_of(accessor: Accessor, owner: str, modules: Mapping[str, nn.Module]) -> str | None:
-    """The first alternative of an accessor that leads somewhere."""
-    steps = accessor if isinstance(accessor, tuple) else (accessor,)
-    return next((s for s in steps if isinstance(s, str) and f"{owner}.{s}".strip(".") in modules), None)
-
-
-def _verify(stream: Stream, seen: Sequence[LayerTrace]) -> None:
-    """Check that the accessors lead to what was seen, in every layer; of two steps of one kind in a layer to
-    the first.
+def _require_as_seen(stream: ResidualStream, layers: Sequence[LayerTrace]) -> None:
+    """Check that the accessors lead to what was seen, in every layer; of two steps of one kind to the first.
 
     Raises:
         InterfaceError: naming the first that does not.
     """
-    by_path = {layer.path: layer for layer in stream.layers}
-    for layer in seen:
-        there = (
-            {s.kind: (s.out, s.before, s.norm) for s in by_path[layer.path].sublayers}
-            if layer.path in by_path
-            else {}
-        )
-        first = {one.kind: (one.out, one.before, one.norm) for one in reversed(layer.written)}
-        if there != first:
+    resolved = {layer.path: layer for layer in stream.layers}
+    for layer in layers:
+        led_to = {}
+        if layer.path in resolved:
+            for step in resolved[layer.path].sublayers:
+                led_to[step.kind] = (step.out, step.before, step.norm)
+        seen: dict[str, tuple[str, str | None, str | None]] = {}
+        for update in layer.updates:
+            seen.setdefault(update.kind, (update.out, update.before, update.norm))
+        if led_to != seen:
             raise InterfaceError(
-                f"{layer.path!r}: {first} was seen to write to the stream (module, what reads it before, "
-                f"norm behind), and the accessors of all layers together lead to {there}: write the "
+                f"{layer.path!r}: {seen} was seen to write to the stream (module, what reads it before, "
+                f"norm behind), and the accessors of all layers together lead to {led_to}: write the "
                 "interface by hand"
             )
 
 
-def _accessor(name: str, seen: Sequence[LayerTrace], view: ModelView) -> tuple[Accessor, Finding]:
-    """One accessor over all layers; of several paths first the one that least often stands where another is
-    meant.
-    """
-    values = Counter(
-        _value(name, layer, one) for layer in seen for one in layer.written if _concerns(name, one)
-    )
-    per_layer: dict[str | None, int] = {}
-    for layer in seen:
-        of_layer = [_value(name, layer, one) for one in layer.written if _concerns(name, one)]
-        for value in of_layer or [None]:
-            per_layer[value] = per_layer.get(value, 0) + 1
-    given = [value for value in values if value is not None]
-    if not given:
-        return None, Finding(name, None, "not there", "in no layer")
-    meant = [
-        (_owner(name, layer, one), _value(name, layer, one))
-        for layer in seen
-        for one in layer.written
-        if _concerns(name, one)
-    ]
-    misled = Counter(
-        v for owner, right in meant for v in given if v != right and f"{owner}.{v}".strip(".") in view.modules
-    )
-    given.sort(key=lambda value: (misled[value], -value.count("."), -values[value]))
-    inside = name.startswith("attn_")
-    lacking = (None in values) if inside or name.startswith(_ASIDE) else (None in per_layer)
-    accessor: Accessor = (
-        given[0] if len(given) == 1 and not lacking else (*given, None) if lacking else tuple(given)
-    )
-    flow = (
-        any("by flow" in one.found for layer in seen for one in layer.written)
-        and inside
-        and name != "attn_o_proj"
-    )
-    accessor = _by_layer(name, seen, view, accessor)
-    count = sum(values[v] for v in given)
-    why = f"in {count} attention modules" if inside else f"in {count} of {len(seen)} layers"
-    if flow:
-        why += ", by what the kernel's operands come from"
-    named = (inside and name != "attn_o_proj" and not flow) or any(
-        "by name" in o.found for s in seen for o in s.written
-    )
-    return accessor, Finding(name, accessor, "name" if named else "seen", why)
-
-
-_ASIDE = ("layer_pre_", "layer_ln_")  # looked for only where there is what they belong to
-_OWNERS = {"layer_self_attn": "self", "layer_cross_attn": "cross"}
+# Accessors that are looked for only where there is the step that they belong to.
+_BESIDE_A_STEP = ("layer_pre_", "layer_ln_")
+# The kind of step that each accessor of a layer speaks of.
 _KINDS = {
+    "layer_self_attn": "self",
+    "layer_cross_attn": "cross",
     "layer_pre_self_attn": "self",
     "layer_pre_cross_attn": "cross",
     "layer_pre_ffn": "ffn",
@@ -255,65 +215,206 @@ _KINDS = {
 }
 
 
-def _concerns(name: str, one: StreamUpdate) -> bool:
-    if name.startswith("attn_"):
-        return one.kind in ("self", "cross")
-    return one.kind == (_OWNERS.get(name) or _KINDS[name])
+@dataclass(frozen=True)
+class _Use:
+    """What an accessor has to lead to in one step: the path from its owner, or None for nothing."""
+
+    owner: str
+    value: str | None
+    update: StreamUpdate
 
 
-def _value(name: str, layer: LayerTrace, one: StreamUpdate) -> str | None:
-    if name in _OWNERS:
-        path: str | None = one.found["attention"]
-    elif name == "layer_output_proj":
-        path = one.out
-    elif name.startswith("layer_pre_"):
-        path = one.before
-    elif name.startswith("layer_ln_"):
-        path = one.norm
-    else:
-        path = one.found.get(name)
-    owner = _owner(name, layer, one)
-    if path is None or not (within(path, [owner]) or not owner):
+class _Accessor:
+    """One accessor, worked out over all layers.
+
+    Attributes:
+        name: the accessor's.
+        layers: what was seen of each layer.
+        view: the model.
+        uses: for each layer, what the accessor has to lead to in its steps.
+    """
+
+    def __init__(self, name: str, layers: Sequence[LayerTrace], view: ModelView) -> None:
+        self.name = name
+        self.layers = layers
+        self.view = view
+        self.is_in_attention = name.startswith("attn_")
+        # Whether a layer without the step that it belongs to has no need of it.
+        self.belongs_to_a_step = self.is_in_attention or name.startswith(_BESIDE_A_STEP)
+        self.uses: list[list[_Use]] = []
+        for layer in layers:
+            self.uses.append([self._use(layer, update) for update in layer.updates if self._concerns(update)])
+
+    def _concerns(self, update: StreamUpdate) -> bool:
+        """Whether the accessor speaks of a step of this kind."""
+        if self.is_in_attention:
+            return update.kind in ("self", "cross")
+        return update.kind == _KINDS[self.name]
+
+    def _use(self, layer: LayerTrace, update: StreamUpdate) -> _Use:
+        """What the accessor has to lead to in one step."""
+        owner = layer.path
+        if self.is_in_attention:
+            assert update.attention is not None
+            owner = update.attention
+        if self.name in ("layer_self_attn", "layer_cross_attn"):
+            path = update.attention
+        elif self.name == "layer_output_proj":
+            path = update.out
+        elif self.name.startswith("layer_pre_"):
+            path = update.before
+        elif self.name.startswith("layer_ln_"):
+            path = update.norm
+        else:
+            path = update.found.get(self.name)
+        is_reachable = path is not None and (owner == "" or within(path, [owner]))
+        if path is not None and is_reachable:
+            value = relative(path, owner)
+        else:
+            value = None
+        return _Use(owner, value, update)
+
+    def _all_uses(self) -> Iterator[_Use]:
+        for uses in self.uses:
+            yield from uses
+
+    def finding(self) -> Finding:
+        """The accessor that leads where it has to in every layer, and how it was found."""
+        counts = Counter(use.value for use in self._all_uses())
+        values = self._sorted_values(counts)
+        if not values:
+            return Finding(self.name, None, "not there", "in no layer")
+
+        accessor: Accessor = values[0]
+        if self._is_lacking_somewhere():
+            accessor = (*values, None)
+        elif len(values) > 1:
+            accessor = tuple(values)
+        if self._misleads(accessor):
+            accessor = self._by_layer()
+        return Finding(self.name, accessor, *self._certainty(sum(counts[value] for value in values)))
+
+    def _sorted_values(self, counts: Counter[str | None]) -> list[str]:
+        """The paths that are meant somewhere; first the one that least often stands where another is
+        meant.
+        """
+        values = [value for value in counts if value is not None]
+        misled: Counter[str] = Counter()
+        for use in self._all_uses():
+            for value in values:
+                if value != use.value and join(use.owner, value) in self.view.modules:
+                    misled[value] += 1
+        values.sort(key=lambda value: (misled[value], -value.count("."), -counts[value]))
+        return values
+
+    def _is_lacking_somewhere(self) -> bool:
+        """Whether a layer, or a step, has nothing of the kind."""
+        for uses in self.uses:
+            if any(use.value is None for use in uses):
+                return True
+            if not uses and not self.belongs_to_a_step:
+                return True
+        return False
+
+    def _misleads(self, accessor: Accessor) -> bool:
+        """Whether an accessor leads in some layer to something else than what is meant in its first step."""
+        for layer, uses in zip(self.layers, self.uses, strict=True):
+            if self.belongs_to_a_step and not uses:
+                continue
+            if self.is_in_attention:
+                owner = uses[0].owner
+            else:
+                owner = layer.path
+            meant = uses[0].value if uses else None
+            if self._leads_to(accessor, owner) != meant:
+                return True
+        return False
+
+    def _leads_to(self, accessor: Accessor, owner: str) -> str | None:
+        """The first alternative of an accessor that leads somewhere from an owner."""
+        alternatives = accessor if isinstance(accessor, tuple) else (accessor,)
+        for path in alternatives:
+            if isinstance(path, str) and join(owner, path) in self.view.modules:
+                return path
         return None
-    return relative(path, owner)
+
+    def _by_layer(self) -> Accessor:
+        """The accessor layer by layer, for models whose layers it cannot tell apart by what they have."""
+        meant = [uses[0].value if uses else None for uses in self.uses]
+        if set(meant) == {None}:
+            return None
+        common = Counter(meant).most_common(1)[0][0]
+        by_layer = {"default": common}
+        for number, value in enumerate(meant):
+            if value != common:
+                by_layer[str(number)] = value
+        return by_layer
+
+    def _certainty(self, count: int) -> tuple[str, str]:
+        """How sure the accessor is, and why.
+
+        Args:
+            count: in how many steps it leads somewhere.
+        """
+        updates = [update for layer in self.layers for update in layer.updates]
+        is_projection = self.is_in_attention and self.name != "attn_o_proj"
+        by_flow = is_projection and any(update.by_flow for update in updates)
+        why = f"in {count} of {len(self.layers)} layers"
+        if self.is_in_attention:
+            why = f"in {count} attention modules"
+        if by_flow:
+            why += ", by what the kernel's operands come from"
+        by_name = (is_projection and not by_flow) or any(update.by_name for update in updates)
+        return "name" if by_name else "seen", why
 
 
-def _owner(name: str, layer: LayerTrace, one: StreamUpdate) -> str:
-    return one.found["attention"] if name.startswith("attn_") else layer.path
+def _embeddings(view: ModelView, reader: TraceReader, layers: Sequence[str]) -> str | None:
+    """The path of what the first layer's input is made with.
 
+    That is what the model says, else the embedding that was called first, else the module that gave the first
+    layer's input.
 
-def _embeddings(view: ModelView, reading: TraceReader, layers: Sequence[str]) -> str | None:
-    """What the first layer's input is made with: what the model says, else the embedding that was called
-    first.
+    Args:
+        view: the model.
+        reader: of the trace.
+        layers: paths of the layers.
     """
     if view.input_embedding is not None:
         return view.input_embedding
-    called = [call.path for call in reading.trace.calls]
-    first = next(
-        (path for path in called if path in view.layers and view.layers[path].kind == "embedding"), None
-    )
-    if first is not None and not within(first, layers):
-        return first
-    begin = next((call for call in reading.trace.calls if call.path in layers), None)
-    if begin is None or not begin.inputs:
+    for call in reader.trace.calls:
+        if call.path in view.layers and view.layers[call.path].kind == "embedding":
+            if not within(call.path, layers):
+                return call.path
+            break
+
+    for first in reader.trace.calls:
+        if first.path not in layers:
+            continue
+        if first.input is None:
+            return None
+        chain = reader.origins(first.input)
+        for call in reader.trace.calls:
+            if call.output in chain and not within(first.path, [call.path]):
+                return call.path
         return None
-    chain = reading.origins(begin.inputs[0])
-    makers = [
-        c for c in reading.trace.calls if set(c.outputs[:1]) & set(chain) and not within(begin.path, [c.path])
-    ]
-    return makers[0].path if makers else None
+    return None
 
 
-def _methods(
-    view: ModelView, reading: TraceReader, embeddings: str | None, seen: Sequence[LayerTrace]
+def _offered_methods(
+    view: ModelView, reader: TraceReader, embeddings: str | None, layers: Sequence[LayerTrace]
 ) -> tuple[str, ...]:
+    """Which of the methods that an interface speaks of the model may have: those for which it has what they
+    need.
+    """
     kinds = {layer.kind for layer in view.layers.values()}
     has = {
-        "bottleneck": any(layer.written for layer in seen),
-        "prefix_tuning": any(route_of(type(view.modules[path])) is not None for path in reading.attending),  # type: ignore[arg-type]
-        "lora": bool(kinds & {"linear", "transposed-linear"}),
-        "prompt_tuning": "input" in kinds,
-        "reft": True,
-        "invertible": embeddings is not None,
+        InterfaceMethod.bottleneck: any(layer.updates for layer in layers),
+        InterfaceMethod.prefix_tuning: any(
+            reader.is_attention(view.modules[path]) for path in reader.attending
+        ),
+        InterfaceMethod.lora: "linear" in kinds or "transposed-linear" in kinds,
+        InterfaceMethod.prompt_tuning: "input" in kinds,
+        InterfaceMethod.reft: True,
+        InterfaceMethod.invertible: embeddings is not None,
     }
     return tuple(method for method in METHODS if has[method])

@@ -3,9 +3,11 @@ model.
 
 Accessors are dotted paths: ``model_embeddings`` and ``model_layers`` from the base model, ``layer_...`` from
 each layer, ``attn_...`` from the attention module. ``""`` is the module itself. Where layers differ an
-accessor is a tuple: the first path that a layer has is meant, and a None among them says that a layer may
-have none. Where that does not tell the layers apart it is a mapping: a layer's number, counted over the whole
-model, or ``"default"`` -> path or None.
+accessor is a
+tuple: the first path that a layer has is meant, and a None among them says that a layer may have none. Where
+    that
+does not tell the layers apart it is a mapping: a layer's number, counted over the whole model, or
+``"default"`` -> path or None.
 """
 
 from __future__ import annotations
@@ -14,13 +16,13 @@ import dataclasses
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Self, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from grafts.errors import InterfaceError, did_you_mean, nearest
 from grafts.modules.layers import describe
 from grafts.modules.patterns import join, within
 from grafts.structure.attention_modules import CROSS_ATTENTION, ENCODER_ATTENTION, SELF_ATTENTION
-from grafts.structure.residual_stream import Stream, StreamLayer, Sublayer, SublayerKind
+from grafts.structure.residual_stream import ResidualStream, StreamLayer, Sublayer, SublayerKind
 from grafts.structure.roles import (
     ATTENTION_OUT,
     FFN_GATE,
@@ -31,11 +33,28 @@ from grafts.structure.roles import (
     KEY_VALUE,
     QUERY,
     VALUE,
-    ModelView,
 )
 
+if TYPE_CHECKING:
+    from grafts.structure.view import ModelView
+
 Accessor = str | None | tuple[str | None, ...] | Mapping[str, str | None]
-METHODS = ("bottleneck", "prefix_tuning", "lora", "prompt_tuning", "reft", "invertible")
+
+
+class InterfaceMethod:
+    """The words that ``adapter_methods`` of an interface may hold.
+
+    They are AdapterHub's, and the only names of methods that are known outside of `grafts.methods`: an
+    interface says of these whether a model may have them, and of other methods (those of other packages)
+    nothing.
+    """
+
+    bottleneck = "bottleneck"
+    prefix_tuning = "prefix_tuning"
+    lora = "lora"
+    prompt_tuning = "prompt_tuning"
+    reft = "reft"
+    invertible = "invertible"
 
 
 @dataclass(frozen=True)
@@ -60,7 +79,7 @@ class AdapterModelInterface:
     """Which of a model's modules are what.
 
     Attributes:
-        adapter_methods: which of `METHODS` the model may have.
+        adapter_methods: which methods the model may have.
         model_embeddings: the token embedding, from the base model.
         model_layers: the list of layers, from the base model; several lists as a tuple, an encoder's first.
         layer_self_attn: self-attention, or what mixes tokens in its place.
@@ -113,30 +132,7 @@ class AdapterModelInterface:
             InterfaceError: naming the accessor.
         """
         for name in accessor_names():
-            value = getattr(self, name)
-            if isinstance(value, list):
-                value = tuple(value)
-                object.__setattr__(self, name, value)
-            if isinstance(value, Mapping):
-                value = {str(number): path for number, path in value.items()}
-                object.__setattr__(self, name, value)
-            steps = (
-                tuple(value.values())
-                if isinstance(value, Mapping)
-                else value
-                if isinstance(value, tuple)
-                else (value,)
-            )
-            if isinstance(value, Mapping) and not all(
-                number == "default" or number.isdigit() for number in value
-            ):
-                raise InterfaceError(
-                    f"{name} is {value!r}; a mapping is layer number, or 'default' -> dotted path or None"
-                )
-            if not all(step is None or isinstance(step, str) for step in steps):
-                raise InterfaceError(
-                    f"{name} is {value!r}; it must be a dotted path, several in a tuple, or None"
-                )
+            object.__setattr__(self, name, _checked(name, getattr(self, name)))
         if isinstance(self.adapter_methods, str):
             raise InterfaceError(f"adapter_methods is {self.adapter_methods!r}; it must be a list of names")
         object.__setattr__(self, "adapter_methods", tuple(self.adapter_methods))
@@ -145,23 +141,35 @@ class AdapterModelInterface:
                 raise InterfaceError(f"adapter_methods names {method!r}; {did_you_mean(method, METHODS)}")
         if not self.model_layers:
             raise InterfaceError("model_layers names no list of layers")
-        apart = [
-            name for name in ("attn_q_proj", "attn_k_proj", "attn_v_proj") if getattr(self, name) is not None
-        ]
+
         if None not in _alternatives(self.attn_qkv_proj) and None not in _alternatives(self.attn_q_proj):
             raise InterfaceError(
                 "attn_qkv_proj is given beside attn_q_proj: every attention has one or the other"
             )
-        if 0 < len(apart) < 3:
+        given = []
+        for name in ("attn_q_proj", "attn_k_proj", "attn_v_proj"):
+            if getattr(self, name) is not None:
+                given.append(name)
+        if 0 < len(given) < 3:
             raise InterfaceError(
-                f"of the projections only {apart} are given; give queries, keys and values, or attn_qkv_proj"
+                f"of the projections only {given} are given; give queries, keys and values, or attn_qkv_proj"
             )
+
+    def offers(self, method: str) -> bool:
+        """Whether the model may have this method; of methods that the interface does not list it says
+        nothing.
+        """
+        return method not in METHODS or method in self.adapter_methods
 
     def to_dict(self) -> dict[str, Any]:
         """The interface as plain data; accessors that are not given beyond the older ones are left out."""
-        values = {name: getattr(self, name) for name in ("adapter_methods", *accessor_names())}
-        plain = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
-        return {name: value for name, value in plain.items() if name not in NEW or value is not None}
+        data = {}
+        for name in ("adapter_methods", *accessor_names()):
+            value = getattr(self, name)
+            if name in NEW and value is None:
+                continue
+            data[name] = list(value) if isinstance(value, tuple) else value
+        return data
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
@@ -174,31 +182,21 @@ class AdapterModelInterface:
         for name in data:
             if name not in known:
                 raise InterfaceError(f"an interface has no {name!r}; {did_you_mean(name, known)}")
-        missing = [
-            name for name in ("adapter_methods", "model_embeddings", "model_layers") if name not in data
-        ]
-        if missing:
-            raise InterfaceError(f"the interface has no {missing[0]!r}")
+        for name in ("adapter_methods", "model_embeddings", "model_layers"):
+            if name not in data:
+                raise InterfaceError(f"the interface has no {name!r}")
         return cls(**{"layer_self_attn": None, "layer_cross_attn": None, **data})
 
     def __str__(self) -> str:
         """The interface as Python, ready to paste."""
-        values = {name: getattr(self, name) for name in ("adapter_methods", *accessor_names())}
-        required = (
-            "adapter_methods",
-            "model_embeddings",
-            "model_layers",
-            "layer_self_attn",
-            "layer_cross_attn",
-        )
-        lines = [
-            f"    {name}={value!r},"
-            for name, value in values.items()
-            if name in required or value is not None
-        ]
-        return "\n".join(["AdapterModelInterface(", *lines, ")"])
+        lines = ["AdapterModelInterface("]
+        for name in ("adapter_methods", *accessor_names()):
+            value = getattr(self, name)
+            if name in _POSITIONAL or value is not None:
+                lines.append(f"    {name}={value!r},")
+        return "\n".join([*lines, ")"])
 
-    def resolve(self, view: ModelView) -> Stream:
+    def resolve(self, view: ModelView) -> ResidualStream:
         """What the accessors come to in a model; every layer is looked at.
 
         Args:
@@ -209,53 +207,120 @@ class AdapterModelInterface:
                 nearest names.
         """
         root = self._root(view)
-        reader = _Reader(view, self)
+        reader = _LayerReader(view, self)
         embeddings = None
         if self.model_embeddings is not None:
-            embeddings = reader.at(root, self.model_embeddings, "model_embeddings", "the base model")
+            embeddings = reader.follow(root, self.model_embeddings, "model_embeddings", "the base model")
         layers: list[StreamLayer] = []
-        names = (self.model_layers,) if isinstance(self.model_layers, str) else self.model_layers
-        for name in names:
-            path = reader.at(root, name, "model_layers", "the base model")
-            children = view.modules[path].named_children()
-            own = [child for child, _ in children if join(path, child) in view.modules]
-            if not own:
+        lists = self.model_layers
+        if isinstance(lists, str):
+            lists = (lists,)
+        for name in lists:
+            path = reader.follow(root, name, "model_layers", "the base model")
+            members = [join(path, child) for child, _ in view.modules[path].named_children()]
+            members = [member for member in members if member in view.modules]  # no sites of adapters
+            if not members:
                 raise InterfaceError(
-                    f"model_layers={name!r}: {path!r} is a {reader.kind(path)} and holds no layers"
+                    f"model_layers={name!r}: {path!r} is a {reader.class_of(path)} and holds no layers"
                 )
-            layers += [
-                reader.layer(join(path, child), len(layers) + at, embeddings) for at, child in enumerate(own)
-            ]
-        reader.require_found()
-        return Stream(embeddings, tuple(layers), reader.roles)
+            for member in members:
+                layers.append(reader.layer(member, len(layers), embeddings))
+        reader.require_used()
+        return ResidualStream(embeddings, tuple(layers), reader.roles)
 
     def _root(self, view: ModelView) -> str:
-        if self.base_model is not None:
-            if self.base_model not in view.modules:
-                raise InterfaceError(f"base_model={self.base_model!r}: {view.name} has no such module")
-            return self.base_model
-        return view.base
+        """The path of the base model, from which the paths of layers and embeddings count."""
+        if self.base_model is None:
+            return view.base
+        if self.base_model not in view.modules:
+            raise InterfaceError(f"base_model={self.base_model!r}: {view.name} has no such module")
+        return self.base_model
 
 
+METHODS = (
+    InterfaceMethod.bottleneck,
+    InterfaceMethod.prefix_tuning,
+    InterfaceMethod.lora,
+    InterfaceMethod.prompt_tuning,
+    InterfaceMethod.reft,
+    InterfaceMethod.invertible,
+)
+# Accessors that AdapterHub's interface does not have; written to its files only where they are given.
 NEW = ("layer_gate_proj", "layer_ln_cross_attn")
+_POSITIONAL = ("adapter_methods", "model_embeddings", "model_layers", "layer_self_attn", "layer_cross_attn")
 
 
 def accessor_names() -> list[str]:
     """The names of all accessors, in order."""
-    fields = dataclasses.fields(AdapterModelInterface)
-    return [f.name for f in fields if f.name not in ("adapter_methods", "report")]
+    names = []
+    for accessor in dataclasses.fields(AdapterModelInterface):
+        if accessor.name not in ("adapter_methods", "report"):
+            names.append(accessor.name)
+    return names
 
 
-def _alternatives(value: Accessor | Sequence[str], layer: int | None = None) -> tuple[str | None, ...]:
-    """The paths that an accessor may mean, in a layer, or in any."""
+def _checked(name: str, value: Any) -> Accessor:
+    """An accessor in one form: lists as tuples, the numbers of a mapping as text.
+
+    Raises:
+        InterfaceError: it cannot be one.
+    """
     if isinstance(value, Mapping):
-        return (
-            (value.get(str(layer), value.get("default")),) if layer is not None else (*value.values(), None)
-        )
-    return tuple(value) if isinstance(value, (tuple, list)) else (cast("str | None", value),)
+        by_layer = {str(number): path for number, path in value.items()}
+        if not all(number == "default" or number.isdigit() for number in by_layer):
+            raise InterfaceError(
+                f"{name} is {by_layer!r}; a mapping is layer number, or 'default' -> dotted path or None"
+            )
+        alternatives, value = tuple(by_layer.values()), by_layer
+    elif isinstance(value, (list, tuple)):
+        alternatives = value = tuple(value)
+    else:
+        alternatives = (value,)
+    if not all(step is None or isinstance(step, str) for step in alternatives):
+        raise InterfaceError(f"{name} is {value!r}; it must be a dotted path, several in a tuple, or None")
+    accessor: Accessor = value
+    return accessor
 
 
-class _Reader:
+def _alternatives(value: Accessor, layer: int | None = None) -> tuple[str | None, ...]:
+    """The paths that an accessor may mean, in the layer of that number, or in any."""
+    if isinstance(value, Mapping):
+        if layer is None:
+            return (*value.values(), None)
+        return (value.get(str(layer), value.get("default")),)
+    if isinstance(value, tuple):
+        return value
+    return (value,)
+
+
+class _SublayerNames(NamedTuple):
+    """The accessors of one step of a layer."""
+
+    kind: SublayerKind
+    attention: str | None
+    before: str
+    norm: str
+
+
+_SUBLAYERS = (
+    _SublayerNames("self", "layer_self_attn", "layer_pre_self_attn", "layer_ln_1"),
+    _SublayerNames("cross", "layer_cross_attn", "layer_pre_cross_attn", "layer_ln_cross_attn"),
+    _SublayerNames("ffn", None, "layer_pre_ffn", "layer_ln_2"),
+)
+_PROJECTIONS = {
+    QUERY: "attn_q_proj",
+    KEY: "attn_k_proj",
+    VALUE: "attn_v_proj",
+    FUSED: "attn_qkv_proj",
+}
+_FEED_FORWARD = {
+    FFN_IN: "layer_intermediate_proj",
+    FFN_GATE: "layer_gate_proj",
+    FFN_OUT: "layer_output_proj",
+}
+
+
+class _LayerReader:
     """Reads the layers of one model through an interface.
 
     Attributes:
@@ -263,78 +328,89 @@ class _Reader:
     """
 
     def __init__(self, view: ModelView, interface: AdapterModelInterface) -> None:
-        self.view, self.interface = view, interface
+        self.view = view
+        self.interface = interface
         self.roles: dict[str, str] = {}
-        self._number = 0
-        self._found: set[str] = set()
+        self._layer = 0  # the number of the layer that is read
+        self._used: set[str] = set()  # the accessors that led somewhere
 
-    def kind(self, path: str) -> str:
+    def class_of(self, path: str) -> str:
         """The class of a module, for messages."""
         return type(self.view.modules[path]).__name__
 
-    def at(self, owner: str, accessor: str, name: str, where: str) -> str:
+    def follow(self, owner: str, accessor: str, name: str, where: str) -> str:
         """The path of what an accessor leads to.
+
+        Args:
+            owner: the path of the module that it starts at.
+            accessor: the dotted path from there.
+            name: the accessor's name, for messages.
+            where: what the owner is, for messages.
 
         Raises:
             InterfaceError: it leads nowhere.
         """
-        path = f"{owner}.{accessor}".strip(".") if accessor else owner
-        if path in self.view.modules:
-            return path
-        here = owner
-        for step in accessor.split("."):
-            if join(here, step) not in self.view.modules:
-                raise InterfaceError(self._nowhere(here, step, accessor, name, where))
-            here = join(here, step)
-        raise AssertionError(path)
+        path = join(owner, accessor)
+        if path not in self.view.modules:
+            raise InterfaceError(self._leads_nowhere(owner, accessor, name, where))
+        return path
 
-    def _nowhere(self, here: str, step: str, accessor: str, name: str, where: str) -> str:
-        module = self.view.modules[here]
-        children = [child for child, _ in module.named_children() if not child.startswith("grafts")]
-        other = getattr(module, step, None)
-        stands = f"{step!r} there is a {type(other).__name__}" if other is not None else f"it has no {step!r}"
-        below = [
-            path[len(here) + 1 if here else 0 :]
-            for path in self.view.modules
-            if within(path, [here]) or not here
-        ]
-        near = nearest(accessor.rpartition(".")[2], {path.rpartition(".")[2]: path for path in below if path})
-        close = [path for name in near for path in below if path.rpartition(".")[2] == name][:3]
-        return (
-            f"{name}={accessor!r} leads nowhere in {where}: {here or 'the model'} is a "
-            f"{type(module).__name__} and {stands}; it holds {', '.join(map(repr, children)) or 'nothing'}"
-            + (f"; nearest: {close}" if close else "")
+    def _leads_nowhere(self, owner: str, accessor: str, name: str, where: str) -> str:
+        """The message for an accessor that leads nowhere: where it ends, what is there, and the nearest
+        names.
+        """
+        path, missing = owner, accessor
+        for step in accessor.split("."):
+            if join(path, step) not in self.view.modules:
+                missing = step
+                break
+            path = join(path, step)
+        module = self.view.modules[path]
+        other = getattr(module, missing, None)
+        stands = f"it has no {missing!r}"
+        if other is not None:
+            stands = f"{missing!r} there is a {type(other).__name__}"
+        children = []
+        for child, _ in module.named_children():
+            if not child.startswith("grafts"):
+                children.append(repr(child))
+
+        below = []
+        for other_path in self.view.modules:
+            if path == "" or within(other_path, [path]):
+                below.append(other_path[len(path) + 1 :] if path else other_path)
+        last_names = {candidate.rpartition(".")[2]: candidate for candidate in below if candidate}
+        close = []
+        for near in nearest(accessor.rpartition(".")[2], last_names):
+            close += [candidate for candidate in below if candidate.rpartition(".")[2] == near]
+        message = (
+            f"{name}={accessor!r} leads nowhere in {where}: {path or 'the model'} is a "
+            f"{type(module).__name__} and {stands}; it holds {', '.join(children) or 'nothing'}"
         )
+        if close:
+            message += f"; nearest: {close[:3]}"
+        return message
 
     def find(self, owner: str, name: str, where: str) -> str | None:
-        """The path of what one of the accessor's alternatives leads to, or None where a module may be
-        without.
+        """The path of what one of an accessor's alternatives leads to; None where a module may be without.
 
         Raises:
             InterfaceError: none of them leads anywhere.
         """
-        alternatives = _alternatives(getattr(self.interface, name), self._number)
+        alternatives = _alternatives(getattr(self.interface, name), self._layer)
         for accessor in alternatives:
-            if accessor is not None:
-                path = f"{owner}.{accessor}".strip(".") if accessor else owner
-                if path in self.view.modules:
-                    self._found.add(name)
-                    return path
-        if None not in alternatives:
-            assert alternatives[0] is not None
-            error = f"{self._nowhere_deep(owner, alternatives[0], name, where)}"
-            more = f" (nor do {list(alternatives[1:])})" if len(alternatives) > 1 else ""
-            raise InterfaceError(f"{error}{more}; if some layers have none, write {(*alternatives, None)}")
-        return None
+            if accessor is not None and join(owner, accessor) in self.view.modules:
+                self._used.add(name)
+                return join(owner, accessor)
+        first = alternatives[0]
+        if first is None or None in alternatives:
+            return None
+        error = self._leads_nowhere(owner, first, name, where)
+        if len(alternatives) > 1:
+            error += f" (nor do {list(alternatives[1:])})"
+        raise InterfaceError(f"{error}; if some layers have none, write {(*alternatives, None)}")
 
-    def _nowhere_deep(self, owner: str, accessor: str, name: str, where: str) -> str:
-        try:
-            self.at(owner, accessor, name, where)
-        except InterfaceError as error:
-            return str(error)
-        raise AssertionError(accessor)
-
-    def require_found(self) -> None:
+    def require_used(self) -> None:
         """Refuse an accessor that led somewhere in no layer at all.
 
         Raises:
@@ -342,81 +418,122 @@ class _Reader:
         """
         for name in accessor_names():
             value = getattr(self.interface, name)
-            if name.startswith(("layer_", "attn_")) and name not in self._found and value is not None:
+            is_in_layers = name.startswith(("layer_", "attn_"))
+            if is_in_layers and name not in self._used and value is not None:
                 raise InterfaceError(f"{name}={value!r} leads nowhere in any layer")
 
     def layer(self, path: str, number: int, embeddings: str | None) -> StreamLayer:
-        """One layer, with the roles of what is in it."""
-        self._number = number
-        where = f"layer {number} ({path!r}, a {self.kind(path)})"
+        """One layer; the roles of what is in it are noted.
+
+        Args:
+            path: the layer's.
+            number: of the layer in the whole model.
+            embeddings: the path of the token embedding, or None.
+        """
+        self._layer = number
+        where = f"layer {number} ({path!r}, a {self.class_of(path)})"
         sublayers = []
-        for kind, attention, pre, norm in (
-            ("self", "layer_self_attn", "layer_pre_self_attn", "layer_ln_1"),
-            ("cross", "layer_cross_attn", "layer_pre_cross_attn", "layer_ln_cross_attn"),
-            ("ffn", None, "layer_pre_ffn", "layer_ln_2"),
-        ):
-            if attention is None:
-                self._feed_forward(path, where)
-                out = self.find(path, "layer_output_proj", where)
+        for names in _SUBLAYERS:
+            if names.attention:
+                out = self._attention(path, names, where)
             else:
-                owner = self.find(path, attention, where)
-                out = None if owner is None else self._attention(owner, kind, where)
-            if out is not None:
-                before, after = self.find(path, pre, where), self.find(path, norm, where)
-                width = self._width(out, before, after, embeddings)
-                sublayers.append(Sublayer(number, cast("SublayerKind", kind), out, before, after, width))
-        width = sublayers[-1].width if sublayers else self._width(path, None, None, embeddings)
+                out = self._feed_forward(path, where)
+            if out is None:
+                continue
+            before = self.find(path, names.before, where)
+            norm = self.find(path, names.norm, where)
+            width = self._width(out, before, norm, embeddings)
+            sublayers.append(Sublayer(number, names.kind, out, before, norm, width))
+        if sublayers:
+            width = sublayers[-1].width
+        else:
+            width = self._width(path, None, None, embeddings)
         return StreamLayer(number, path, width, tuple(sublayers))
 
-    def _feed_forward(self, path: str, where: str) -> None:
-        for name, role in (
-            ("layer_intermediate_proj", FFN_IN),
-            ("layer_gate_proj", FFN_GATE),
-            ("layer_output_proj", FFN_OUT),
-        ):
-            found = self.find(path, name, where)
-            if found is not None and found in self.view.layers and self.view.layers[found].is_linear:
-                self.roles[found] = role
+    def _feed_forward(self, layer: str, where: str) -> str | None:
+        """Note the roles of a feed-forward's linears; returns the path of what is added to the stream."""
+        out = None
+        for role, name in _FEED_FORWARD.items():
+            path = self.find(layer, name, where)
+            if path is not None and path in self.view.layers and self.view.layers[path].is_linear:
+                self.roles[path] = role
+            if role == FFN_OUT:
+                out = path
+        return out
 
-    def _attention(self, owner: str, kind: str, where: str) -> str:
-        """The roles of what is in an attention module; returns the path of what is added to the stream."""
+    def _attention(self, layer: str, names: _SublayerNames, where: str) -> str | None:
+        """Note the roles of what is in an attention module; returns the path of what is added to the
+        stream.
+        """
+        assert names.attention is not None
+        owner = self.find(layer, names.attention, where)
+        if owner is None:
+            return None
         out = self.find(owner, "attn_o_proj", where)
-        found = {role: self.find(owner, name, where) for name, role in _PROJECTIONS.items()}
-        if found[KEY] is not None and found[KEY] == found[VALUE]:
-            found[KEY], found[VALUE], found[KEY_VALUE] = None, None, found[KEY]
-        self.roles |= {path: role for role, path in found.items() if path is not None}
+        projections = {role: self.find(owner, name, where) for role, name in _PROJECTIONS.items()}
+        if projections[KEY] is not None and projections[KEY] == projections[VALUE]:
+            projections[KEY_VALUE] = projections.pop(KEY)
+            del projections[VALUE]
+        for role, path in projections.items():
+            if path is not None:
+                self.roles[path] = role
         if out is not None and out != owner:
             self.roles[out] = ATTENTION_OUT
-        for path, layer in self.view.layers.items():
-            if layer.kind == "attending" and within(path, [owner]):
-                encoder = self.view.roles[path] == ENCODER_ATTENTION
-                self.roles[path] = (
-                    CROSS_ATTENTION if kind == "cross" else ENCODER_ATTENTION if encoder else SELF_ATTENTION
-                )
-        return owner if out is None else out
+
+        for path, described in self.view.layers.items():
+            if described.kind != "attending" or not within(path, [owner]):
+                continue
+            if names.kind == "cross":
+                self.roles[path] = CROSS_ATTENTION
+            elif self.view.roles[path] == ENCODER_ATTENTION:
+                self.roles[path] = ENCODER_ATTENTION
+            else:
+                self.roles[path] = SELF_ATTENTION
+        if out is None:
+            return owner
+        return out
 
     def _width(self, out: str, before: str | None, norm: str | None, embeddings: str | None) -> int:
-        """The size of the stream: that of a linear's output, of a norm, or of what is embedded."""
+        """The size of the stream: that of a linear's output, of a norm, or of what is embedded.
+
+        Raises:
+            InterfaceError: none of them says it.
+        """
         layer = self.view.layers.get(out)
         if layer is not None and layer.is_linear:
             return layer.out_features
         for path in (norm, before):
-            weight = None if path is None else self.view.modules[path]._parameters.get("weight")
+            if path is None:
+                weight = None
+            else:
+                weight = self.view.modules[path]._parameters.get("weight")
             if weight is not None and weight.dim() == 1:
                 return weight.shape[0]
-        linears = [x for p, x in self.view.layers.items() if within(p, [out]) and x.is_linear]
-        sizes = [size for x in linears for size in (x.in_features, x.out_features)]
-        config: Any = getattr(self.view.modules[""], "config", None)
-        text = config.get_text_config() if hasattr(config, "get_text_config") else config
-        said = getattr(text, "hidden_size", None)
-        if isinstance(said, int) and (said in sizes or not sizes):
-            return said
+
+        # What adds to the stream is made of linears (experts): one of their sizes is the stream's.
+        sizes = []
+        for path, linear in self.view.layers.items():
+            if linear.is_linear and within(path, [out]):
+                sizes += [linear.in_features, linear.out_features]
+        hidden_size = self._hidden_size()
+        if hidden_size is not None and (hidden_size in sizes or not sizes):
+            return hidden_size
         if sizes:
             return Counter(sizes).most_common(1)[0][0]
-        first = None if embeddings is None else describe(self.view.modules[embeddings])
-        if first is None:
+        if embeddings is None:
+            embedding = None
+        else:
+            embedding = describe(self.view.modules[embeddings])
+        if embedding is None:
             raise InterfaceError(f"the size of the stream at {out!r} cannot be told")
-        return first.out_features
+        return embedding.out_features
 
-
-_PROJECTIONS = {"attn_q_proj": QUERY, "attn_k_proj": KEY, "attn_v_proj": VALUE, "attn_qkv_proj": FUSED}
+    def _hidden_size(self) -> int | None:
+        """The size of the stream as the model's config says it."""
+        config: Any = getattr(self.view.model, "config", None)
+        if hasattr(config, "get_text_config"):
+            config = config.get_text_config()
+        size = getattr(config, "hidden_size", None)
+        if isinstance(size, int):
+            return size
+        return None

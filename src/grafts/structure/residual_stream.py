@@ -82,7 +82,7 @@ class StreamLayer:
 
 
 @dataclass(frozen=True)
-class Stream:
+class ResidualStream:
     """The residual stream of one model.
 
     Attributes:

@@ -1,41 +1,42 @@
-"""What each layer of a model is there for, worked out from how the model is built.
+"""What each layer of a model is there for: the words for it, and how it is told from the model's modules.
 
 Roles are read off the module tree: which linears are siblings, how their names divide into words, which sizes
-they have, and what a `transformers` model says about its own head. No list of model types.
+they have, and what a `transformers` model says about its own head. There is no list of model types.
 """
 
 from __future__ import annotations
 
 import re
-from collections import Counter, defaultdict
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from collections import defaultdict
+from collections.abc import Mapping
 
 from torch import nn
 
 from grafts.errors import ConfigError, did_you_mean
-from grafts.modules.layers import Layer, describe, only_read
-from grafts.modules.patterns import collapsed, join, owner_and_name, within
-from grafts.modules.tree import base_modules
-from grafts.structure.attention_modules import attending_modules, input_modules, named_embedding
+from grafts.modules.layers import Layer
+from grafts.modules.patterns import owner_and_name, within
 
 QUERY, KEY, VALUE, KEY_VALUE, FUSED = "query", "key", "value", "key+value", "query+key+value"
 ATTENTION_OUT, HEAD, ROUTER, EMBEDDING, LINEAR = "attention out", "head", "router", "embedding", "linear"
 CONVOLUTION, ATTENTION = "convolution", "attention"
 FFN_IN, FFN_GATE, FFN_OUT = "ffn in", "ffn gate", "ffn out"
 
-_WORDS = {
+# The words in a linear's name that say which projection of attention it is.
+_PROJECTION_WORDS = {
     QUERY: {"q", "wq", "query", "queries"},
     KEY: {"k", "wk", "key", "keys"},
     VALUE: {"v", "wv", "value", "values", "val"},
     KEY_VALUE: {"kv", "wkv"},
     FUSED: {"qkv", "wqkv"},
 }
+# Names of fused projections in which no such word stands (GPT-2, OLMo, MPT, `nn.MultiheadAttention`,
+# Baichuan).
 _FUSED_NAMES = {"c_attn", "att_proj", "attn_proj", "in_proj", "W_pack"}
+# Names that a mixture of experts gives its router; elsewhere ``gate`` is a gate of the feed-forward.
 _ROUTER_NAMES = {"gate", "router", "wg", "gating", "shared_expert_gate"}
 
-
-_NAMED = {
+# What a config's ``target_roles`` may say -> the roles that it stands for.
+_SHORT_NAMES = {
     "q": {QUERY, FUSED},
     "k": {KEY, KEY_VALUE, FUSED},
     "v": {VALUE, KEY_VALUE, FUSED},
@@ -50,7 +51,7 @@ _NAMED = {
 
 
 def roles_named(name: str) -> frozenset[str]:
-    """The roles that a short name stands for.
+    """The roles that a short name of ``target_roles`` stands for.
 
     >>> sorted(roles_named("v"))
     ['key+value', 'query+key+value', 'value']
@@ -58,117 +59,76 @@ def roles_named(name: str) -> frozenset[str]:
     Raises:
         ConfigError: there is no such name.
     """
-    if name not in _NAMED:
-        raise ConfigError(f"target_roles names {name!r}; {did_you_mean(name, _NAMED)}")
-    return frozenset(_NAMED[name])
+    if name not in _SHORT_NAMES:
+        raise ConfigError(f"target_roles names {name!r}; {did_you_mean(name, _SHORT_NAMES)}")
+    return frozenset(_SHORT_NAMES[name])
 
 
-@dataclass(frozen=True)
-class ModelView:
-    """A base model as adapters see it; paths are those of `nn.Module.named_modules`, without adapters' own.
+def layer_roles(
+    layers: Mapping[str, Layer], modules: Mapping[str, nn.Module], heads: tuple[str, ...]
+) -> dict[str, str]:
+    """What each layer is there for.
 
-    Attributes:
-        name: the model's class.
-        modules: every module by path.
-        layers: every module that an adapter can stand at, by path.
-        heads: paths of the modules that make the output from the hidden states.
-        roles: what each layer is there for, by path.
-        input_embedding: the path of the embedding that the model says its tokens go through, or None.
+    Args:
+        layers: the layers of the model by path.
+        modules: all modules of the model by path.
+        heads: paths of the modules that make the model's output from its hidden states.
+
+    Returns:
+        One of the words above for each layer, by path.
     """
-
-    name: str
-    modules: Mapping[str, nn.Module]
-    layers: Mapping[str, Layer]
-    heads: tuple[str, ...]
-    roles: Mapping[str, str]
-    input_embedding: str | None
-
-    @property
-    def base(self) -> str:
-        """The path of the base model, as `transformers` says; ``""`` where the model is its own."""
-        model = self.modules[""]
-        base = getattr(model, "base_model", model)
-        return next((path for path, module in self.modules.items() if module is base), "")
-
-    def candidates(self, kinds: Collection[str]) -> str:
-        """The layers of these kinds as a list for messages, repeated ones once."""
-        counts = Counter(collapsed(path) for path, layer in self.layers.items() if layer.kind in kinds)
-        return ", ".join(f"{path!r} ({count})" for path, count in counts.items()) or "none"
+    in_attention = _attention_roles(layers)
+    roles = {}
+    for path, layer in layers.items():
+        if within(path, heads):
+            roles[path] = HEAD
+        elif path in in_attention:
+            roles[path] = in_attention[path]
+        else:
+            roles[path] = _role_outside_attention(path, layer, modules)
+    return roles
 
 
-def look_at(model: nn.Module) -> ModelView:
-    """Look at how ``model`` is built; nothing is run."""
-    modules = dict(base_modules(model))
-    layers = {path: layer for path, module in modules.items() if (layer := describe(module)) is not None}
-    for path, module in modules.items():
-        if any(join(path, name) in layers for name in module._modules):
-            for name in only_read(type(module)):  # type: ignore[arg-type]
-                layers.pop(join(path, name), None)  # beside what is never called nothing would act
-    heads = _heads(model, modules, layers)
-    attention = _attention_roles(layers)
-    roles = {
-        path: HEAD if within(path, heads) else attention.get(path) or _other_role(path, layer, modules)
-        for path, layer in layers.items()
-    }
-    embedding = _input_embedding(model, layers, modules)
-    for more, said in (attending_modules(model, modules, layers, roles), input_modules(model, modules)):
-        layers |= more
-        roles |= said
-    return ModelView(type(model).__name__, modules, layers, heads, roles, embedding)
-
-
-def with_roles(view: ModelView, roles: Mapping[str, str]) -> ModelView:
-    """``view`` with what is known of its modules from elsewhere; attention may be recognised by that."""
-    roles = {
-        **view.roles,
-        **{path: role for path, role in roles.items() if view.roles.get(path) not in (HEAD, ROUTER)},
-    }
-    layers = {path: layer for path, layer in view.layers.items() if layer.kind != "attending"}
-    more, said = attending_modules(view.modules[""], view.modules, layers, roles)
-    attending = {path: role for path, role in said.items() if path not in roles}
-    return replace(view, layers={**view.layers, **more}, roles={**roles, **attending})
-
-
-def _input_embedding(
-    model: nn.Module, layers: Mapping[str, Layer], modules: Mapping[str, nn.Module]
-) -> str | None:
-    """What a `transformers` model says, else the only embedding that there is."""
-    named = named_embedding(model)
-    embeddings = [path for path, layer in layers.items() if layer.kind == "embedding"]
-    if named is None:
-        return embeddings[0] if len(embeddings) == 1 else None
-    return next((path for path in embeddings if modules[path] is named), None)
-
-
-def _heads(
+def head_paths(
     model: nn.Module, modules: Mapping[str, nn.Module], layers: Mapping[str, Layer]
 ) -> tuple[str, ...]:
     """Paths of the modules that make the model's output from its hidden states.
 
     A `transformers` model names its output embeddings; where it has none, everything with parameters outside
-    its base model is head (a classifier). Elsewhere a linear outside the repeated layers that has the shape
-    of the token embedding.
+    its base model is head (a classifier). Elsewhere it is a linear outside the repeated layers that has the
+    shape of the token embedding.
     """
     output_embeddings = getattr(model, "get_output_embeddings", None)
-    named = output_embeddings() if callable(output_embeddings) else None
-    if named is not None:
-        return tuple(path for path, module in modules.items() if module is named)
+    if callable(output_embeddings):
+        named = output_embeddings()
+        if named is not None:
+            return tuple(path for path, module in modules.items() if module is named)
+
     base = getattr(model, "base_model", model)
     if isinstance(base, nn.Module) and base is not model:
-        children = [(path, child) for path, child in modules.items() if path and "." not in path]
-        return tuple(
-            path
-            for path, child in children
-            if child is not base and next(child.parameters(), None) is not None
-        )
-    vocabularies = {(x.in_features, x.out_features) for x in layers.values() if x.kind == "embedding"}
-    return tuple(
-        path
-        for path, layer in layers.items()
-        if layer.is_linear
-        and (layer.out_features, layer.in_features) in vocabularies
-        and not re.search(r"(^|\.)\d+\.", path)
-    )
+        return _children_with_parameters(modules, apart_from=base)
+
+    vocabularies = set()
+    for layer in layers.values():
+        if layer.kind == "embedding":
+            vocabularies.add((layer.in_features, layer.out_features))
+    heads = []
+    for path, layer in layers.items():
+        in_repeated_layer = re.search(r"(^|\.)\d+\.", path) is not None
+        undoes_embedding = layer.is_linear and (layer.out_features, layer.in_features) in vocabularies
+        if undoes_embedding and not in_repeated_layer:
+            heads.append(path)
+    return tuple(heads)
+
+
+def _children_with_parameters(modules: Mapping[str, nn.Module], apart_from: nn.Module) -> tuple[str, ...]:
+    """The direct children of the model that hold parameters, without one of them."""
+    paths = []
+    for path, module in modules.items():
+        is_child = path != "" and "." not in path
+        if is_child and module is not apart_from and next(module.parameters(), None) is not None:
+            paths.append(path)
+    return tuple(paths)
 
 
 def loses_rows(path: str, layer_kind: str) -> bool:
@@ -180,7 +140,9 @@ def loses_rows(path: str, layer_kind: str) -> bool:
     (True, False)
     """
     steps = path.lower().split(".")
-    return "experts" in steps or (layer_kind == "embedding" and any("att" in step for step in steps))
+    if "experts" in steps:
+        return True
+    return layer_kind == "embedding" and any("att" in step for step in steps)
 
 
 def _words(name: str) -> set[str]:
@@ -188,70 +150,122 @@ def _words(name: str) -> set[str]:
     return {word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", name)}
 
 
-def _projection(name: str) -> str | None:
+def _projection_named(name: str) -> str | None:
     """Which projection of attention a linear's name speaks of; None for none."""
     words = _words(name)
-    said = [role for role, known in _WORDS.items() if words & known]
-    if {QUERY, KEY, VALUE} <= set(said) or FUSED in said or name in _FUSED_NAMES:
+    named = []
+    for role, known in _PROJECTION_WORDS.items():
+        if words & known:
+            named.append(role)
+    # ``q_k_v_proj`` names all three, ``k_v_proj`` two.
+    if {QUERY, KEY, VALUE} <= set(named) or FUSED in named or name in _FUSED_NAMES:
         return FUSED
-    if {KEY, VALUE} <= set(said) or KEY_VALUE in said:
+    if {KEY, VALUE} <= set(named) or KEY_VALUE in named:
         return KEY_VALUE
-    return said[0] if said else None
+    if named:
+        return named[0]
+    return None
 
 
 def _attention_roles(layers: Mapping[str, Layer]) -> dict[str, str]:
-    """The roles of linears that stand in attention: siblings that project queries and values, or one fused
-    linear.
-    """
+    """The roles of linears in attention: siblings that project queries and values, or one fused linear."""
     siblings: dict[str, dict[str, str]] = defaultdict(dict)
     for path, layer in layers.items():
         if layer.is_linear:
-            parent, name = owner_and_name(path)
-            siblings[parent][name] = path
-    result = {}
-    for parent, children in siblings.items():
-        said = {name: role for name in children if (role := _projection(name)) is not None}
-        for name in [n for n, role in said.items() if role == FUSED]:
-            layer = layers[children[name]]
-            in_attention = "att" in parent.lower() or _words(name) & (_WORDS[FUSED] | _WORDS[QUERY])
-            if layer.out_features <= layer.in_features or not in_attention:
-                del said[name]
-        split = QUERY in said.values() and ({VALUE, KEY_VALUE} & set(said.values()))
-        if not split and FUSED not in said.values():
+            owner, name = owner_and_name(path)
+            siblings[owner][name] = path
+
+    roles = {}
+    for owner, paths in list(siblings.items()):
+        projections = _projections_among(owner, paths, layers)
+        named = set(projections.values())
+        has_queries_and_values = QUERY in named and (VALUE in named or KEY_VALUE in named)
+        if not has_queries_and_values and FUSED not in named:
             continue
-        result.update({children[name]: role for name, role in said.items()})
-        outputs = (
-            siblings.get(f"{parent.rpartition('.')[0]}.output", {}) if parent.endswith(".self") else children
-        )
-        rest = {name: path for name, path in outputs.items() if name not in said}
-        queries = [layers[children[name]] for name, role in said.items() if role == QUERY]
-        back = {
-            name: path
-            for name, path in rest.items()
-            if any(
-                (layers[path].in_features, layers[path].out_features) == (q.out_features, q.in_features)
-                for q in queries
-            )
-        }
-        # where one module holds attention and feed-forward, the way out of attention is what undoes the
-        # queries' sizes
-        result.update(dict.fromkeys((back or rest).values(), ATTENTION_OUT))
-    return result
+        for name, role in projections.items():
+            roles[paths[name]] = role
+        # BERT keeps the projections in ``attention.self`` and what they come to in ``attention.output``.
+        candidates = paths
+        if owner.endswith(".self"):
+            candidates = siblings.get(f"{owner.rpartition('.')[0]}.output", {})
+        for path in _ways_out(candidates, paths, projections, layers):
+            roles[path] = ATTENTION_OUT
+    return roles
 
 
-def _other_role(path: str, layer: Layer, modules: Mapping[str, nn.Module]) -> str:
+def _projections_among(owner: str, paths: Mapping[str, str], layers: Mapping[str, Layer]) -> dict[str, str]:
+    """Which of a module's linears are projections of attention, by name.
+
+    Args:
+        owner: the module's path.
+        paths: the paths of its linears by name.
+        layers: all layers by path.
+    """
+    projections = {}
+    for name, path in paths.items():
+        role = _projection_named(name)
+        if role is None:
+            continue
+        if role == FUSED:
+            # ``in_proj`` and the like are names of other things too: a fused projection makes more of its
+            # input, and stands in what is called attention unless its name says q, k and v.
+            in_attention = "att" in owner.lower()
+            says_so = bool(_words(name) & (_PROJECTION_WORDS[FUSED] | _PROJECTION_WORDS[QUERY]))
+            widens = layers[path].out_features > layers[path].in_features
+            if not widens or not (in_attention or says_so):
+                continue
+        projections[name] = role
+    return projections
+
+
+def _ways_out(
+    candidates: Mapping[str, str],
+    paths: Mapping[str, str],
+    projections: Mapping[str, str],
+    layers: Mapping[str, Layer],
+) -> list[str]:
+    """The linears that what attention gives goes through, of those beside its projections.
+
+    Where one module holds attention and feed-forward, the way out of attention is what undoes the queries'
+    sizes.
+
+    Args:
+        candidates: paths by name, the projections possibly among them.
+        paths: paths by name of the linears where the projections are.
+        projections: which of those are projections.
+        layers: all layers by path.
+    """
+    undone = set()
+    for name, role in projections.items():
+        if role == QUERY:
+            query = layers[paths[name]]
+            undone.add((query.out_features, query.in_features))
+    rest = [path for name, path in candidates.items() if name not in projections]
+    undoing = [path for path in rest if (layers[path].in_features, layers[path].out_features) in undone]
+    return undoing or rest
+
+
+def _role_outside_attention(path: str, layer: Layer, modules: Mapping[str, nn.Module]) -> str:
+    """What a layer is there for that is neither head nor in attention."""
+    if layer.kind == "embedding":
+        return EMBEDDING
+    if layer.kind == "convolution":
+        return CONVOLUTION
     if not layer.is_linear:
-        return {"embedding": EMBEDDING, "convolution": CONVOLUTION}.get(layer.kind, ATTENTION)
-    parent, _, name = path.rpartition(".")
-    if "router" in path.split(".") or (name in _ROUTER_NAMES and _has_experts(modules[parent])):
+        return ATTENTION
+    owner, _, name = path.rpartition(".")
+    if "router" in path.split(".") or (name in _ROUTER_NAMES and _has_experts(modules[owner])):
         return ROUTER
-    if not re.search(r"(^|\.)\d+(\.|$)", path):
+    in_repeated_layer = re.search(r"(^|\.)\d+(\.|$)", path) is not None
+    if not in_repeated_layer:
         return LINEAR
     if "gate" in _words(name):
         return FFN_GATE
     if layer.out_features > layer.in_features:
         return FFN_IN
-    return FFN_OUT if layer.out_features < layer.in_features else LINEAR
+    if layer.out_features < layer.in_features:
+        return FFN_OUT
+    return LINEAR
 
 
 def _has_experts(module: nn.Module) -> bool:

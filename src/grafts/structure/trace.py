@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,11 +16,13 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from grafts.errors import InterfaceError
-from grafts.modules.layers import describe
 from grafts.modules.tree import base_modules
+from grafts.sites.setup import Setup
 from grafts.sites.site import sites_in
+from grafts.structure.example_inputs import example_inputs
 
-_LARGEST = 2_000_000_000  # numbers that a model without memory gets some for
+# How many numbers a model on the meta device may have to get memory for the run (8 GB in float32).
+_LARGEST = 2_000_000_000
 
 
 @dataclass(frozen=True)
@@ -50,10 +51,10 @@ class Call:
     Attributes:
         path: the module's.
         begin: how many operations came before it.
-        end: how many when it ended.
-        inputs: numbers of the tensors that it was given, the first argument's first.
-        outputs: numbers of the tensors that it gave.
         depth: how many modules were running around it.
+        inputs: numbers of the tensors that it was given, the first argument's first.
+        end: how many operations there were when it ended; -1 while it has not.
+        outputs: numbers of the tensors that it gave.
     """
 
     path: str
@@ -63,16 +64,34 @@ class Call:
     end: int = -1
     outputs: tuple[int, ...] = ()
 
+    @property
+    def output(self) -> int | None:
+        """The number of the first tensor that it gave, or None."""
+        if self.outputs:
+            return self.outputs[0]
+        return None
+
+    @property
+    def input(self) -> int | None:
+        """The number of the first tensor that it was given, or None."""
+        if self.inputs:
+            return self.inputs[0]
+        return None
+
 
 @dataclass
 class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """What one forward did. A tensor that is written into gets a new number.
+    """What one forward did.
+
+    Tensors are numbered in the order in which they appear. One that is written into gets a new number, and so
+    do those that share its memory: a number stands for one value.
 
     Attributes:
         nodes: every operation, in order.
         calls: every call of a module, in the order in which they began.
         shapes: of each tensor, by number.
-        maker: the index of the operation that gave a tensor, by number.
+        floats: the numbers of the tensors that hold floating-point numbers.
+        maker: the index of the operation that gave a tensor, by number; none for parameters and inputs.
         readers: the indices of those that read it, by number.
     """
 
@@ -86,48 +105,60 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __post_init__(self) -> None:
         """Begin with nothing."""
         super().__init__()  # type: ignore[no-untyped-call]
-        self._kept: list[Tensor] = []  # so that no two tensors have one identity
+        # Every tensor is kept until the end: the identity of one that is gone may be given to another.
+        self._kept: list[Tensor] = []
         self._numbers: dict[int, int] = {}
-        self._aliases: dict[int, list[Tensor]] = {}
+        self._sharing_memory: dict[int, list[Tensor]] = {}
         self._running: list[Call] = []
 
     def number(self, tensor: Tensor) -> int:
         """The number of a tensor as it is now."""
         known = self._numbers.get(id(tensor))
-        return self._new(tensor) if known is None else known
+        if known is None:
+            return self._new_number(tensor)
+        return known
 
-    def _new(self, tensor: Tensor) -> int:
+    def _new_number(self, tensor: Tensor) -> int:
+        """Number a tensor that is new, or that was written into."""
         number = len(self.shapes)
         if id(tensor) not in self._numbers:
             self._kept.append(tensor)
             if tensor.device.type != "meta":
-                self._aliases.setdefault(tensor.untyped_storage().data_ptr(), []).append(tensor)
+                address = tensor.untyped_storage().data_ptr()
+                self._sharing_memory.setdefault(address, []).append(tensor)
         self._numbers[id(tensor)] = number
         self.shapes[number] = tuple(tensor.shape)
         if tensor.is_floating_point():
             self.floats.add(number)
         return number
 
+    def _others_in_memory(self, tensor: Tensor) -> list[Tensor]:
+        """The other known tensors that share a tensor's memory."""
+        if tensor.device.type == "meta":
+            return []
+        others = self._sharing_memory.get(tensor.untyped_storage().data_ptr(), ())
+        return [other for other in others if other is not tensor]
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Every operation."""
-        inputs = tuple(self.number(t) for t in tensors_in((args, kwargs or {})))
+        kwargs = kwargs or {}
+        inputs = tuple(self.number(tensor) for tensor in tensors_in((args, kwargs)))
         if func is torch.ops.aten._local_scalar_dense.default and args[0].device.type == "meta":
-            return {torch.bool: True}.get(
-                args[0].dtype, 1.0 if args[0].is_floating_point() else 1
-            )  # nobody knows
-        result = func(*args, **(kwargs or {}))
+            return _unknown_number(args[0])
+        result = func(*args, **kwargs)
+
         name = func.overloadpacket.__name__
-        given = tensors_in(result)
-        carried: list[int] = []
-        written = [t for t in given if id(t) in self._numbers] if name.endswith("_") else []
-        outputs = [self._new(t) for t in given]
-        for tensor in written:  # what shares its memory has changed as well
-            if tensor.device.type == "meta":
-                continue
-            for other in self._aliases.get(tensor.untyped_storage().data_ptr(), ()):
-                if other is not tensor:
-                    carried.append(self.number(other))
-                    outputs.append(self._new(other))
+        results = tensors_in(result)
+        is_in_place = name.endswith("_")
+        rewritten = [tensor for tensor in results if is_in_place and id(tensor) in self._numbers]
+        outputs = [self._new_number(tensor) for tensor in results]
+        carried = []
+        for tensor in rewritten:
+            # What shares its memory has changed as well.
+            for other in self._others_in_memory(tensor):
+                carried.append(self.number(other))
+                outputs.append(self._new_number(other))
+
         index = len(self.nodes)
         module = self._running[-1].path if self._running else ""
         self.nodes.append(Node(name.removesuffix("_"), inputs, tuple(outputs), tuple(carried), module))
@@ -139,26 +170,38 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def enter(self, path: str, args: Any, kwargs: Any) -> None:
         """A module begins."""
-        inputs = tuple(self.number(t) for t in tensors_in((args, kwargs)))
-        self._running.append(Call(path, len(self.nodes), len(self._running), inputs))
-        self.calls.append(self._running[-1])
+        inputs = tuple(self.number(tensor) for tensor in tensors_in((args, kwargs)))
+        call = Call(path, len(self.nodes), len(self._running), inputs)
+        self._running.append(call)
+        self.calls.append(call)
 
     def leave(self, output: Any) -> None:
         """The innermost module ends."""
         call = self._running.pop()
         call.end = len(self.nodes)
-        call.outputs = tuple(self.number(t) for t in tensors_in(output))
+        call.outputs = tuple(self.number(tensor) for tensor in tensors_in(output))
+
+
+def _unknown_number(tensor: Tensor) -> bool | float | int:
+    """What a model that asks for a number on the meta device is told, where nobody knows it."""
+    if tensor.dtype == torch.bool:
+        return True
+    if tensor.is_floating_point():
+        return 1.0
+    return 1
 
 
 def tensors_in(value: Any) -> list[Tensor]:
     """The tensors in nested tuples, lists and mappings, in order."""
     if isinstance(value, Tensor):
         return [value]
+    tensors: list[Tensor] = []
     if isinstance(value, Mapping):
-        return [t for item in value.values() for t in tensors_in(item)]
+        value = tuple(value.values())
     if isinstance(value, (tuple, list)):
-        return [t for item in value for t in tensors_in(item)]
-    return []
+        for item in value:
+            tensors += tensors_in(item)
+    return tensors
 
 
 def traced(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> Trace:
@@ -175,15 +218,19 @@ def traced(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> Trace:
     failures: list[str] = []
     for runnable in _with_memory(model):
         with torch.random.fork_rng(devices=[]):
-            tries = [inputs] if inputs is not None else example_inputs(runnable)
-        for given in tries:
+            attempts: Sequence[Mapping[str, Any]]
+            if inputs is not None:
+                attempts = [inputs]
+            else:
+                attempts = example_inputs(runnable)
+        for arguments in attempts:
             trace = Trace()
+            # A model that was not written for this input may raise anything.
             try:
                 with _watched(runnable, trace), _as_it_was(runnable), torch.no_grad(), trace:
-                    runnable(**given)
+                    runnable(**arguments)
             except Exception as error:
-                said = str(error).strip()
-                failures.append(f"{type(error).__name__}: {said.splitlines()[0] if said else ''}"[:200])
+                failures.append(_first_line(error))
                 continue
             return trace
     raise InterfaceError(
@@ -193,11 +240,19 @@ def traced(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> Trace:
     )
 
 
+def _first_line(error: Exception) -> str:
+    """An error in one line of at most 200 characters."""
+    text = str(error).strip()
+    first = text.splitlines()[0] if text else ""
+    return f"{type(error).__name__}: {first}"[:200]
+
+
 def _with_memory(model: nn.Module) -> Iterator[nn.Module]:
     """The model, and where it has no memory (the meta device) and is not too large, a copy full of zeros."""
     yield model
     tensors = [*model.parameters(), *model.buffers()]
-    if any(t.device.type == "meta" for t in tensors) and sum(t.numel() for t in tensors) < _LARGEST:
+    on_meta = any(tensor.device.type == "meta" for tensor in tensors)
+    if on_meta and sum(tensor.numel() for tensor in tensors) < _LARGEST:
         twin = copy.deepcopy(model).to_empty(device="cpu")
         with torch.no_grad():
             for tensor in (*twin.parameters(), *twin.buffers()):
@@ -207,6 +262,7 @@ def _with_memory(model: nn.Module) -> Iterator[nn.Module]:
 
 @contextlib.contextmanager
 def _watched(model: nn.Module, trace: Trace) -> Iterator[None]:
+    """Tell a trace of every call of a module, for the length of a ``with`` block."""
     handles = []
     try:
         for path, module in base_modules(model):
@@ -217,10 +273,8 @@ def _watched(model: nn.Module, trace: Trace) -> Iterator[None]:
             def after(_: nn.Module, args: Any, output: Any) -> None:
                 trace.leave(output)
 
-            handles += [
-                module.register_forward_pre_hook(before, with_kwargs=True),
-                module.register_forward_hook(after),
-            ]
+            handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+            handles.append(module.register_forward_hook(after))
         yield
     finally:
         for handle in handles:
@@ -229,109 +283,30 @@ def _watched(model: nn.Module, trace: Trace) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _as_it_was(model: nn.Module) -> Iterator[None]:
-    """In evaluation mode, without adapters, and with the same random numbers and buffers after it as
+    """In evaluation mode and without adapters; random numbers and buffers are afterwards as they were
     before.
     """
-    setups = [(setup, setup.running) for setup in {id(s.setup): s.setup for _, s in sites_in(model)}.values()]
-    for setup, _ in setups:
+    setups: dict[int, Setup] = {}
+    for _, site in sites_in(model):
+        setups[id(site.setup)] = site.setup
+    running = [(setup, setup.running) for setup in setups.values()]
+    for setup, _ in running:
         setup.running = ()
     training = [module for module in model.modules() if module.training]
     model.eval()
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers() if buffer.device.type != "meta"]
+    buffers = []
+    for buffer in model.buffers():
+        if buffer.device.type != "meta":
+            buffers.append((buffer, buffer.clone()))
     try:
         with torch.random.fork_rng(devices=[]):
             yield
     finally:
-        for setup, running in setups:
-            setup.running = running
+        for setup, keys in running:
+            setup.running = keys
         for module in training:
             module.training = True
         with torch.no_grad():
             for buffer, value in buffers:
                 if buffer.shape == value.shape:
                     buffer.copy_(value)
-
-
-def example_inputs(model: nn.Module) -> list[dict[str, Any]]:
-    """Tiny inputs that the model may take, the likeliest first."""
-    names = inspect.signature(type(model).forward).parameters
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    config = getattr(model, "config", None)
-    tries: list[dict[str, Any]] = []
-    with torch.device(device):
-        if config is None:
-            tries = _for_plain(
-                model, [n for n, p in names.items() if n != "self" and p.default is p.empty and p.kind < 2]
-            )
-        else:
-            ids = _ids(config)
-            more = {"use_cache": False} if "use_cache" in names else {}
-            if "input_ids" in names:
-                text = {"input_ids": ids, **more}
-                if "decoder_input_ids" in names:
-                    text["decoder_input_ids"] = ids
-                tries += [text, {**text, "attention_mask": torch.ones_like(ids)}]
-            for name, tensors in _signals(config, dtype):
-                if name in names:
-                    both = {name: tensors, **more}
-                    if "decoder_input_ids" in names:
-                        both["decoder_input_ids"] = ids
-                    tries.append(both)
-                    if "input_ids" in names:
-                        tries.append({**both, "input_ids": ids})
-    return tries
-
-
-def _ids(config: Any) -> Tensor:
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    size = getattr(text, "vocab_size", None) or getattr(config, "vocab_size", None) or 8
-    special = {getattr(text, name, None) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
-    special |= {value for name, value in vars(config).items() if name.endswith(("token_id", "token_index"))}
-    plain = [i for i in range(int(size) if isinstance(size, int) else 8) if i not in special][:12] or [0]
-    return torch.tensor([(plain * 12)[:9], (plain * 12)[3:12]])
-
-
-def _signals(config: Any, dtype: torch.dtype) -> list[tuple[str, Tensor]]:
-    """Images and sounds by the name of their argument."""
-    vision, audio = (getattr(config, name, None) or config for name in ("vision_config", "audio_config"))
-    size = getattr(vision, "image_size", 32)
-    height, width = (
-        (size, size) if isinstance(size, int) else tuple(size)[:2] if isinstance(size, Sequence) else (32, 32)
-    )
-    channels = int(getattr(vision, "num_channels", None) or getattr(vision, "in_channels", None) or 3)
-    bins = int(getattr(audio, "num_mel_bins", None) or getattr(audio, "feature_size", None) or 16)
-    frames = 2 * int(getattr(audio, "max_source_positions", None) or 32)
-    return [
-        ("pixel_values", torch.rand(2, channels, height, width, dtype=dtype)),
-        (
-            "pixel_values",
-            torch.rand(2, int(getattr(config, "num_frames", 4)), channels, height, width, dtype=dtype),
-        ),
-        ("input_features", torch.rand(2, bins, frames, dtype=dtype)),
-        ("input_features", torch.rand(2, 64, bins, dtype=dtype)),
-        ("input_values", torch.rand(2, 2400, dtype=dtype)),
-        ("input_values", torch.rand(2, int(getattr(config, "max_length", 64)), bins, dtype=dtype)),
-        ("inputs_embeds", torch.rand(2, 9, int(getattr(config, "hidden_size", 16)), dtype=dtype)),
-    ]
-
-
-def _for_plain(model: nn.Module, required: Sequence[str]) -> list[dict[str, Any]]:
-    """For a model without a config: tokens for its first embedding, numbers for its first linear or
-    convolution.
-    """
-    if len(required) != 1:
-        return []
-    tries = []
-    for _, module in base_modules(model):
-        layer = describe(module)
-        dtype = next((p.dtype for p in module.parameters()), torch.float32)
-        if isinstance(module, nn.Embedding):
-            tries.append(torch.arange(10).view(2, 5) % module.num_embeddings)
-        elif layer is not None and layer.is_linear:
-            tries.append(torch.rand(2, 5, layer.in_features, dtype=dtype))
-        elif layer is not None and layer.kind == "convolution":
-            tries.append(torch.rand(2, layer.in_features, *[16] * len(layer.kernel_size), dtype=dtype))
-        if len(tries) == 3:
-            break
-    return [{required[0]: tensor} for tensor in tries]

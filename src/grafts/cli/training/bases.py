@@ -58,7 +58,10 @@ def skeleton(source: str, task: Task | None) -> nn.Module:
     with torch.device("meta"):
         if task is None and named is not None and hasattr(transformers, named):
             return getattr(transformers, named)(config)  # type: ignore[no-any-return]
-        auto = getattr(transformers, task.auto_class) if task is not None else transformers.AutoModel
+        if task is not None:
+            auto = getattr(transformers, task.auto_class)
+        else:
+            auto = transformers.AutoModel
         try:
             return auto.from_config(config)  # type: ignore[no-any-return]
         except ValueError as error:

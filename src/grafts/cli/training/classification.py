@@ -61,10 +61,9 @@ class SequenceClassification:
         for column in filter(None, (text, pair)):
             require_text(rows, column, file, "text_column" if column == text else "text_pair_column")
         require_column(rows, label, file, "label_column")
-        numbers = [
-            _indices(settings.labels or [], [value], file, f"row {row + 1}")[0]
-            for row, value in enumerate(rows[label])
-        ]
+        numbers = []
+        for row, value in enumerate(rows[label]):
+            numbers.append(_indices(settings.labels or [], [value], file, f"row {row + 1}")[0])
         encoded = tokenizer(
             list(rows[text]),
             list(rows[pair]) if pair else None,

@@ -76,7 +76,10 @@ class CausalLM(_Generation):
         """
         column = settings.text_column or "text"
         require_text(rows, column, file, "text_column")
-        end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+        if tokenizer.eos_token_id is not None:
+            end = [tokenizer.eos_token_id]
+        else:
+            end = []
         texts = [
             ids + end for ids in tokenizer(list(rows[column]), add_special_tokens=True)["input_ids"] if ids
         ]

@@ -62,7 +62,9 @@ class Fitted:
     def last_loss(self) -> float | None:
         """The mean training loss over the last tenth of the run."""
         last = [loss for _, loss in self.losses[-max(1, len(self.losses) // 10) :]]
-        return sum(last) / len(last) if last else None
+        if last:
+            return sum(last) / len(last)
+        return None
 
 
 def run(settings: RunSettings, console: Console) -> Metrics:
@@ -154,7 +156,10 @@ def fit(
     finally:
         bar.close()
         shutil.rmtree(scratch, ignore_errors=True)
-    validation = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
+    validation = []
+    for entry in trainer.state.log_history:
+        if "eval_loss" in entry:
+            validation.append(entry)
     return Fitted(bar.losses, validation, time.monotonic() - started, trainer)
 
 
@@ -206,7 +211,11 @@ def _choices(logits: Any, labels: Any) -> torch.Tensor:
 def _scalar_metrics(task: Task, labels: Sequence[str]) -> Any:
     def compute(prediction: transformers.EvalPrediction) -> dict[str, float]:
         figures = task.metrics(_array(prediction.predictions), np.asarray(prediction.label_ids), labels)
-        return {name: value for name, value in figures.items() if isinstance(value, float)}
+        result = {}
+        for name, value in figures.items():
+            if isinstance(value, float):
+                result[name] = value
+        return result
 
     return compute
 
@@ -253,7 +262,10 @@ def _show(console: Console, metrics: Metrics, output: Path) -> None:
     """A line of figures for each split, and where things are."""
     for split in SPLITS[1:]:
         if split in metrics:
-            figures = {name: value for name, value in metrics[split].items() if isinstance(value, float)}
+            figures = {}
+            for name, value in metrics[split].items():
+                if isinstance(value, float):
+                    figures[name] = value
             console.print(
                 f"{split}: " + ", ".join(f"{k.replace('_', ' ')} {v:.4f}" for k, v in figures.items()),
                 highlight=False,

@@ -15,9 +15,8 @@ import yaml
 
 from grafts.config import AdapterConfig
 from grafts.errors import ConfigError, RunError, did_you_mean
-from grafts.methods._presets import config_from
-from grafts.methods._registry import method_named, method_names
-from grafts.methods.union import UnionConfig
+from grafts.methods._presets import USUAL, config_from
+from grafts.methods._registry import method_named, method_names, method_of
 
 MODEL, DATA, TRAINING, OUTPUT = "Model and adapter", "Data", "Training", "Output"
 
@@ -34,7 +33,7 @@ class RunSettings:
     model: str = setting("", MODEL, "The base model: a folder, or an id on the Hugging Face hub.")
     task: str = setting("", MODEL, "sequence-classification, token-classification, causal-lm or seq2seq-lm.")
     method: str = setting(
-        "lora",
+        USUAL,
         MODEL,
         "The kind of adapter, its options being flags; or a preset or union: "
         "seq_bn[reduction_factor=8]|lora.",
@@ -127,11 +126,13 @@ class RunSettings:
         if self.method not in method_names():
             return self._from_text(options)
         method = method_named(self.method)
-        everywhere = "linear" in method.layers and "target_roles" not in options
-        targets: dict[str, Any] = {"target_modules": "all-linear"} if everywhere else {}
-        method.config.check_names(options)
+        config_class: type[AdapterConfig] = method.config
+        config_class.check_names(options)
+        values: dict[str, Any] = dict(options)
+        if "linear" in method.layers and "target_roles" not in options:
+            values.setdefault("target_modules", "all-linear")
         try:
-            return method.config(**(targets | options))
+            return config_class(**values)
         except TypeError as error:
             raise ConfigError(f"adapter options {self.adapter}: {error}") from error
 
@@ -141,17 +142,19 @@ class RunSettings:
         Raises:
             ConfigError: an option is unknown or cannot be.
         """
-        made = config_from(self.method)
-        made.check_names(options)
-        if not isinstance(made, UnionConfig):
-            return dataclasses.replace(made, **options)
+        config = config_from(self.method)
+        config.check_names(options)
+        members_of = method_of(config).members
+        if members_of is None:
+            return dataclasses.replace(config, **options)
         if self.adapter:
             raise ConfigError(
                 f"options of {self.method!r} stand in brackets behind the name of the part that they belong "
                 f"to"
             )
-        first = dataclasses.replace(made.configs[0], **options)
-        return dataclasses.replace(made, configs=(first, *made.configs[1:]), **options)
+        first, *others = members_of(config)
+        members: dict[str, Any] = {"configs": (dataclasses.replace(first, **options), *others)}
+        return dataclasses.replace(config, **members, **options)
 
     @classmethod
     def combined(cls, file: Path | None, flags: Mapping[str, Any], adapter_flags: Mapping[str, Any]) -> Self:
@@ -178,7 +181,10 @@ class RunSettings:
 
     def to_yaml(self) -> str:
         """The settings as a file for ``--config``; those that are not used are left out."""
-        values = {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
+        values = {}
+        for k, v in dataclasses.asdict(self).items():
+            if v is not None:
+                values[k] = v
         return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
@@ -208,7 +214,10 @@ def as_type(name: str, value: Any, hint: Any) -> Any:
     Raises:
         RunError: it does not fit.
     """
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if isinstance(hint, types.UnionType):
+        options = typing.get_args(hint)
+    else:
+        options = (hint,)
     if value is None and types.NoneType in options:
         return None
     kind = typing.get_origin(options[0]) or options[0]

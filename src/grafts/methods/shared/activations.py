@@ -42,11 +42,11 @@ def activation(name: str | None) -> Activation:
     Raises:
         ConfigError: there is none.
     """
-    known = "linear" if name is None else name.lower()
-    if known in _KNOWN:
-        return _KNOWN[known]
+    key = "linear" if name is None else name.lower()
+    if key in _KNOWN:
+        return _KNOWN[key]
     try:
-        return cast("Activation", importlib.import_module("transformers.activations").ACT2FN[known])
+        return cast("Activation", importlib.import_module("transformers.activations").ACT2FN[key])
     except (ImportError, KeyError) as error:
         raise ConfigError(
             f"no activation is called {name!r}; known: {', '.join(_KNOWN)}, and those of transformers"

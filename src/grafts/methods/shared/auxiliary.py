@@ -43,23 +43,21 @@ class TrainableCopy(ModulePart):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The copy's output for the module's own arguments."""
-        cast = {
-            name: p.to(self.dtypes[name])
-            for name, p in self.module.named_parameters()
-            if p.dtype.itemsize
-            > self.dtypes[name].itemsize  # not where the whole model was made narrower since
-        }
-        return (
-            torch.func.functional_call(self.module, cast, args, kwargs)
-            if cast
-            else self.module(*args, **kwargs)
-        )
+        narrowed = {}
+        for name, parameter in self.module.named_parameters():
+            # Not where the whole model was made narrower since.
+            if parameter.dtype.itemsize > self.dtypes[name].itemsize:
+                narrowed[name] = parameter.to(self.dtypes[name])
+        if not narrowed:
+            return self.module(*args, **kwargs)
+        return torch.func.functional_call(self.module, narrowed, args, kwargs)
 
     def file_tensors(self) -> Mapping[str, Tensor]:
         """The copy's parameters under the module's own names."""
-        return {
-            f"{self.file_prefix}{name}": p for name, p in self.module.named_parameters(remove_duplicate=False)
-        }
+        tensors = {}
+        for name, parameter in self.module.named_parameters(remove_duplicate=False):
+            tensors[f"{self.file_prefix}{name}"] = parameter
+        return tensors
 
     def tied(self, host: nn.Module) -> TrainableCopy:
         """A copy of a module that shares this one's weight, sharing it as well."""
@@ -72,25 +70,36 @@ class TrainableCopy(ModulePart):
 
     def merged(self, tensors: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """The copy in place of the module."""
-        transposed = (layer := describe(self.module)) is not None and layer.kind == "transposed-linear"
-        own = {name: p.to(tensors[name].dtype) for name, p in self.module.named_parameters()}
-        return {
-            name: p.T.clone() if transposed and name == "weight" else p.clone() for name, p in own.items()
-        }
+        layer = describe(self.module)
+        is_transposed = layer is not None and layer.kind == "transposed-linear"
+        result = {}
+        for name, parameter in self.module.named_parameters():
+            tensor = parameter.to(tensors[name].dtype)
+            if is_transposed and name == "weight":
+                tensor = tensor.T
+            result[name] = tensor.clone()
+        return result
 
 
 def copy_without_sites(module: nn.Module) -> nn.Module:
     """A deep copy of ``module`` without the adapters in it; hooks of others come along."""
-    shared = {id(site): site for _, site in sites_in(module)}
-    twin: nn.Module = copy.deepcopy(module, dict(shared))
+    # Sites are not copied but shared at first, which costs nothing, and then taken out of the copy.
+    sites: dict[int, Any] = {id(site): site for _, site in sites_in(module)}
+    twin: nn.Module = copy.deepcopy(module, sites)
     for host, site in list(sites_in(twin)):
-        for hooks in (host._forward_hooks, host._forward_pre_hooks):
-            for key in [key for key, hook in hooks.items() if getattr(hook, "__self__", None) is site]:
+        _remove_hooks_of(site, host)
+        del host._modules[site.child]
+    return twin
+
+
+def _remove_hooks_of(site: nn.Module, host: nn.Module) -> None:
+    """Take a site's hooks off a copy of its host, which has handles to none of them."""
+    for hooks in (host._forward_hooks, host._forward_pre_hooks):
+        for key, hook in list(hooks.items()):
+            if getattr(hook, "__self__", None) is site:
                 del hooks[key]
                 host._forward_hooks_with_kwargs.pop(key, None)
                 host._forward_pre_hooks_with_kwargs.pop(key, None)
-        del host._modules[site.child]
-    return twin
 
 
 class BiasOffset(ModulePart):
@@ -105,10 +114,12 @@ class BiasOffset(ModulePart):
     def __init__(self, host: nn.Module, file_name: str) -> None:
         super().__init__()
         assert isinstance(host.bias, Tensor)
-        self.channels = isinstance(
+        # The bias of these lies along the second dimension of the output, that of all others along the last.
+        self.is_by_channel = isinstance(
             host, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.modules.batchnorm._BatchNorm, nn.GroupNorm)
         )
-        if not self.channels and describe(host) is None and "Norm" not in type(host).__name__:
+        is_norm = "Norm" in type(host).__name__
+        if not self.is_by_channel and not is_norm and describe(host) is None:
             raise UnsupportedTargetError(
                 f"a {type(host).__name__} is not known to add its bias to its output"
             )
@@ -122,7 +133,9 @@ class BiasOffset(ModulePart):
         ``(batch, channels, *space)``.
         """
         moved = (self.value - self.base).to(y.dtype)
-        return y + (moved.view(-1, *[1] * (y.dim() - 2)) if self.channels else moved)
+        if self.is_by_channel:
+            moved = moved.view(-1, *[1] * (y.dim() - 2))
+        return y + moved
 
     def file_tensors(self) -> Mapping[str, Tensor]:
         """The bias, under the name that the file format gives it."""
@@ -156,20 +169,23 @@ class TrainableTokens(ModulePart):
         if layer is None or layer.kind not in ("embedding", "linear"):
             raise UnsupportedTargetError(f"a {type(host).__name__} has no rows for trainable_token_indices")
         self.embeds = layer.kind == "embedding"
-        self.scale = row_scale(host) if self.embeds else 1.0
-        rows, dim = (
-            (layer.in_features, layer.out_features)
-            if self.embeds
-            else (layer.out_features, layer.in_features)
-        )
+        if self.embeds:
+            self.scale = row_scale(host)
+            rows, dim = layer.in_features, layer.out_features
+        else:
+            self.scale = 1.0
+            rows, dim = layer.out_features, layer.in_features
         if max(tokens) >= rows:
             raise ConfigError(
                 f"trainable_token_indices has {max(tokens)}, and there are {rows} rows: "
                 "enlarge the vocabulary first (resize_token_embeddings)"
             )
         self.trainable_tokens_delta = nn.Parameter(torch.zeros(len(tokens), dim))
-        self.indices, self.rows = tuple(tokens), rows
-        self.follows = False
+        self.indices = tuple(tokens)
+        self.rows = rows
+        self.follows = (
+            False  # whether it takes its values from another module's, of which it shares the weight
+        )
         self.register_buffer("tokens", torch.tensor(self.indices), persistent=False)
         self.register_buffer("slots", torch.full((rows,), -1), persistent=False)
         self.register_buffer("base", torch.zeros(len(tokens), dim), persistent=False)

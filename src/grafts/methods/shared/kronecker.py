@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from grafts.errors import ConfigError
+from grafts.sites.site import Reference
 
 
 @dataclass(frozen=True)
@@ -39,22 +40,25 @@ class Hypercomplex:
     bias: bool
 
     def rule_tensors(self, shared: bool) -> nn.ParameterDict:
-        """C, ``(n, n, n)``, or its factors, by their names in files."""
+        """C, ``(n, n, n)``, or its factors, by their names in files.
+
+        Args:
+            shared: whether all layers use it, which then starts larger.
+        """
         n = self.dim
         shapes = {"phm_rule": (n, n, n)}
         if self.factorized_rule:
             shapes = {"phm_rule_left": (n, n, 1), "phm_rule_right": (n, 1, n)}
-        made = nn.ParameterDict({name: nn.Parameter(torch.empty(shape)) for name, shape in shapes.items()})
-        for tensor in made.values():
-            reach = (
-                (1.0 if shared else 0.01) if self.rule == "uniform" else (self.rule_range if shared else 0.01)
-            )
-            (
+        tensors = nn.ParameterDict()
+        for name, shape in shapes.items():
+            tensors[name] = nn.Parameter(torch.empty(shape))
+        for tensor in tensors.values():
+            if self.rule == "uniform":
+                reach = 1.0 if shared else 0.01
                 nn.init.uniform_(tensor, -reach, reach)
-                if self.rule == "uniform"
-                else nn.init.normal_(tensor, std=reach)
-            )
-        return made
+            else:
+                nn.init.normal_(tensor, std=self.rule_range if shared else 0.01)
+        return tensors
 
     def weight_tensors(self, inputs: int, outputs: int, prefix: str = "W") -> nn.ParameterDict:
         """W, ``(n, in / n, out / n)``, or its factors, by their names in files.
@@ -73,23 +77,25 @@ class Hypercomplex:
                 f"{prefix}_left": (n, inputs // n, self.rank),
                 f"{prefix}_right": (n, self.rank, outputs // n),
             }
-        made = nn.ParameterDict({name: nn.Parameter(torch.empty(shape)) for name, shape in shapes.items()})
-        for tensor in made.values():
-            for one in tensor.data:
+        tensors = nn.ParameterDict()
+        for name, shape in shapes.items():
+            tensors[name] = nn.Parameter(torch.empty(shape))
+        for tensor in tensors.values():
+            for matrix in tensor.data:
                 if self.weights == "normal":
-                    nn.init.normal_(one, std=self.rule_range)
+                    nn.init.normal_(matrix, std=self.rule_range)
+                elif self.weights == "glorot-uniform":
+                    nn.init.xavier_uniform_(matrix)
                 else:
-                    (nn.init.xavier_uniform_ if self.weights == "glorot-uniform" else nn.init.xavier_normal_)(
-                        one
-                    )
-        return made
+                    nn.init.xavier_normal_(matrix)
+        return tensors
 
 
-def whole(tensors: nn.ParameterDict, name: str) -> Tensor:
+def product_of_factors(tensors: nn.ParameterDict, name: str) -> Tensor:
     """The tensor ``name``, made from its factors where it has some."""
     if name in tensors:
-        one: Tensor = tensors[name]
-        return one
+        tensor: Tensor = tensors[name]
+        return tensor
     return torch.bmm(tensors[f"{name}_left"], tensors[f"{name}_right"])
 
 
@@ -100,8 +106,6 @@ class HypercomplexLinear(nn.Module):
         rule: C, or empty where it is shared.
         weight: W, or empty where it is shared.
         b: ``(out,)``, or None.
-        shared_rule: whose C is used.
-        shared_weight: whose W is used, and its name there.
     """
 
     def __init__(self, kind: Hypercomplex, inputs: int, outputs: int, rule: bool, weight: bool) -> None:
@@ -110,24 +114,34 @@ class HypercomplexLinear(nn.Module):
         self.rule = kind.rule_tensors(shared=False) if rule else nn.ParameterDict()
         self.weight = kind.weight_tensors(inputs, outputs) if weight else nn.ParameterDict()
         self.b = nn.Parameter(torch.zeros(outputs)) if kind.bias else None
-        self.shared: tuple[nn.ParameterDict, str] | None = None
+        # What all layers share, and the name of W there.
+        self._shared: Reference[nn.ParameterDict] | None = None
+        self._shared_name = "W"
 
     def share(self, tensors: nn.ParameterDict, name: str) -> None:
         """Use what is shared wherever there is none of its own; ``name`` is that of W there."""
-        self.shared = tensors, name
+        self._shared = Reference(tensors)
+        self._shared_name = name
 
     def matrix(self) -> Tensor:
         """H, ``(in, out)``."""
-        tensors, name = self.shared if self.shared is not None else (self.rule, "W")
-        rule = whole(self.rule if len(self.rule) else tensors, "phm_rule")
-        weight = whole(self.weight, "W") if len(self.weight) else whole(tensors, name)
+        rule = self._own_or_shared(self.rule, "phm_rule", "phm_rule")
+        weight = self._own_or_shared(self.weight, "W", self._shared_name)
         if not self.kind.learn_rule:
             rule = rule.detach()
-        return torch.einsum("nab,ncd->acbd", rule, weight).reshape(
-            rule.shape[1] * weight.shape[1], rule.shape[2] * weight.shape[2]
-        )
+        rows, columns = rule.shape[1] * weight.shape[1], rule.shape[2] * weight.shape[2]
+        return torch.einsum("nab,ncd->acbd", rule, weight).reshape(rows, columns)
+
+    def _own_or_shared(self, own: nn.ParameterDict, name: str, shared_name: str) -> Tensor:
+        """A tensor of this linear, or that of all."""
+        if len(own) > 0:
+            return product_of_factors(own, name)
+        assert self._shared is not None
+        return product_of_factors(self._shared.module, shared_name)
 
     def forward(self, x: Tensor) -> Tensor:
         """``(*batch, in)`` -> ``(*batch, out)``."""
         y = x @ self.matrix().to(x.dtype)
-        return y if self.b is None else y + self.b.to(x.dtype)
+        if self.b is None:
+            return y
+        return y + self.b.to(x.dtype)

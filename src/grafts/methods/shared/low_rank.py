@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import abc
 import math
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -107,10 +108,8 @@ class LinearProduct(Product):
         u = self._down(x, y, a)
         if u.dtype != y.dtype:
             return y + (scaling * F.linear(u, b.to(u.dtype))).to(y.dtype)
-        flat = torch.addmm(
-            y.reshape(-1, y.shape[-1]), u.reshape(-1, u.shape[-1]), b.to(u.dtype).T, alpha=scaling
-        )
-        return flat.view(y.shape)
+        flat_y, flat_u = y.reshape(-1, y.shape[-1]), u.reshape(-1, u.shape[-1])
+        return torch.addmm(flat_y, flat_u, b.to(u.dtype).T, alpha=scaling).view(y.shape)
 
     def add_(self, y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
         """`add` into ``y``: no copy, and no second tensor of its size."""
@@ -122,7 +121,7 @@ class LinearProduct(Product):
         b_T = b.to(u.dtype).T
         if y.dim() == 2:
             return y.addmm_(u, b_T, alpha=scaling)
-        # not through a view of two dimensions: autograd would copy every gradient of y on its way back
+        # Not through a view of two dimensions: autograd would copy every gradient of y on its way back.
         return y.baddbmm_(u, b_T.expand(y.shape[0], -1, -1), alpha=scaling)
 
 
@@ -165,6 +164,10 @@ class EmbeddingProduct(LinearProduct):
         return self.row_scale
 
 
+# By how many dimensions of space there are.
+_CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+
 class ConvProduct(Product):
     """Beside a convolution: A is a convolution like it with r channels, B one with a kernel of one point.
 
@@ -183,33 +186,28 @@ class ConvProduct(Product):
     def shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """``(r, in / groups, *kernel)`` and ``(out, r, 1, ...)``."""
         layer = self.layer
-        ones = (1,) * len(layer.kernel_size)
-        return (rank, layer.in_features // layer.groups, *layer.kernel_size), (
-            layer.out_features,
-            rank,
-            *ones,
-        )
+        a = (rank, layer.in_features // layer.groups, *layer.kernel_size)
+        b = (layer.out_features, rank, *(1,) * len(layer.kernel_size))
+        return a, b
 
     def add(self, y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
         """``y + scaling B A x``, ``(batch, out, *space)``."""
         if self.layer.groups > 1:
-            weight = (b.flatten(1).to(x.dtype) @ a.flatten(1).to(x.dtype)).view(
-                self.layer.out_features, *a.shape[1:]
-            )
-            update = self._convolve(x, weight)
+            matrix = b.flatten(1).to(x.dtype) @ a.flatten(1).to(x.dtype)
+            update = self._convolve(x, matrix.view(self.layer.out_features, *a.shape[1:]))
         else:
-            pointwise = (F.conv1d, F.conv2d, F.conv3d)[len(self.layer.kernel_size) - 1]
+            pointwise = _CONVOLUTIONS[len(self.layer.kernel_size)]
             update = pointwise(self._convolve(x, a.to(x.dtype)), b.to(x.dtype))
         return y + (scaling * update).to(y.dtype)
 
     def _convolve(self, x: Tensor, weight: Tensor) -> Tensor:
         """The layer's own convolution with another weight, and no bias."""
-        convolve = (F.conv1d, F.conv2d, F.conv3d)[len(self.layer.kernel_size) - 1]
+        convolve = _CONVOLUTIONS[len(self.layer.kernel_size)]
+        groups = self.layer.groups
         if self.padding_mode == "zeros":
-            return convolve(x, weight, groups=self.layer.groups, padding=self.padding, **self.options)
-        return convolve(
-            F.pad(x, self.edges, mode=self.padding_mode), weight, groups=self.layer.groups, **self.options
-        )
+            return convolve(x, weight, groups=groups, padding=self.padding, **self.options)
+        padded = F.pad(x, self.edges, mode=self.padding_mode)
+        return convolve(padded, weight, groups=groups, **self.options)
 
     def along(self, v: Tensor) -> Tensor:
         """``(out, 1, ...)``, one for each dimension of space."""
@@ -228,4 +226,11 @@ def product(layer: Layer, host: nn.Module) -> Product:
     """The product beside ``host``, which is a linear layer, an embedding or a convolution."""
     if layer.kind == "embedding":
         return EmbeddingProduct(layer, host)
-    return ConvProduct(layer, host) if layer.kind == "convolution" else LinearProduct(layer)
+    if layer.kind == "convolution":
+        return ConvProduct(layer, host)
+    return LinearProduct(layer)
+
+
+def is_transposed(layers: Mapping[str, Layer]) -> bool:
+    """What a file says in ``fan_in_fan_out``: whether weights are ``(in_features, out_features)`` (GPT-2)."""
+    return any(layer.kind == "transposed-linear" for layer in layers.values())

@@ -25,9 +25,12 @@ class MultiheadPart(ModulePart):
 
     def __init__(self, in_proj: Part, out_proj: Part) -> None:
         super().__init__()
-        self.in_proj, self.out_proj = in_proj, out_proj
+        self.in_proj = in_proj
+        self.out_proj = out_proj
         for part in (in_proj, out_proj):
-            if part.when != "after" or any(isinstance(module, nn.Dropout) for module in part.modules()):
+            has_dropout = any(isinstance(module, nn.Dropout) for module in part.modules())
+            acts_after = isinstance(part, ModulePart) and part.when == "after"
+            if not acts_after or has_dropout:
                 raise ConfigError(
                     "nn.MultiheadAttention is adapted through its weights, where there is no place for "
                     "dropout"
@@ -62,19 +65,26 @@ class MultiheadPart(ModulePart):
 
     def file_tensors(self) -> Mapping[str, Tensor]:
         """Those of both."""
-        return {
-            prefix + name: tensor
-            for prefix, part in self.components().items()
-            for name, tensor in part.file_tensors().items()
-        }
+        tensors = {}
+        for prefix, part in self.components().items():
+            for name, tensor in part.file_tensors().items():
+                tensors[prefix + name] = tensor
+        return tensors
 
     def merged(self, tensors: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Each projection's weight and bias with its part folded in."""
         result = {}
-        for part, form in ((self.in_proj, "in_proj_{}"), (self.out_proj, "out_proj.{}")):
-            here, there = (
-                {name: given[form.format(name)] for name in ("weight", "bias") if form.format(name) in given}
-                for given in (tensors, base)
-            )
-            result.update({form.format(name): tensor for name, tensor in part.merged(here, there).items()})
+        for part, prefix in ((self.in_proj, "in_proj_"), (self.out_proj, "out_proj.")):
+            merged = part.merged(_of_projection(tensors, prefix), _of_projection(base, prefix))
+            for name, tensor in merged.items():
+                result[prefix + name] = tensor
         return result
+
+
+def _of_projection(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The weight and the bias of one projection, among the tensors of `nn.MultiheadAttention`."""
+    own = {}
+    for name in ("weight", "bias"):
+        if prefix + name in tensors:
+            own[name] = tensors[prefix + name]
+    return own

@@ -1,15 +1,16 @@
-"""Parts that hear which tokens a call has, for methods that count or average over them."""
+"""Parts that observe which tokens a call has, for methods that count or average over them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
 from grafts.errors import StateError
 from grafts.methods._registry import Place
 from grafts.sites.input import TokenObserver
-from grafts.structure.residual_stream import Stream
+from grafts.sites.site import Part
+from grafts.structure.view import ModelView
 
 
 class WholeInput(TokenObserver):
@@ -46,16 +47,37 @@ class TokenCounter(TokenObserver):
 
     def observe(self, number: Tensor, left: Tensor, past: int) -> None:
         """Remember."""
-        self.number, self.left, self.past = number, left, past
+        self.number = number
+        self.left = left
+        self.past = past
 
 
-def observer_places(stream: Stream, candidates: Sequence[Place]) -> list[Place]:
-    """The inputs of those stacks of layers that say which tokens are real."""
-    inputs = [place for place in candidates if place.layer.kind == "input"]
-    layers = [layer.path for layer in stream.layers]
-    return [place for place in inputs if any(inside(path, place.path) for path in layers)]
+def observer_places(view: ModelView, candidates: Sequence[Place]) -> list[Place]:
+    """The inputs of those stacks of layers that say which tokens are real.
+
+    Args:
+        view: the model, with its residual stream.
+        candidates: the places that all layers of the model would be.
+    """
+    assert view.stream is not None
+    places = []
+    for place in candidates:
+        if place.layer.kind != "input":
+            continue
+        if any(is_inside(layer.path, place.path) for layer in view.stream.layers):
+            places.append(place)
+    return places
 
 
-def inside(path: str, owner: str) -> bool:
+def counter_around(path: str, parts: Mapping[str, Part]) -> TokenCounter | None:
+    """The counter of the innermost stack around a module; None where there is none."""
+    innermost, counter = "", None
+    for owner, part in parts.items():
+        if isinstance(part, TokenCounter) and is_inside(path, owner) and len(owner) >= len(innermost):
+            innermost, counter = owner, part
+    return counter
+
+
+def is_inside(path: str, owner: str) -> bool:
     """Whether a module lies in another one; everything lies in the root."""
-    return not owner or path.startswith(f"{owner}.")
+    return owner == "" or path.startswith(f"{owner}.")
