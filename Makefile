@@ -1,5 +1,5 @@
 # Each target makes the virtual environment that it needs; PYTHON=python3.12 make ... chooses another interpreter.
-.PHONY: demo test check bench architectures docs format clean \
+.PHONY: demo test check coverage bench architectures docs format clean \
 	test-newest test-newest-short test-matrix test-alignment test-processors test-adapterhub
 
 PYTHON ?= python3
@@ -19,9 +19,15 @@ check: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python scripts/check_imports.py
+	$(BIN)/python scripts/public_types.py
 	$(BIN)/python scripts/changelog_version.py
 	$(BIN)/python scripts/tested_versions.py check
 	$(BIN)/mkdocs build --strict --quiet --site-dir build/site
+
+# Lines and branches of the package that the suite runs, with the emptiest files.
+coverage: $(VENV)/.dev
+	$(BIN)/python -m pytest -n $(WORKERS) --cov --cov-report=json:build/coverage.json --cov-report=
+	$(BIN)/python scripts/emptiest_files.py build/coverage.json
 
 format: $(VENV)/.dev
 	$(BIN)/ruff format .

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 import grafts
-from bases import ids
-from caches import cache_of, going_on
-from conftest import shake
 from grafts.lifecycle.registry import parts_of
+from helpers.adapters import shake
+from helpers.bases import ids
+from helpers.caches import cache_of, going_on
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning"),

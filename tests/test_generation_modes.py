@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 import grafts
-from bases import ids
-from conftest import any_config, randomise, shake
 from grafts.methods import Method
+from helpers.adapters import any_config, randomise, shake
+from helpers.bases import ids
 from test_generation import decoder
 
 pytestmark = [

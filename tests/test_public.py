@@ -1,4 +1,4 @@
-"""The package's face: names, laziness, registration from other packages, import order."""
+"""What the package exports: names, laziness, registration from other packages, import order."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import grafts
-from conftest import randomise
+from helpers.adapters import randomise
 
 ROOT = Path(__file__).parents[2]
 DATA = ROOT / "tests" / "data" / "adapterhub"  # made by scripts/adapterhub_reference.py

@@ -14,10 +14,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import grafts
-from bases import BY_NAME
-from conftest import randomise
 from grafts.checkpoints import atomic_write as files
 from grafts.checkpoints import peft_format as peft
+from helpers.adapters import randomise
+from helpers.bases import BY_NAME
 
 STEPS = ["mkdtemp", "fsync", "open", "rename", "replace", "rmdir", "chmod"]
 

@@ -16,13 +16,13 @@ import yaml
 from huggingface_hub import constants
 from torch import Tensor
 
-import bases
 import grafts
-from bases import BY_NAME
-from closeness import assert_rounded
-from conftest import randomise
 from grafts.checkpoints.save import checkpoint_files
-from hubserver import TOKEN, Hub, serving
+from helpers import bases
+from helpers.adapters import randomise
+from helpers.bases import BY_NAME
+from helpers.closeness import assert_rounded
+from helpers.hubserver import TOKEN, Hub, serving
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
 

@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-import bases
 import grafts
-from bases import BY_NAME, Base
-from conftest import randomise
-from peers import peft
+from helpers import bases
+from helpers.adapters import randomise
+from helpers.bases import BY_NAME, Base
+from helpers.peers import peft
 
 pytestmark = [
     pytest.mark.filterwarnings(

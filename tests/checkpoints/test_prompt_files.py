@@ -13,11 +13,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import grafts
-from bases import BY_NAME, Base
-from closeness import assert_rounded
-from conftest import randomise
 from grafts.lifecycle.registry import parts_of
-from peers import peft
+from helpers.adapters import randomise
+from helpers.bases import BY_NAME, Base
+from helpers.closeness import assert_rounded
+from helpers.peers import peft
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning"),

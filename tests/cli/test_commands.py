@@ -14,12 +14,12 @@ import pytest
 import yaml
 from transformers import PreTrainedTokenizerFast
 
-import bases
 import grafts
-from conftest import any_config
 from grafts.cli.main import main
 from grafts.lifecycle.registry import parts_of
 from grafts.methods import Method
+from helpers import bases
+from helpers.adapters import any_config
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -192,7 +192,7 @@ def test_adapter_of_peft_is_used_with_the_base_and_labels_named(
 ) -> None:
     from transformers import AutoModelForSequenceClassification
 
-    from peers import peft
+    from helpers.peers import peft
 
     base = AutoModelForSequenceClassification.from_pretrained(models / "bert")
     peft.get_peft_model(base, peft.LoraConfig(task_type="SEQ_CLS", target_modules=["query"])).save_pretrained(

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import grafts
-from bases import noise
-from closeness import assert_bitwise, assert_rounded
-from conftest import randomise, tensors_of
 from grafts.lifecycle.registry import parts_of
 from grafts.methods import Method, methods
 from grafts.modules.layers import describe
+from helpers.adapters import randomise, tensors_of
+from helpers.bases import noise
+from helpers.closeness import assert_bitwise, assert_rounded
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))

@@ -15,12 +15,12 @@ from safetensors import safe_open
 from torch import nn
 
 import grafts
-from bases import BY_NAME, Base
-from closeness import assert_bitwise, assert_rounded
-from conftest import any_config, randomise, tensors_of
 from grafts.lifecycle.plan import Target
 from grafts.lifecycle.registry import parts_of
 from grafts.methods import Method
+from helpers.adapters import any_config, randomise, tensors_of
+from helpers.bases import BY_NAME, Base
+from helpers.closeness import assert_bitwise, assert_rounded
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 TRANSFORMERS = [BY_NAME[name] for name in ("llama", "gpt2", "bert", "sdpa")]

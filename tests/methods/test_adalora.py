@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 from torch import nn
 
 import grafts
-from bases import BY_NAME, ids
-from closeness import assert_all_rounded, assert_rounded
 from grafts.lifecycle.registry import parts_of
-from peers import peft
+from helpers.bases import BY_NAME, ids
+from helpers.closeness import assert_all_rounded, assert_rounded
+from helpers.peers import peft
 
 LLAMA = BY_NAME["llama"]
 SCHEDULE = {"init_r": 4, "target_r": 2, "tinit": 3, "tfinal": 4, "total_step": 14, "deltaT": 2}

@@ -1,4 +1,6 @@
-"""Adaption prompts: their config, which layers they take, their gate, images, and the face of `peft`."""
+"""Adaption prompts: their config, which layers they take, their gate, images, and the model class of
+`peft`.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +9,9 @@ import torch
 from torch import nn
 
 import grafts
-from bases import BY_NAME, Base, ids, llama, noise
-from conftest import randomise
 from grafts.lifecycle.registry import parts_of
+from helpers.adapters import randomise
+from helpers.bases import BY_NAME, Base, ids, llama, noise
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
 LLAMA, T5, BERT = BY_NAME["llama"], BY_NAME["t5"], BY_NAME["bert"]
@@ -171,7 +173,7 @@ def face() -> grafts.AdaptionPromptModel:
     return model
 
 
-def test_the_face_holds_several_and_switches_by_pointer() -> None:
+def test_the_model_class_of_peft_holds_several_and_switches_by_pointer() -> None:
     model = face()
     bare = LLAMA.output(LLAMA.model())
     assert model.active_adapters == ["one"]
@@ -199,7 +201,7 @@ def test_the_face_holds_several_and_switches_by_pointer() -> None:
     assert torch.equal(LLAMA.output(model), bare)
 
 
-def test_the_face_refuses_what_cannot_be() -> None:
+def test_the_model_class_of_peft_refuses_what_cannot_be() -> None:
     model = face()
     with pytest.raises(grafts.AdapterNameError, match="no adapter is called 'three'"):
         model.set_adapter("three")

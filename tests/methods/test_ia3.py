@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import nn
 
-import bases
 import grafts
-from bases import BASES, BY_NAME, noise
-from conftest import randomise
 from grafts.lifecycle.registry import parts_of
 from grafts.methods.shared.rescale import scaled
+from helpers import bases
+from helpers.adapters import randomise
+from helpers.bases import BASES, BY_NAME, noise
 
 LLAMA = BY_NAME["llama"]
 

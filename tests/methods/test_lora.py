@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 import grafts
-from bases import BY_NAME
-from closeness import assert_rounded
-from conftest import randomise
 from grafts.lifecycle.registry import parts_of
+from helpers.adapters import randomise
+from helpers.bases import BY_NAME
+from helpers.closeness import assert_rounded
 
 
 def part_of(model: nn.Module) -> nn.Module:

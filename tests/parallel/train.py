@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-import bases
 import grafts
+from helpers import bases
 
 torch.set_num_threads(1)
 STEPS = 4

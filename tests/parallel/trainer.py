@@ -15,9 +15,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import torch
 from transformers import Trainer, TrainingArguments
 
-import bases
 import grafts
 from grafts.lifecycle.sharding import is_main_process
+from helpers import bases
 
 torch.set_num_threads(1)
 TEXTS = {

@@ -13,15 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-import bases
 import grafts
-from bases import ids
-from caches import CACHE, cache_of, going_on
-from conftest import randomise
 from grafts.lifecycle.registry import parts_of
 from grafts.sites import arguments
 from grafts.sites.arguments import CallSignature, Kind, could_be_cache
 from grafts.sites.input import InputSite
+from helpers import bases
+from helpers.adapters import randomise
+from helpers.bases import ids
+from helpers.caches import CACHE, cache_of, going_on
 
 # every way of acting at a model's input: putting tokens in, counting them, needing all of them, moving their
 # positions

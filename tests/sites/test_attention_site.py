@@ -18,12 +18,12 @@ import torch.nn.functional as F
 from torch import nn
 
 import grafts
-from attending import ARCHITECTURES, CUSTOM, Architecture, read_prompt, slow_prefixes, slow_prompts
-from bases import BY_NAME, SDPABlock, ids, noise
-from caches import cache_of, going_on
-from conftest import randomise
 from grafts.lifecycle.registry import parts_of
 from grafts.sites.attention import AttendingPart, ConfigView
+from helpers.adapters import randomise
+from helpers.attending import ARCHITECTURES, CUSTOM, Architecture, read_prompt, slow_prefixes, slow_prompts
+from helpers.bases import BY_NAME, SDPABlock, ids, noise
+from helpers.caches import cache_of, going_on
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning"),

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import grafts
-from bases import BY_NAME
-from conftest import randomise
+from helpers.adapters import randomise
+from helpers.bases import BY_NAME
 
 LLAMA = BY_NAME["llama"]
 

@@ -121,6 +121,7 @@ class MergesInPlace(Shift):
 
 def register_shift(part: type[Shift], monkeypatch: pytest.MonkeyPatch) -> None:
     """Register a method whose parts are of this class, until the test ends."""
+    _registry.methods()  # those that are imported later would be forgotten with the registry
     monkeypatch.setattr(_registry, "_registered", dict(_registry._registered))
 
     @method(

@@ -1,1 +1,1 @@
-"""The command line: one file a subcommand, each a thin face over the library."""
+"""The command line: one file a subcommand, each thin over the library."""

@@ -1,4 +1,4 @@
-"""The faces of `peft`'s model classes: what their users know, delegated to the core."""
+"""`peft`'s model classes: what their users know, delegated to the core."""
 
 from __future__ import annotations
 

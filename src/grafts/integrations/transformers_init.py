@@ -47,7 +47,7 @@ def deinit(model: M) -> M:
     if type(inner) not in _classes.values():
         raise StateError(f"this {type(inner).__name__} has not got its methods from grafts.init")
     inner.__class__ = type(inner).__bases__[1]
-    inner.__dict__.pop("_adapter_face", None)
+    inner.__dict__.pop("_adapter_mixin_state", None)
     return model
 
 

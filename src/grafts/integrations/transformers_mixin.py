@@ -1,4 +1,6 @@
-"""The face of `transformers`' adapter mixin: the same names on a model, over the core, for every method."""
+"""The methods of `transformers`' adapter mixin: the same names on a model, over the core, for every
+method.
+"""
 
 from __future__ import annotations
 
@@ -31,16 +33,16 @@ from grafts.lifecycle.sharding import gathered
 
 
 @dataclass
-class FaceState:
-    """What the face of one model has to remember besides what the core knows.
+class MixinState:
+    """What the mixin of one model has to remember besides what the core knows.
 
     Attributes:
-        resting: what `enable_adapters` makes active again, while adapters are disabled; else None.
-        room: the rank that `enable_peft_hotswap` asked for, or None.
+        disabled: what `enable_adapters` makes active again, while adapters are disabled; else None.
+        reserved_rank: the rank that `enable_peft_hotswap` asked for, or None.
     """
 
-    resting: tuple[str, ...] | None = None
-    room: int | None = None
+    disabled: tuple[str, ...] | None = None
+    reserved_rank: int | None = None
 
 
 class PeftAdapterMixin:
@@ -78,8 +80,8 @@ class PeftAdapterMixin:
         return {name: plan.config for name, plan in known.plans.items()}
 
     @property
-    def _face(self) -> FaceState:
-        return cast("FaceState", self.__dict__.setdefault("_adapter_face", FaceState()))
+    def _mixin_state(self) -> MixinState:
+        return cast("MixinState", self.__dict__.setdefault("_adapter_mixin_state", MixinState()))
 
     def _registry(self, names: Sequence[str] = ()) -> registry.Registry:
         """What the model carries.
@@ -156,7 +158,7 @@ class PeftAdapterMixin:
         model, name = cast("nn.Module", self), adapter_name if adapter_name is not None else "default"
         there = name in self.peft_config
         if hotswap == "auto":
-            swapping = there and self._face.room is not None
+            swapping = there and self._mixin_state.reserved_rank is not None
         else:
             swapping = bool(hotswap)
         if swapping and not there:
@@ -182,16 +184,16 @@ class PeftAdapterMixin:
             report = swap(model, checkpoint, name=name)
         else:
             adapter = prepare(registry.unwrapped(model), name, checkpoint, None)
-            check_reservable(adapter.parts, self._face.room)
+            check_reservable(adapter.parts, self._mixin_state.reserved_rank)
             if placed:
                 # The parts have to lie where the model lies then.
                 dispatch(model, device_map, max_memory, offload_folder, offload_index)
                 adapter = prepare(registry.unwrapped(model), name, checkpoint, None)
-            reserve_rank(adapter.parts, self._face.room)
-            adapter.attach(activate=self._face.resting is None, train=is_trainable)
+            reserve_rank(adapter.parts, self._mixin_state.reserved_rank)
+            adapter.attach(activate=self._mixin_state.disabled is None, train=is_trainable)
             report = adapter.report
-            if self._face.resting is not None:
-                self._face.resting = (name,)
+            if self._mixin_state.disabled is not None:
+                self._mixin_state.disabled = (name,)
         return report
 
     def add_adapter(self, adapter_config: AdapterConfig | str, adapter_name: str | None = None) -> None:
@@ -210,10 +212,13 @@ class PeftAdapterMixin:
         if name in self.peft_config:
             raise AdapterNameError(f"Adapter with name {name} already exists. Please use a different name.")
         attach.add(
-            cast("nn.Module", self), config_of(adapter_config), name=name, activate=self._face.resting is None
+            cast("nn.Module", self),
+            config_of(adapter_config),
+            name=name,
+            activate=self._mixin_state.disabled is None,
         )
-        if self._face.resting is not None:
-            self._face.resting = (name,)
+        if self._mixin_state.disabled is not None:
+            self._mixin_state.disabled = (name,)
 
     def set_adapter(self, adapter_name: str | list[str]) -> None:
         """Make adapters active and no others; of them those are trainable that were added or loaded to be
@@ -224,10 +229,10 @@ class PeftAdapterMixin:
         """
         names = activate.as_names(adapter_name)
         known = self._registry(names)
-        if self._face.resting is None:
+        if self._mixin_state.disabled is None:
             activate.activate(cast("nn.Module", self), names)
         else:
-            self._face.resting = names
+            self._mixin_state.disabled = names
         activate.train_only(cast("nn.Module", self), [name for name in names if name in known.trainees])
 
     def train_adapter(self, adapter_name: str | list[str]) -> None:
@@ -251,10 +256,10 @@ class PeftAdapterMixin:
             AdapterNameError: there is no adapter.
         """
         known = self._registry()
-        if self._face.resting is None:
+        if self._mixin_state.disabled is None:
             before = known.setup.active
             activate.deactivate(cast("nn.Module", self))
-            self._face.resting = before
+            self._mixin_state.disabled = before
 
     def enable_adapters(self) -> None:
         """The inverse of `disable_adapters`.
@@ -263,9 +268,9 @@ class PeftAdapterMixin:
             AdapterNameError: there is no adapter.
         """
         self._registry()
-        if self._face.resting is not None:
-            activate.activate(cast("nn.Module", self), self._face.resting)
-            self._face.resting = None
+        if self._mixin_state.disabled is not None:
+            activate.activate(cast("nn.Module", self), self._mixin_state.disabled)
+            self._mixin_state.disabled = None
 
     def active_adapters(self) -> list[str]:
         """The names of the adapters that are set; while adapters are disabled, of those that come back.
@@ -274,7 +279,7 @@ class PeftAdapterMixin:
             AdapterNameError: there is no adapter.
         """
         known = self._registry()
-        return list(known.setup.active if self._face.resting is None else self._face.resting)
+        return list(known.setup.active if self._mixin_state.disabled is None else self._mixin_state.disabled)
 
     def delete_adapter(self, adapter_names: str | list[str]) -> None:
         """Remove adapters, all or none. When the last one goes, the model is as before the first came.
@@ -289,9 +294,11 @@ class PeftAdapterMixin:
         self._registry(names).require_unmerged(f"delete {names}")
         for name in names:
             attach.delete(cast("nn.Module", self), name)
-        if self._face.resting is not None:
+        if self._mixin_state.disabled is not None:
             left = self.peft_config
-            self._face.resting = tuple(name for name in self._face.resting if name in left) if left else None
+            self._mixin_state.disabled = (
+                tuple(name for name in self._mixin_state.disabled if name in left) if left else None
+            )
 
     def get_adapter_state_dict(
         self, adapter_name: str | None = None, state_dict: Mapping[str, Tensor] | None = None
@@ -356,7 +363,7 @@ class PeftAdapterMixin:
                 )
             for name in self.peft_config:
                 reserve(cast("nn.Module", self), name, target_rank)
-        self._face.room = target_rank
+        self._mixin_state.reserved_rank = target_rank
 
     def merge_adapter(self, adapter_names: str | list[str] | None = None) -> None:
         """Fold adapters into the base weights; the active ones if no names are given.

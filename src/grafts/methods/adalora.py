@@ -213,9 +213,9 @@ class RankAllocator:
 
     def __init__(self, config: AdaLoraConfig, parts: Mapping[str, AdaLoraPart]) -> None:
         self.config = config
-        self.parts = dict(parts)
-        self.total_step = config.total_step
-        self.step = 0
+        self.parts: dict[str, AdaLoraPart] = dict(parts)
+        self.total_step: int | None = config.total_step
+        self.step: int = 0
         self.final: dict[str, Tensor] = {}
         self._by_hand = False
         self._sensitivity: dict[tuple[str, str], Tensor] = {}

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from enum import Enum
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -112,24 +112,31 @@ class CallSignature:
         only = [p.name for p in written if p.kind is p.POSITIONAL_ONLY]
         either = [p.name for p in written if p.kind is p.POSITIONAL_OR_KEYWORD]
         by_name = [p.name for p in written if p.kind is p.KEYWORD_ONLY]
-        self.names = (*only, *either)
-        self.only_by_position = len(only)
-        self.parameters = (*self.names, *by_name)
+        self.names: tuple[str, ...] = (*only, *either)
+        self.only_by_position: int = len(only)
+        self.parameters: tuple[str, ...] = (*self.names, *by_name)
         self._parameter_of: dict[Kind, str] = {}
         for name in self.parameters:
             if name in KIND_OF:
                 self._parameter_of.setdefault(KIND_OF[name], name)
 
     def takes(self, kind: Kind) -> bool:
-        """Whether a parameter is written out for this kind of argument."""
+        """Whether a parameter is written out for this kind of argument, under any of its spellings."""
         return kind in self._parameter_of
 
     def parameter(self, kind: Kind) -> str | None:
-        """The parameter for this kind of argument, or None."""
+        """The name of the parameter for this kind of argument, in this model's spelling; None where it has
+        none.
+        """
         return self._parameter_of.get(kind)
 
     def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> CallArguments:
-        """The arguments of one call, given by position and by name."""
+        """The arguments of one call.
+
+        Args:
+            args: those given by position, as a hook gets them.
+            kwargs: those given by name.
+        """
         return CallArguments(self, args, kwargs)
 
 
@@ -150,7 +157,7 @@ class CallArguments:
         for index in range(named):
             self.values[signature.names[index]] = args[index]
         self.values.update(kwargs)
-        self.unnamed = args[named:]
+        self.unnamed: tuple[Any, ...] = args[named:]
 
     def get(self, kind: Kind) -> Any:
         """The argument of this kind, or None.
@@ -184,14 +191,18 @@ class CallArguments:
         self.values[name] = value
 
     def first(self) -> Any:
-        """The first argument, which for most modules is the tensor that they work on."""
+        """The first argument, which for most modules is the tensor that they work on, however it was
+        given.
+        """
         name = self.first_name()
         if name is None:
             return self.unnamed[0]
         return self.values[name]
 
     def first_name(self) -> str | None:
-        """The name of the first argument, or None where it has none."""
+        """The name of the first argument, or None where it was given by position and the signature has no
+        name for it.
+        """
         for name in self.signature.names:
             if name in self.values:
                 return name
@@ -200,7 +211,11 @@ class CallArguments:
         return next(iter(self.values))
 
     def passed_on(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments as the module gets them: by name, but for what cannot be."""
+        """The arguments as the module gets them: by name, but for what cannot be.
+
+        Returns:
+            Those given by position and those given by name, as a pre-hook returns them.
+        """
         # What has no name can only follow all that have one, in their order.
         if self.unnamed:
             count = len(self.signature.names)
@@ -214,21 +229,30 @@ class CallArguments:
         return (*by_position, *self.unnamed), by_name
 
     def _name(self, kind: Kind) -> str | None:
-        """The name under which the call carries an argument of this kind."""
+        """The name under which the call carries an argument of this kind, or None."""
         names = [name for name in SPELLINGS[kind] if self.values.get(name) is not None]
-        if kind is not Kind.CACHE:
-            if names:
-                return names[0]
-            return None
-        if len(names) == 0:
-            names = [name for name, value in self.values.items() if name not in KIND_OF and is_cache(value)]
-        if len(names) == 0:
-            return None
+        if kind is Kind.CACHE:
+            # A cache is known by what it can do as well, under whatever name it comes.
+            names = names or self._unknown_caches()
+            self._require_one_cache(names)
+        if names:
+            return names[0]
+        return None
+
+    def _unknown_caches(self) -> list[str]:
+        """The names that are not known under which the call carries a cache."""
+        return [name for name, value in self.values.items() if name not in KIND_OF and is_cache(value)]
+
+    def _require_one_cache(self, names: Sequence[str]) -> None:
+        """Refuse names under which different caches come.
+
+        Raises:
+            StateError: naming them.
+        """
         if any(self.values[name] is not self.values[names[0]] for name in names):
             raise StateError(
                 f"the call carries several caches, {', '.join(names)}, and nothing says which one is meant"
             )
-        return names[0]
 
     def _unknown(self) -> Iterator[tuple[str, Any]]:
         """The arguments of no known kind, but for those that cannot matter."""
@@ -340,11 +364,12 @@ class CallArguments:
         Raises:
             StateError: naming the argument.
         """
+        batch, tokens, size = hidden.shape
         for name, value in self.values.items():
             if name in KIND_OF or not isinstance(value, Tensor) or value.dim() != 3:
                 continue
-            batch, tokens, size = value.shape
-            if batch == hidden.shape[0] and tokens != hidden.shape[1] and size == hidden.shape[2]:
+            is_like_input = value.shape[0] == batch and value.shape[2] == size
+            if is_like_input and value.shape[1] != tokens:
                 raise StateError(
                     f"attention was called with {name!r}, {tuple(value.shape)}, which may be what it attends "
                     "to and which its adapters do not know; they know "
@@ -366,14 +391,14 @@ class CallArguments:
 
 def is_cache(value: Any) -> bool:
     """Whether a value keeps keys and values and says of how many positions, as every cache of `transformers`
-    does.
+    does: told by its method ``get_seq_length``, and not by its class.
     """
     return callable(getattr(value, "get_seq_length", None))
 
 
 def says_length(cache: Any) -> bool:
     """Whether a cache can say how many positions it holds: one of nothing but recurrent states (Mamba)
-    cannot.
+    cannot, since none of its layers can.
     """
     layers = getattr(cache, "layers", None) or ()
     return is_cache(cache) and (len(layers) == 0 or any(is_cache(layer) for layer in layers))
@@ -422,7 +447,7 @@ def could_be_mask(value: Tensor) -> bool:
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
-    """The tensors that an argument is or holds."""
+    """The tensors that an argument is or holds, in dictionaries, tuples and lists of any depth."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping):
@@ -462,7 +487,9 @@ def is_for_each_token(value: Tensor, tokens: Tensor, past: int) -> bool:
 
 
 def output_values(output: Any) -> list[Any]:
-    """What a model gives, one by one: the values of a dictionary, of a tuple, or the only one."""
+    """What a model gives, one by one: the values of a dictionary or of a tuple, or the only one that there
+    is.
+    """
     if isinstance(output, Mapping):
         return list(output.values())
     if isinstance(output, (tuple, list)):

@@ -164,10 +164,10 @@ class AttentionSite(Site):
         """Stand between the module and its kernel."""
         forward = written_forward(type(host))
         self.route = route_of(type(host))
-        self.signature = CallSignature(forward)
+        self.signature: CallSignature = CallSignature(forward)
         if self.route == "interface":
-            self.functions = forward.__globals__["ALL_ATTENTION_FUNCTIONS"]
-            self.eager = forward.__globals__.get("eager_attention_forward")
+            self.functions: Any = forward.__globals__["ALL_ATTENTION_FUNCTIONS"]
+            self.eager: Any = forward.__globals__.get("eager_attention_forward")
             self.functions.register(KERNEL, attention)
             host.__dict__["config"] = ConfigView(host.config, self)
         before = host.register_forward_pre_hook(self._before, with_kwargs=True)

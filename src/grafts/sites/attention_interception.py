@@ -120,16 +120,12 @@ class UnfusedAttention(Interception):
         self._prefix_weights: Tensor | None = None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Every call of PyTorch in the meantime."""
+        """Every call of PyTorch in the meantime: a step of the drawing, or what runs as it is."""
         kwargs = kwargs or {}
         if func in _PRODUCTS and len(args) == 2 and self._may_attend(args[0], args[1]):
-            left, right = args
-            if self._are_weights(left):
-                return self._read(left, right)
-            return self._scored(left, right, lambda: func(left, right))
+            return self._product(func, args[0], args[1])
         if func in _PRODUCTS_WITH_SUM and self._state is not _State.WEIGHTS:
-            left = kwargs.get("batch1", args[1] if len(args) > 1 else None)
-            right = kwargs.get("batch2", args[2] if len(args) > 2 else None)
+            left, right = _factors_of_sum(args, kwargs)
             if self._may_attend(left, right):
                 result = self._scored(left, right, lambda: func(*args, **kwargs))
                 self.scaling = float(kwargs.get("alpha", 1.0))
@@ -142,6 +138,12 @@ class UnfusedAttention(Interception):
         if func in _SOFTMAXES and args and self._fits_scores(args[0]):
             return self._softmax(args[0], lambda x: func(x, *args[1:], **kwargs))
         return super().__torch_function__(func, types, args, kwargs)
+
+    def _product(self, func: Any, left: Tensor, right: Tensor) -> Any:
+        """A product of attention: of the weights and the values, or else of queries and keys."""
+        if self._are_weights(left):
+            return self._read(left, right)
+        return self._scored(left, right, lambda: func(left, right))
 
     def _may_attend(self, left: Any, right: Any) -> bool:
         """Whether a product of these may be one of attention: both have heads, apart or with the batch."""
@@ -247,3 +249,13 @@ class UnfusedAttention(Interception):
         if weights.dim() == 4:
             return output
         return output.reshape(-1, *output.shape[2:])
+
+
+def _factors_of_sum(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    """The factors of a product with a sum (`torch.baddbmm`), given by position or by name."""
+    left, right = kwargs.get("batch1"), kwargs.get("batch2")
+    if len(args) > 1:
+        left = args[1]
+    if len(args) > 2:
+        right = args[2]
+    return left, right

@@ -13,13 +13,21 @@ Route = Literal["interface", "call", "steps"]
 
 
 def unflatten(x: Tensor, dim: int, sizes: Sequence[int]) -> Tensor:
-    """`Tensor.unflatten`, as compilers can trace it anywhere."""
+    """`Tensor.unflatten`, as compilers can trace it anywhere.
+
+    Args:
+        x: any tensor.
+        dim: which dimension becomes several; counted from the end where below 0.
+        sizes: of those; one of them may be -1.
+    """
     dim = dim % x.dim()
     return x.reshape(*x.shape[:dim], *sizes, *x.shape[dim + 1 :])
 
 
 def written_forward(cls: type[nn.Module]) -> Callable[..., Any]:
-    """A class's ``forward`` as it was written, without decorators."""
+    """A class's ``forward`` as it was written, without the decorators that keep what they wrap
+    (``functools.wraps``).
+    """
     return cast("Callable[..., Any]", inspect.unwrap(cls.forward))
 
 
@@ -47,12 +55,15 @@ def _route_of(cls: type[nn.Module]) -> Route | None:
     if "ALL_ATTENTION_FUNCTIONS" in code.co_names and "ALL_ATTENTION_FUNCTIONS" in forward.__globals__:
         return "interface"
     # What ``forward`` calls itself says more than what its class could call.
-    for names in (set(code.co_names), _names_in_methods(cls)):
-        if "scaled_dot_product_attention" in names:
-            return "call"
-        multiplies = bool(names & {"matmul", "bmm", "baddbmm"})
-        if multiplies and names & {"softmax", "Softmax"}:
-            return "steps"
+    return _route_by_names(set(code.co_names)) or _route_by_names(_names_in_methods(cls))
+
+
+def _route_by_names(names: set[str]) -> Route | None:
+    """How attention is reached in code that uses these names; None where it computes none."""
+    if "scaled_dot_product_attention" in names:
+        return "call"
+    if names & {"matmul", "bmm", "baddbmm"} and names & {"softmax", "Softmax"}:
+        return "steps"
     return None
 
 

@@ -33,7 +33,11 @@ class CacheView:
 
     @staticmethod
     def of(cache: Any) -> CacheView | None:
-        """The view of a cache, or None where it holds no virtual tokens."""
+        """The view of a cache, or None where it holds no virtual tokens.
+
+        Args:
+            cache: a cache of any class, or None.
+        """
         if cache is None:
             return None
         answers = getattr(cache, "__dict__", {}).get("get_seq_length")
@@ -77,7 +81,11 @@ class _Crop:
 
 
 def forget_view(cache: Any) -> None:
-    """Let a cache answer for itself again."""
+    """Let a cache answer for itself again: the inverse of making a `CacheView` of it.
+
+    Args:
+        cache: one that has a view, or had one.
+    """
     for name in ("get_seq_length", "crop"):
         cache.__dict__.pop(name, None)
 
@@ -97,6 +105,7 @@ def enlarge_cache(cache: Any, count: int, window: int | None) -> None:
     # Of an encoder-decoder the decoder's own.
     own = getattr(cache, "self_attention_cache", cache)
     layers = [layer for layer in getattr(own, "layers", ()) if hasattr(layer, "max_cache_len")]
+    # A cache that is emptied and used again was enlarged already.
     more = count - getattr(cache, "__dict__", {}).get(_ENLARGED_BY, 0)
     if not layers or more <= 0:
         return
@@ -121,17 +130,7 @@ def past_of(cache: Any, position: Tensor | None, view: CacheView | None) -> int:
         StateError: it does not say, or there are tokens before and no cache that is known.
     """
     if position is not None:
-        # Older static caches cannot count padding; callers count tokens.
-        begin = int(position[0])
-        if begin and cache is None:
-            raise StateError(
-                f"the tokens of this call go to position {begin}, and it carries no cache that is "
-                "recognised: give the cache of the tokens before, or, if the model keeps it to itself, call "
-                f"it with use_cache=False ({versions()})"
-            )
-        if begin and view is not None:
-            return begin + view.layout.count
-        return begin
+        return _past_by_position(cache, int(position[0]), view)
     if cache is None:
         return 0
     length = cache.get_seq_length()
@@ -141,3 +140,24 @@ def past_of(cache: Any, position: Tensor | None, view: CacheView | None) -> int:
             f"to know: call the model with use_cache=False ({versions()})"
         )
     return int(length)
+
+
+def _past_by_position(cache: Any, begin: int, view: CacheView | None) -> int:
+    """How many positions a cache holds, where the call says to which one its first token goes.
+
+    Older static caches cannot count padding, so callers count tokens, and know nothing of virtual ones.
+
+    Raises:
+        StateError: there are tokens before, and no cache that is known.
+    """
+    if begin == 0:
+        return 0
+    if cache is None:
+        raise StateError(
+            f"the tokens of this call go to position {begin}, and it carries no cache that is "
+            "recognised: give the cache of the tokens before, or, if the model keeps it to itself, call "
+            f"it with use_cache=False ({versions()})"
+        )
+    if view is not None:
+        return begin + view.layout.count
+    return begin

@@ -32,7 +32,11 @@ class InputSite(Site):
     _call: InputCall | None = None
 
     def hooks(self, host: nn.Module) -> tuple[RemovableHandle, ...]:
-        """Act before and after the module, and at the children of it that make embeddings and positions."""
+        """Act before and after the module, and at the children of it that make embeddings and positions.
+
+        Args:
+            host: a module that takes tokens or their embeddings.
+        """
         self.signature = CallSignature(type(host).forward)
         handles = [
             host.register_forward_pre_hook(self._before, with_kwargs=True),
@@ -111,20 +115,31 @@ class InputSite(Site):
         if call is None:
             return output
         layout = call.layout
-        cache = call.arguments.get(Kind.CACHE)
-        view = CacheView.of(cache)
-        if cache is None and (layout is not None or call.counted is not None):
-            cache = cache_in(output)  # the model has made one
-        if call.counted is not None:
-            require_counted(host, cache, call.counted)
-        if layout is not None and view is None and is_cache(cache):
-            view = CacheView(cache, layout)
-        if view is not None:
-            view.inside = False
-        if layout is None or (isinstance(call.tokens_at, int) and call.tokens_at == 0):
+        self._see_cache(host, call, output)
+        keeps_all = isinstance(call.tokens_at, int) and call.tokens_at == 0
+        if layout is None or keeps_all:
             return output
         require_positions(host, output, layout.count + layout.tokens)
         return tokens_only(output, call.tokens_at, layout.count + layout.tokens)
+
+    @staticmethod
+    def _see_cache(host: nn.Module, call: InputCall, output: Any) -> None:
+        """Check the cache of a call that ends, and let it say to others how many tokens it holds.
+
+        Raises:
+            StateError: it holds something else than what was counted.
+        """
+        cache = call.arguments.get(Kind.CACHE)
+        view = CacheView.of(cache)
+        matters = call.layout is not None or call.counted is not None
+        if cache is None and matters:
+            cache = cache_in(output)  # the model has made one
+        if call.counted is not None:
+            require_counted(host, cache, call.counted)
+        if call.layout is not None and view is None and is_cache(cache):
+            view = CacheView(cache, call.layout)
+        if view is not None:
+            view.inside = False
 
 
 InputPart.site = InputSite

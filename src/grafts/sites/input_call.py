@@ -40,11 +40,15 @@ class InputPart(Part):
     encoder_length: int = 0
 
     def virtual_tokens(self) -> Tensor:
-        """The embeddings of the virtual tokens, ``(length, embedding size)``."""
+        """The embeddings of the virtual tokens, ``(length, embedding size)``; asked for once a call that
+        begins a sequence, and differentiable.
+        """
         raise NotImplementedError
 
     def embed(self, host: nn.Module) -> nn.Module:
-        """What makes embeddings of tokens in ``host``."""
+        """What makes embeddings of tokens in ``host``; by default what the model itself says that it is, as
+        `transformers` does.
+        """
         return cast("nn.Module", host.get_input_embeddings())  # type: ignore[operator]
 
 
@@ -166,20 +170,29 @@ class InputCall:
         Raises:
             StateError: something that an acting part has to know is not recognised.
         """
-        arguments, view = self.arguments, self.view
-        if self._puts_tokens or self._has_observers:
-            _require_padded(arguments, _PLACED if self._puts_tokens else _COUNTED)
+        arguments = self.arguments
+        if self._puts_tokens:
+            _require_padded(arguments, _PLACED)
+        elif self._has_observers:
+            _require_padded(arguments, _COUNTED)
         arguments.refuse_unknown_cache(self.host)
-        if view is not None:
-            view.inside = True
-        past = past_of(arguments.get(Kind.CACHE), arguments.get(Kind.CACHE_POSITIONS), view)
-        if view is not None:
-            view.inside = False
+        past = self._asked_past()
         # A cache that was emptied since holds virtual tokens no more, whatever its view says.
-        if self._puts_tokens or (view is not None and past > 0):
+        holds_virtual = self.view is not None and past > 0
+        if self._puts_tokens or holds_virtual:
             arguments.refuse_unknown_of_tokens(self.host, past)
         if self._has_observers:
             arguments.refuse_unknown_mask(self.host, past)
+        return past
+
+    def _asked_past(self) -> int:
+        """How many positions the cache holds, virtual tokens too, which its view else hides."""
+        cache, positions = self.arguments.get(Kind.CACHE), self.arguments.get(Kind.CACHE_POSITIONS)
+        if self.view is None:
+            return past_of(cache, positions, None)
+        self.view.inside = True
+        past = past_of(cache, positions, self.view)
+        self.view.inside = False
         return past
 
     def _place_prompt(self) -> None:
@@ -188,21 +201,29 @@ class InputCall:
         Raises:
             StateError: the cache holds tokens, and not the virtual tokens of the acting adapters.
         """
-        view = self.view
         if self._past > 0:
-            if self._puts_tokens and view is None:
-                raise StateError(
-                    f"the cache holds {self._past} tokens and no virtual tokens in front of them, which the "
-                    "acting adapters put in where a sequence begins: begin with an empty cache, or go on "
-                    "with the adapters that it was made with"
-                )
-            if view is not None and view.layout.count > 0:
-                self.layout = view.layout
+            self._take_up_layout()
             return
-        if view is not None:
+        # A view of a sequence that ended: the cache was emptied, and begins another.
+        if self.view is not None:
             forget_view(self.arguments.get(Kind.CACHE))
         if self._puts_tokens:
             self._put_in()
+
+    def _take_up_layout(self) -> None:
+        """Go on with the virtual tokens that the cache holds.
+
+        Raises:
+            StateError: the cache holds tokens, and not the virtual tokens of the acting adapters.
+        """
+        if self._puts_tokens and self.view is None:
+            raise StateError(
+                f"the cache holds {self._past} tokens and no virtual tokens in front of them, which the "
+                "acting adapters put in where a sequence begins: begin with an empty cache, or go on "
+                "with the adapters that it was made with"
+            )
+        if self.view is not None and self.view.layout.count > 0:
+            self.layout = self.view.layout
 
     def _expect_count(self) -> None:
         """Note how many positions the cache has to hold after a call that begins a sequence."""
@@ -242,14 +263,7 @@ class InputCall:
         parts = [part for part in self._parts if part.length > 0]
         arguments = self.arguments
         _require_rows(arguments, _PLACED)
-        if len({part.after_first for part in parts}) > 1:
-            raise StateError(
-                "adapters whose virtual tokens come before and after the first token cannot act together"
-            )
-        if len({part.after_embeddings for part in parts}) > 1:
-            raise StateError(
-                "adapters whose virtual tokens come before and after the embeddings cannot act together"
-            )
+        _require_together(parts)
         embeddings = arguments.get(Kind.EMBEDDINGS)
         if embeddings is None:
             self._require_replaceable()
@@ -258,6 +272,7 @@ class InputCall:
         if parts[0].after_first:
             self._require_first_tokens(mask)
 
+        # What they take up, in this call and as long as the cache holds them.
         virtual, lengths = self._virtual_tokens(embeddings)
         layout = PromptLayout(
             count=virtual.shape[1],
@@ -274,14 +289,26 @@ class InputCall:
             self.waiting = virtual
         else:
             self._insert(layout, embeddings, virtual, first)
-        if any(part.kept for part in parts):
-            self.tokens_at = 0
-        elif layout.is_even:
-            self.tokens_at = layout.count
-        else:
-            self.tokens_at = layout.token_positions(first)
+        self.tokens_at = self._tokens_in_output(parts, layout, first)
+        # A cache of a fixed size was made for the tokens alone.
         window = getattr(getattr(self.host, "config", None), "sliding_window", None)
         enlarge_cache(arguments.get(Kind.CACHE), layout.count, window)
+
+    @staticmethod
+    def _tokens_in_output(parts: list[InputPart], layout: PromptLayout, first: Tensor) -> Tensor | int:
+        """Where the tokens are in the output, or how many positions come before them.
+
+        Args:
+            parts: those that put virtual tokens in.
+            layout: what these take up.
+            first: before which of a row's own tokens they stand, ``(batch, 1)``.
+        """
+        for part in parts:
+            if part.kept:
+                return 0
+        if layout.is_even:
+            return layout.count
+        return layout.token_positions(first)
 
     def _insert(self, layout: PromptLayout, embeddings: Tensor, virtual: Tensor, first: Tensor) -> None:
         """Give the call embeddings in place of token ids, with the virtual tokens among them; types follow.
@@ -375,14 +402,7 @@ class InputCall:
         if layout is not None and self._past > 0:
             before = self._past - layout.count
         mask = arguments.get(Kind.MASK)
-        if mask is None:
-            real = torch.ones(self._batch, before + self._new, dtype=torch.long, device=self._device)
-        else:
-            real = mask[:, : before + self._new].ne(0).to(torch.long)
-        count = real.cumsum(1)
-        absent = torch.full_like(count, -1)
-        number = torch.where(real.bool(), count - 1, absent)[:, -self._new :]
-        left = torch.where(real.bool(), count[:, -1:] - count, absent)[:, -self._new :]
+        number, left = self._counted_tokens(mask, before)
         if layout is not None and self._past == 0:
             first = layout.first(mask, self._batch, self._device)
             none = number.new_zeros(self._batch, layout.count)
@@ -399,6 +419,25 @@ class InputCall:
                 else:
                     part.observe(number.index_select(0, rows), left.index_select(0, rows), before)
 
+    def _counted_tokens(self, mask: Tensor | None, before: int) -> tuple[Tensor, Tensor]:
+        """The number of each of this call's tokens among the real ones of its row, and how many of them come
+        after it; both ``(batch, tokens)``, and -1 for padding.
+
+        Args:
+            mask: which tokens are real, those of earlier calls too, ``(batch, before + tokens)``; None for
+                all.
+            before: how many tokens came in earlier calls.
+        """
+        if mask is None:
+            real = torch.ones(self._batch, before + self._new, dtype=torch.long, device=self._device)
+        else:
+            real = mask[:, : before + self._new].ne(0).to(torch.long)
+        count = real.cumsum(1)
+        absent = torch.full_like(count, -1)
+        number = torch.where(real.bool(), count - 1, absent)
+        left = torch.where(real.bool(), count[:, -1:] - count, absent)
+        return number[:, -self._new :], left[:, -self._new :]
+
     # Mask and positions
 
     def _extend_mask(self, layout: PromptLayout) -> None:
@@ -409,6 +448,7 @@ class InputCall:
         first = self.first
         if first is None:  # of a later call, whose mask begins with that of the first
             first = layout.first(mask, self._batch, self._device)
+        # Rows with fewer virtual tokens than others have empty positions, which only a mask can hide.
         if mask is None and layout.lengths is not None:
             tokens = self._new
             if self._past > 0:
@@ -436,8 +476,7 @@ class InputCall:
         if layout is not None and layout.embedded:
             return
         if layout is not None and arguments.get(Kind.CACHE_POSITIONS) is not None:
-            end = self._past + self._new + (0 if self._past > 0 else layout.count)
-            arguments.set(Kind.CACHE_POSITIONS, torch.arange(self._past, end, device=self._device))
+            self._move_cache_positions(layout)
 
         positions = arguments.get(Kind.POSITIONS)
         if positions is None:
@@ -446,20 +485,39 @@ class InputCall:
             if not arguments.signature.takes(Kind.POSITIONS):
                 self._require_even_rows()
                 return
-            begin = self._past
-            if layout is not None and self._past > 0:
-                begin = self._past - layout.count
-            positions = torch.arange(begin, begin + self._new, device=self._device)[None]
+            positions = self._own_positions()
+        arguments.set(Kind.POSITIONS, self._moved(positions))
+
+    def _move_cache_positions(self, layout: PromptLayout) -> None:
+        """Say where in the cache this call's keys and values go: behind all that is in it."""
+        end = self._past + self._new
+        if self._past == 0:
+            end += layout.count
+        self.arguments.set(Kind.CACHE_POSITIONS, torch.arange(self._past, end, device=self._device))
+
+    def _own_positions(self) -> Tensor:
+        """The positions that the model would give the tokens itself without adapters, ``(1, tokens)``."""
+        begin = self._past
+        if self.layout is not None and self._past > 0:
+            begin = self._past - self.layout.count
+        return torch.arange(begin, begin + self._new, device=self._device)[None]
+
+    def _moved(self, positions: Tensor) -> Tensor:
+        """Positions as they are with the virtual tokens.
+
+        Args:
+            positions: of the tokens, ``(batch or 1, tokens)``, or several kinds of them,
+                ``(kinds, batch or 1, tokens)``.
+        """
+        layout = self.layout
         if layout is None:
-            arguments.set(Kind.POSITIONS, positions + self.shift)
-        elif self._past > 0:
-            arguments.set(Kind.POSITIONS, positions + self.shift + layout.row_lengths)
-        elif positions.dim() == 3:
-            # Several for each token, of time, height and width: (kinds, batch or 1, tokens).
-            moved = [self._with_virtual_positions(kind, layout) for kind in positions]
-            arguments.set(Kind.POSITIONS, torch.stack(moved))
-        else:
-            arguments.set(Kind.POSITIONS, self._with_virtual_positions(positions, layout))
+            return positions + self.shift
+        if self._past > 0:
+            return positions + self.shift + layout.row_lengths
+        if positions.dim() == 3:
+            # Several for each token: of time, height and width.
+            return torch.stack([self._with_virtual_positions(kind, layout) for kind in positions])
+        return self._with_virtual_positions(positions, layout)
 
     def _has_to_move(self) -> bool:
         """Whether positions that the model would make itself are not right."""
@@ -511,23 +569,25 @@ class InputCall:
     def _extend_encoder_mask(self) -> None:
         """Let a decoder see the virtual tokens of its encoder."""
         arguments = self.arguments
-        lengths = self._total(lambda part: part.encoder_length)
+        total = self._total(lambda part: part.encoder_length)
         states, mask = arguments.get(Kind.ENCODER_STATES), arguments.get(Kind.ENCODER_MASK)
-        if states is None or (isinstance(lengths, int) and lengths == 0):
-            return
-        if isinstance(lengths, int):
-            count = lengths
+        if isinstance(total, int):
+            count, lengths = total, None
         else:
-            count = int(lengths.max())
+            count, lengths = int(total.max()), total
+        if states is None or (lengths is None and count == 0):
+            return
+
+        # The mask is that of the text; the encoder's output has the virtual tokens as well.
         tokens = states.shape[1] - count
-        if mask is None and isinstance(lengths, Tensor):
+        if mask is None and lengths is not None:
             mask = torch.ones(self._batch, tokens, dtype=torch.long, device=states.device)
-        if mask is None or mask.dim() != 2 or mask.shape[1] != tokens:
+        if mask is None or mask.shape != (mask.shape[0], tokens):
             return
         layout = PromptLayout(
             count=count,
             tokens=tokens,
-            lengths=lengths if isinstance(lengths, Tensor) else None,
+            lengths=lengths,
             after_first=any(part.after_first for part in self._parts),
             before_text=_counts_distances(self.host),
             pads_after=False,
@@ -590,6 +650,22 @@ def _require_rows(arguments: CallArguments, who: str) -> None:
         positions = positions[0]
     if positions.dim() == 2 and positions.shape[0] == 1 and bool((positions.diff() < 0).any()):
         raise _packed(who)
+
+
+def _require_together(parts: list[InputPart]) -> None:
+    """Refuse parts whose virtual tokens would have to stand at two places of one row.
+
+    Raises:
+        StateError: saying which.
+    """
+    if len({part.after_first for part in parts}) > 1:
+        raise StateError(
+            "adapters whose virtual tokens come before and after the first token cannot act together"
+        )
+    if len({part.after_embeddings for part in parts}) > 1:
+        raise StateError(
+            "adapters whose virtual tokens come before and after the embeddings cannot act together"
+        )
 
 
 def _packed(who: str) -> StateError:

@@ -50,16 +50,16 @@ def tokens_only(value: Any, tokens_at: Tensor | int, length: int) -> Any:
         return value
     if isinstance(value, (tuple, list)):
         return type(value)(tokens_only(item, tokens_at, length) for item in value)
-    if not isinstance(value, Tensor):
+    if not isinstance(value, Tensor) or value.dim() not in _POSITIONS_IN:
         return value
-    if value.dim() == 3:
-        dim = 1
-    elif value.dim() == 4:
-        dim = 2
-    else:
-        return value
+    dim = _POSITIONS_IN[value.dim()]
     if value.shape[dim] != length:
         return value
     if isinstance(tokens_at, int):
         return value.narrow(dim, tokens_at, length - tokens_at)
     return at_positions(value, tokens_at, dim)
+
+
+# In how many dimensions an output lies -> which of them its positions are: of hidden states, and of what
+# attention did.
+_POSITIONS_IN = {3: 1, 4: 2}

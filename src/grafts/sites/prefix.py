@@ -32,7 +32,15 @@ class Prefix:
 
     @classmethod
     def of_rows(cls, keys: Tensor, values: Tensor, bias: Tensor | None, where: Tensor, batch: int) -> Prefix:
-        """A prefix that some rows of a batch have."""
+        """A prefix that some rows of a batch have, and the others neither see nor attend to.
+
+        Args:
+            keys: ``(1 or rows, heads, length, head_dim)``.
+            values: likewise.
+            bias: of the scores, as `Prefix` has it.
+            where: the indices of the rows that have it, ``(rows,)``.
+            batch: how many rows there are.
+        """
 
         def spread(x: Tensor) -> Tensor:
             of_rows = x.expand(where.shape[0], *x.shape[1:])
@@ -44,7 +52,7 @@ class Prefix:
 
     @classmethod
     def joined(cls, prefixes: Sequence[Prefix], batch: int) -> Prefix:
-        """Several as one, in order.
+        """Several as one, in order: every query attends to all of them, as if they were one prefix.
 
         Args:
             prefixes: at least one.
@@ -58,11 +66,16 @@ class Prefix:
 
     @property
     def length(self) -> int:
-        """How many there are."""
+        """How many keys come in front."""
         return self.keys.shape[2]
 
     def before(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """The module's keys and values with these in front."""
+        """The module's keys and values with these in front.
+
+        Args:
+            key: ``(batch, heads, keys, head_dim)``.
+            value: likewise.
+        """
         batch = key.shape[0]
         keys = torch.cat([self.keys.expand(batch, -1, -1, -1), key], 2)
         values = torch.cat([self.values.expand(batch, -1, -1, -1), value], 2)
@@ -164,28 +177,46 @@ def extended(
     if name == "flex_attention":
         return _extended_flex(mask, query, keys, prefix), changed
 
-    takes_scores = name in (None, "eager")  # its mask is added to the scores; others take a boolean one too
-    batch, queries = query.shape[0], query.shape[2]
+    # The mask of an eager kernel is added to the scores; others take a boolean one too.
+    takes_scores = name in (None, "eager")
+    queries = query.shape[2]
     if mask is None and not takes_scores and causal and queries > 1:
         # The mask that the kernel would make itself, aligned to the first key, which is another one now.
         mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril()[None, None]
         changed.pop("is_causal", None)
     if mask is None and prefix.visible is None:
         return None, changed
-    if mask is None and takes_scores:
-        mask = torch.zeros(1, 1, 1, keys, dtype=query.dtype, device=query.device)
-    elif mask is None:
-        mask = torch.ones(1, 1, 1, keys, dtype=torch.bool, device=query.device)
-    mask = mask[..., :keys]
+    if mask is None:
+        mask = _mask_of_all(query, keys, takes_scores)
+    return _extended_mask(mask[..., :keys], query, prefix), changed
+
+
+def _mask_of_all(query: Tensor, keys: int, takes_scores: bool) -> Tensor:
+    """A mask by which every query attends to every key, ``(1, 1, 1, keys)``: zeros to add to the scores, or
+    True.
+    """
+    if takes_scores:
+        return torch.zeros(1, 1, 1, keys, dtype=query.dtype, device=query.device)
+    return torch.ones(1, 1, 1, keys, dtype=torch.bool, device=query.device)
+
+
+def _extended_mask(mask: Tensor, query: Tensor, prefix: Prefix) -> Tensor:
+    """A mask with what each row sees of a prefix in front.
+
+    Args:
+        mask: ``(batch or 1, heads or 1, queries or 1, keys)``, boolean, or what is added to the scores.
+        query: ``(batch, heads, queries, head_dim)``.
+        prefix: what comes in front of the keys.
+    """
     is_boolean = mask.dtype == torch.bool
     if prefix.visible is None:
-        return F.pad(mask, (prefix.length, 0), value=is_boolean), changed
+        return F.pad(mask, (prefix.length, 0), value=is_boolean)
     of_prefix = prefix.visible[:, None, None, :]
     if not is_boolean:
         scores = torch.zeros(of_prefix.shape, dtype=mask.dtype, device=mask.device)
         of_prefix = scores.masked_fill(~of_prefix, torch.finfo(mask.dtype).min)
-    shape = batch, mask.shape[1], queries
-    return torch.cat([of_prefix.expand(*shape, -1), mask.expand(*shape, -1)], -1), changed
+    shape = query.shape[0], mask.shape[1], query.shape[2]
+    return torch.cat([of_prefix.expand(*shape, -1), mask.expand(*shape, -1)], -1)
 
 
 def _extended_bias(bias: Tensor, prefix: Prefix) -> Tensor:

@@ -5,7 +5,7 @@ and for prompts), and outputs that cannot be trained by.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -58,7 +58,9 @@ class RootCallHooks:
         self._guard = model.register_forward_hook(self._guarded, with_kwargs=True)
 
     def detach(self, model: nn.Module) -> None:
-        """The exact inverse of `attach`."""
+        """The exact inverse of `attach`: the model's calls are no longer hooked, and its ``generate`` is its
+        class's again.
+        """
         for handle in (self._begin, self._end, self._guard):
             if handle is not None:
                 handle.remove()
@@ -69,22 +71,12 @@ class RootCallHooks:
     def _before(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        setup = self.setup
         if not torch.compiler.is_compiling():
             model.__dict__[ENTERED] = True
-        names, bias = kwargs.get(ADAPTER_NAMES), kwargs.get(PROMPT_BIAS)
-        if names is not None:
-            setup.rows = self.rows(model, names, args, kwargs)
-        if bias is not None:
-            self.require_bias(model)
-            setup.prompt_bias = bias
-        ends_here = (setup.rows is not None and ADAPTER_NAMES in kwargs) or bias is not None
-        if ends_here:
-            if self._end is not None:
-                self._end.remove()
-            # Only for such a call, because compilers do not like hooks that are called come what may.
-            self._end = model.register_forward_hook(self._after, always_call=True)
+        if ADAPTER_NAMES in kwargs or PROMPT_BIAS in kwargs:
+            self._take_choices(model, args, kwargs)
         # Compilers guard on what is assigned, so only where it changes.
+        setup = self.setup
         if setup.routed != (setup.rows is not None):
             setup.routed = setup.rows is not None
         if ADAPTER_NAMES not in kwargs and PROMPT_BIAS not in kwargs:
@@ -94,6 +86,27 @@ class RootCallHooks:
             if name not in (ADAPTER_NAMES, PROMPT_BIAS):
                 of_model[name] = value
         return args, of_model
+
+    def _take_choices(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Note what a call asks for, until it ends.
+
+        Raises:
+            AdapterNameError: a name is unknown.
+            StateError: rows cannot choose now, or nothing takes the bias.
+        """
+        names, bias = kwargs.get(ADAPTER_NAMES), kwargs.get(PROMPT_BIAS)
+        if names is not None:
+            self.setup.rows = self.rows(model, names, args, kwargs)
+        if bias is not None:
+            self.require_bias(model)
+            self.setup.prompt_bias = bias
+        has_rows = ADAPTER_NAMES in kwargs and self.setup.rows is not None
+        if not has_rows and bias is None:
+            return
+        if self._end is not None:
+            self._end.remove()
+        # Only for such a call, because compilers do not like hooks that are called come what may.
+        self._end = model.register_forward_hook(self._after, always_call=True)
 
     def _after(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self.setup.rows = None
@@ -113,21 +126,15 @@ class RootCallHooks:
         if not call[0].training or not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return None
         model, args, kwargs, output = call
-        has_floats = False
-        has_gradient = False
-        for value in output_values(output):
-            if isinstance(value, Tensor) and value.is_floating_point():
-                has_floats = True
-                has_gradient = has_gradient or value.requires_grad
-        if not has_floats:
+        floats = _floats_among(output_values(output))
+        if not floats:
             return None
         # Who gives inputs that want gradients has something of his own to train.
-        for value in (*args, *kwargs.values()):
-            if isinstance(value, Tensor) and value.requires_grad:
-                return None
+        if _any_wants_gradient([*args, *kwargs.values()]):
+            return None
         # Embeddings may have been made to want gradients (for reentrant checkpointing), so that alone says
         # nothing.
-        if has_gradient and self.trains(model):
+        if _any_wants_gradient(floats) and self.trains(model):
             return None
         anchor = torch.empty(0, requires_grad=True)
         return _replaced(output, lambda value: Untrainable.apply(value, anchor, self.setup))  # type: ignore[no-untyped-call]
@@ -135,25 +142,28 @@ class RootCallHooks:
     def require_bias(self, model: nn.Module) -> None:
         """Refuse a ``prompt_bias`` that nothing would read.
 
+        Args:
+            model: the model that is called.
+
         Raises:
             StateError: no adapter that acts now takes it.
         """
-        if self.setup.rows is None:
-            keys = self.setup.running
-        else:
-            keys = self.setup.rows.keys
         for _, site in sites_in(model):
-            for key in keys:
-                for child in site.children_of.get(key, ()):
-                    part = site._modules[child]
-                    if isinstance(part, AttendingPart) and part.takes_bias:
-                        return
+            for part in site.acting():
+                if isinstance(part, AttendingPart) and part.takes_bias:
+                    return
         raise StateError("prompt_bias was given, and no adapter that acts in this call takes it")
 
     def rows(
         self, model: nn.Module, names: Sequence[str | None], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Rows:
         """What the rows of a call ask for.
+
+        Args:
+            model: the model that is called.
+            names: which adapter each row wants, None for the bare base.
+            args: the call's arguments.
+            kwargs: likewise.
 
         Raises:
             AdapterNameError: a name is unknown.
@@ -176,20 +186,37 @@ class RootCallHooks:
         return rows
 
 
+def _floats_among(values: Iterable[Any]) -> list[Tensor]:
+    """The floating-point tensors among some values."""
+    floats = []
+    for value in values:
+        if isinstance(value, Tensor) and value.is_floating_point():
+            floats.append(value)
+    return floats
+
+
+def _any_wants_gradient(values: Iterable[Any]) -> bool:
+    """Whether a tensor among some values wants a gradient."""
+    return any(isinstance(value, Tensor) and value.requires_grad for value in values)
+
+
 def _replaced(output: Any, change: Callable[[Tensor], Any]) -> Any:
-    """An output with its floating-point tensors changed."""
-    if isinstance(output, Tensor):
-        if output.is_floating_point():
-            return change(output)
-        return output
+    """An output with its floating-point tensors changed: itself one, or the values of a dictionary or
+    tuple.
+    """
+
+    def changed(value: Any) -> Any:
+        if isinstance(value, Tensor) and value.is_floating_point():
+            return change(value)
+        return value
+
     if isinstance(output, Mapping):
         for name, value in list(output.items()):
-            if isinstance(value, Tensor):
-                output[name] = _replaced(value, change)  # type: ignore[index]
+            output[name] = changed(value)  # type: ignore[index]
         return output
     if type(output) is tuple:
-        return tuple(_replaced(value, change) if isinstance(value, Tensor) else value for value in output)
-    return output
+        return tuple(changed(value) for value in output)
+    return changed(output)
 
 
 class Untrainable(torch.autograd.Function):
@@ -210,7 +237,7 @@ class Untrainable(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        """No gradient.
+        """No gradient: an error in its place, since whoever calls ``backward`` expects to train something.
 
         Raises:
             StateError: saying what is active.
@@ -264,9 +291,7 @@ class AdaptedGenerate:
             self.hooks.require_bias(self.model)
             setup.prompt_bias = prompt_bias.repeat_interleave(_copies_of_rows(kwargs), 0)
         # Static caches have their masks made outside of the model, where nothing is known of virtual tokens.
-        makes_masks_inside = False
-        for _, site in sites_in(self.model):
-            makes_masks_inside = makes_masks_inside or (isinstance(site, InputSite) and site.acts())
+        makes_masks_inside = self._puts_virtual_tokens()
         if makes_masks_inside:
             attributes["create_masks_for_generate"] = _mask_as_it_is
         try:
@@ -277,6 +302,10 @@ class AdaptedGenerate:
             if adapter_names is not None:
                 setup.rows = None
             setup.prompt_bias = bias_before
+
+    def _puts_virtual_tokens(self) -> bool:
+        """Whether an adapter may act in front of an input of the model now."""
+        return any(isinstance(site, InputSite) and site.acts() for _, site in sites_in(self.model))
 
 
 def _copies_of_rows(kwargs: Mapping[str, Any]) -> int:

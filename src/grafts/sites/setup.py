@@ -18,8 +18,8 @@ from grafts.errors import StateError
 # the classes.
 SITE_ATTRIBUTES = frozenset(
     (
-        "acts append attach call child children_of detach eager functions hooks kernel parts project read "
-        "remove route routed running setup signature"
+        "acting acts append attach call child children_of detach eager embedded_signature functions hooks "
+        "kernel offset parts prefix_scores project read remove route routed running setup signature"
     ).split()
 )
 
@@ -50,13 +50,13 @@ class Rows:
     """
 
     def __init__(self, names: Sequence[str | None]) -> None:
-        self.names = tuple(names)
+        self.names: tuple[str | None, ...] = tuple(names)
         # The numbers of the rows that each adapter has, by its key.
         self._of_key: dict[str, list[int]] = {}
         for row, name in enumerate(self.names):
             if name is not None:
                 self._of_key.setdefault(child_key(name), []).append(row)
-        self.keys = tuple(self._of_key)
+        self.keys: tuple[str, ...] = tuple(self._of_key)
 
     def of(self, key: str, length: int, device: torch.device) -> Tensor:
         """Where the rows of one adapter lie in a tensor whose first dimension is the batch.

@@ -106,7 +106,11 @@ class Part(nn.Module):
         """
 
     def set_trainable(self, trainable: bool) -> None:
-        """Let the parameters get gradients, but for those that are frozen, or let none."""
+        """Let the parameters get gradients, but for those that are frozen, or let none.
+
+        Args:
+            trainable: whether they are to get any.
+        """
         if not self.frozen:
             self.requires_grad_(trainable)
             return
@@ -114,7 +118,11 @@ class Part(nn.Module):
             parameter.requires_grad_(trainable and name not in self.frozen)
 
     def store_in(self, dtype: torch.dtype) -> None:
-        """Store the tensors in ``dtype``, but for those that keep their own; methods make float32."""
+        """Store the tensors in ``dtype``, but for those that keep their own.
+
+        Args:
+            dtype: float32, as methods make them, or float64 beside a base of that format.
+        """
         if dtype == torch.float32:
             return
         if not self.own_dtypes:
@@ -127,8 +135,11 @@ class Part(nn.Module):
     def check_capacity(self, other: Part) -> None:
         """Refuse a `copy_from` that cannot be.
 
+        Args:
+            other: the part whose values are to come here.
+
         Raises:
-            ConfigError: the other part's tensors are of other sizes.
+            ConfigError: its tensors are of other sizes, or there are others.
         """
         ours, theirs = _shapes(self), _shapes(other)
         for name in sorted(ours.keys() | theirs.keys()):
@@ -215,23 +226,30 @@ class Site(nn.Module, abc.ABC):
         assert cls.child in SITE_NAMES, cls.child
 
     def parts(self, name: str) -> list[Part]:
-        """The parts of adapter ``name`` at this site; empty where it has none."""
+        """The parts of adapter ``name`` at this site, in the order of adding; empty where it has none."""
         return self._parts((child_key(name),))
 
     def acts(self) -> bool:
-        """Whether some adapter may act here now."""
-        if self.setup.rows is None:
-            keys = self.setup.running
-        else:
-            keys = self.setup.rows.keys
-        for key in keys:
-            if key in self.children_of:
-                return True
-        return False
+        """Whether some adapter acts here on some row of this call; costs nothing where none stands here."""
+        return any(key in self.children_of for key in self._keys())
 
     def running(self) -> list[Part]:
-        """The parts that act now, in order."""
+        """The parts of the active adapters, in the order in which they act; where rows choose, see
+        `routed`.
+        """
         return self._parts(self.setup.running)
+
+    def acting(self) -> list[Part]:
+        """The parts that act on some row of this call: those of the adapters that rows have chosen, else of
+        the active ones.
+        """
+        return self._parts(self._keys())
+
+    def _keys(self) -> tuple[str, ...]:
+        """The keys of the adapters that act on some row of this call."""
+        if self.setup.rows is None:
+            return self.setup.running
+        return self.setup.rows.keys
 
     def _parts(self, keys: Iterable[str]) -> list[Part]:
         """The parts of the adapters with these keys, in order."""
@@ -258,7 +276,13 @@ class Site(nn.Module, abc.ABC):
         return routed
 
     def append(self, name: str, part: Part, host: nn.Module) -> None:
-        """Add a part to those of adapter ``name``; parts act in the order of adding."""
+        """Add a part to those of adapter ``name``; parts act in the order of adding.
+
+        Args:
+            name: the adapter's; an adapter may have several parts at one site (a union).
+            part: of this site's kind.
+            host: the module that the site serves.
+        """
         key = child_key(name)
         others = self.children_of.get(key, ())
         child = f"{key}+{len(others)}" if others else key
@@ -266,21 +290,23 @@ class Site(nn.Module, abc.ABC):
         self.children_of[key] = (*others, child)
 
     def remove(self, name: str) -> None:
-        """Forget the parts of adapter ``name``."""
+        """Forget the parts of adapter ``name``; nothing where it has none."""
         for child in self.children_of.pop(child_key(name), ()):
             del self._modules[child]
 
     def attach(self, host: nn.Module) -> None:
-        """Become a child of ``host`` and hook its calls."""
+        """Become a child of ``host`` and hook its calls; from then on its parts are among the model's modules
+        and parameters.
+        """
         host.add_module(self.child, self)
         self._handles = self.hooks(host)
 
     @abc.abstractmethod
     def hooks(self, host: nn.Module) -> tuple[RemovableHandle, ...]:
-        """Hook the calls of ``host``."""
+        """Hook the calls of ``host``; what is returned is removed by `detach`."""
 
     def detach(self, host: nn.Module) -> None:
-        """The exact inverse of `attach`."""
+        """The exact inverse of `attach`: no child, no hook and no attribute stays at ``host``."""
         for handle in self._handles:
             handle.remove()
         self._handles = ()
@@ -288,7 +314,7 @@ class Site(nn.Module, abc.ABC):
 
 
 def site_of(host: nn.Module, kind: type[Site]) -> Site | None:
-    """The site of that kind at ``host``, or None."""
+    """The site of that kind at ``host``, or None where no adapter has a part of that kind there."""
     site = host._modules.get(kind.child)
     if isinstance(site, kind):
         return site
@@ -296,7 +322,7 @@ def site_of(host: nn.Module, kind: type[Site]) -> Site | None:
 
 
 def sites_at(host: nn.Module) -> Iterator[Site]:
-    """The sites of all kinds at ``host``."""
+    """The sites of all kinds at ``host``, at most one of each kind."""
     for child in SITE_NAMES:
         site = host._modules.get(child)
         if isinstance(site, Site):
@@ -304,7 +330,9 @@ def sites_at(host: nn.Module) -> Iterator[Site]:
 
 
 def sites_in(root: nn.Module) -> Iterator[tuple[nn.Module, Site]]:
-    """Every site below and at ``root``, with its module."""
+    """Every site below and at ``root``, with the module that it serves; each once, in the order of the
+    modules.
+    """
     for _, host in base_modules(root):
         for site in sites_at(host):
             yield host, site

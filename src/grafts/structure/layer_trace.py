@@ -63,16 +63,19 @@ def layer_trace(reader: TraceReader, call: Call) -> LayerTrace:
         reader: of the trace.
         call: the layer's.
     """
+    # The stream is the first input that can be hidden states: floats by row, token and feature.
     states = []
     for number in call.inputs:
         if number in reader.trace.floats and len(reader.trace.shapes[number]) >= 3:
             states.append(number)
     if not states:
         return LayerTrace(call.path, ())
+
     layer = _LayerReader(reader, call, states[0])
     updates = layer.updates()
     if not updates:
         return LayerTrace(call.path, tuple(layer.updates_by_structure()))
+    # Sums that the layer keeps to itself are no stream (a module inside of a layer, say).
     if not layer.gives_stream_back():
         return LayerTrace(call.path, ())
     _name_token_mixing(updates)
@@ -110,40 +113,56 @@ class _LayerReader:
         self.layer = layer
         self.given = given
         self.stream = {given}
-        self.calls = []
-        for call in reader.trace.calls:
-            ran_inside = layer.begin <= call.begin and 0 <= call.end <= layer.end
-            stands_inside = layer.path == "" or call.path.startswith(f"{layer.path}.")
-            if call is not layer and ran_inside and stands_inside:
-                self.calls.append(call)
+        self.calls = [call for call in reader.trace.calls if self._is_inside(call)]
         # What norms gave -> what they were given.
         self._normed: dict[int, int] = {}
         for call in self.calls:
             if call.output is not None and call.input is not None and reader.is_norm(call.path):
                 self._normed[call.output] = call.input
 
+    def _is_inside(self, call: Call) -> bool:
+        """Whether a call is one of a module inside of the layer, and ran during the layer's own."""
+        if call is self.layer:
+            return False
+        ran_inside = self.layer.begin <= call.begin and 0 <= call.end <= self.layer.end
+        stands_inside = self.layer.path == "" or call.path.startswith(f"{self.layer.path}.")
+        return ran_inside and stands_inside
+
     def updates(self) -> list[StreamUpdate]:
-        """What is added to the stream, in order."""
+        """What is added to the stream, in the order of the sums.
+
+        The operations of the layer are gone through once, and `stream` grows on the way: each sum with the
+        stream is the stream from there on.
+        """
         updates = []
         for index in range(self.layer.begin, self.layer.end):
             node = self.trace.nodes[index]
             self._follow_stream(node)
-            if node.op not in ADDITIONS or not node.outputs:
+            operands = self._operands_of_sum(node)
+            if operands is None:
                 continue
-            total = node.outputs[0]
-            operands = self.reader.operands(node, self.reader.size(total))
-            before = [number for number in operands if number in self.stream]
-            added = [number for number in operands if number not in self.stream]
-            if len(before) != 1 or len(added) != 1:
-                continue
-            of_sum = self._updates_in(added[0], before[0], index)
+            before, added = operands
+            of_sum = self._updates_in(added, before, index)
             if not of_sum:
                 continue
+            total = node.outputs[0]
             self.stream.add(total)
+            # A norm after the sum is that of its step, unless several steps were summed at once.
             if len(of_sum) == 1:
                 of_sum[0].norm = self._norm_behind(total)
             updates += of_sum
         return updates
+
+    def _operands_of_sum(self, node: Node) -> tuple[int, int] | None:
+        """The stream and what an operation adds to it; None where it is no sum of exactly these two."""
+        if node.op not in ADDITIONS or not node.outputs:
+            return None
+        operands = self.reader.operands(node, self.reader.size(node.outputs[0]))
+        before = [number for number in operands if number in self.stream]
+        added = [number for number in operands if number not in self.stream]
+        if len(before) != 1 or len(added) != 1:
+            return None
+        return before[0], added[0]
 
     def _follow_stream(self, node: Node) -> None:
         """Note what an operation gave that is the stream still."""
@@ -180,9 +199,10 @@ class _LayerReader:
             node = self.trace.nodes[index]
             if node.op not in ADDITIONS or node.module != module:
                 continue
-            parts = self.reader.operands(node, self.reader.size(origin))
-            if len(parts) == 2 and not any(part in self.stream for part in parts):
-                return [*self._addends(parts[0], module), *self._addends(parts[1], module)]
+            summands = self.reader.operands(node, self.reader.size(origin))
+            if len(summands) == 2 and self.stream.isdisjoint(summands):
+                first, second = summands
+                return [*self._addends(first, module), *self._addends(second, module)]
         return [number]
 
     def _update(self, number: int, before: int, index: int) -> StreamUpdate | None:
@@ -194,13 +214,16 @@ class _LayerReader:
             index: of the operation that adds.
         """
         out = self.reader.producer(self.reader.origins(number), self.calls)
+        # Followed back to the stream and no further.
         nodes, numbers = self.reader.upstream(number, self.stream)
         for tensor in numbers & self.stream:
             numbers = numbers | set(self.reader.origins(tensor))
         is_computed = any(self.trace.nodes[node].op in PRODUCTS for node in nodes)
-        if out is None or not numbers & self.stream or not is_computed:
+        comes_from_stream = not numbers.isdisjoint(self.stream)
+        if out is None or not comes_from_stream or not is_computed:
             return None
 
+        # A step in which a kernel of attention ran is attention; every other one is a feed-forward.
         update = StreamUpdate(out, before=self._module_before(before, nodes, numbers, index))
         kernels = {node for node in nodes if self.trace.nodes[node].op.startswith(KERNELS)}
         owners = self._attention_around(kernels)
@@ -219,13 +242,9 @@ class _LayerReader:
             numbers: the tensors that it came from.
             index: of the operation that adds it.
         """
+        # Of those that read this very stream the one that the update came from, else any.
         aliases = set(self.reader.origins(before))
-        readers = []
-        for call in self.calls:
-            if call.input is None or call.begin > index:
-                continue
-            if aliases & set(self.reader.origins(call.input)):
-                readers.append(call)
+        readers = self._readers_of(aliases, index)
         feeding = [call for call in readers if self._feeds(call, nodes, numbers | aliases)]
         first = _first(feeding or readers)
         if first is not None:
@@ -235,16 +254,28 @@ class _LayerReader:
 
         # A branch beside another one, added after it: it was computed from the stream before both.
         beside = []
-        for call in self.calls:
-            if call.input is None or call.begin > index:
-                continue
-            reads_stream = bool(set(self.reader.origins(call.input)) & self.stream)
-            if reads_stream and self._feeds(call, nodes, numbers) and not self._is_normed(call.input):
+        for call in self._readers_of(self.stream, index):
+            if self._feeds(call, nodes, numbers) and not self._is_normed(call):
                 beside.append(call)
         first = _first(beside)
         if first is None:
             return None
         return first.path
+
+    def _readers_of(self, numbers: set[int], index: int) -> list[Call]:
+        """The calls inside of the layer that were given one of these tensors, in any form.
+
+        Args:
+            numbers: the tensors'.
+            index: of an operation; calls that began after it are left out.
+        """
+        readers = []
+        for call in self.calls:
+            if call.input is None or call.begin > index:
+                continue
+            if not numbers.isdisjoint(self.reader.origins(call.input)):
+                readers.append(call)
+        return readers
 
     def _feeds(self, call: Call, nodes: set[int], numbers: set[int]) -> bool:
         """Whether a call has part in what these operations and tensors are."""
@@ -252,11 +283,13 @@ class _LayerReader:
             return True
         return any(index in nodes for index in range(call.begin, call.end))
 
-    def _is_normed(self, number: int) -> bool:
-        """Whether a tensor comes out of a norm, but for its form."""
-        chain = set(self.reader.origins(number))
-        for call in self.trace.calls:
-            if call.output in chain and self.reader.is_norm(call.path):
+    def _is_normed(self, call: Call) -> bool:
+        """Whether what a call was given comes out of a norm, but for its form."""
+        if call.input is None:
+            return False
+        chain = set(self.reader.origins(call.input))
+        for other in self.trace.calls:
+            if other.output in chain and self.reader.is_norm(other.path):
                 return True
         return False
 
@@ -274,7 +307,9 @@ class _LayerReader:
         return None
 
     def gives_stream_back(self) -> bool:
-        """Whether what the layer gives is the stream with something added."""
+        """Whether what the layer gives is the stream with something added; known once `updates` has found the
+        sums.
+        """
         sums = self.stream - {self.given}
         results = set(self.layer.outputs)
         if self.layer.output is not None:
@@ -294,18 +329,22 @@ class _LayerReader:
                     owners.add(path)
         if owners:
             return owners
-
         called = set()
         for kernel in kernels:
-            module = self.trace.nodes[kernel].module
-            if not within(module, [self.layer.path]):
-                continue
-            steps = relative(module, self.layer.path).split(".")
-            for count in range(len(steps), 0, -1):
-                if "att" in steps[count - 1].lower():
-                    called.add(join(self.layer.path, *steps[:count]))
-                    break
+            owner = self._called_attention(self.trace.nodes[kernel].module)
+            if owner is not None:
+                called.add(owner)
         return called
+
+    def _called_attention(self, module: str) -> str | None:
+        """The innermost module of the layer that is called attention and holds ``module``, or is it."""
+        if not within(module, [self.layer.path]):
+            return None
+        steps = relative(module, self.layer.path).split(".")
+        for count in range(len(steps), 0, -1):
+            if "att" in steps[count - 1].lower():
+                return join(self.layer.path, *steps[:count])
+        return None
 
     def _describe_attention(
         self, update: StreamUpdate, owner: str, kernels: set[int], numbers: set[int]
@@ -318,22 +357,28 @@ class _LayerReader:
             kernels: the kernels.
             numbers: the tensors that the update came from.
         """
-        is_cross = self.view.roles.get(owner) == CROSS_ATTENTION or crosses(owner)
-        update.kind = "cross" if is_cross else "self"
+        if self.view.roles.get(owner) == CROSS_ATTENTION or crosses(owner):
+            update.kind = "cross"
+        else:
+            update.kind = "self"
         # Where the output projection stands beside the module of the kernel (BERT), attention is what holds
         # both.
-        update.attention = owner if within(update.out, [owner]) else _common(owner, update.out)
+        update.attention = owner
+        if not within(update.out, [owner]):
+            update.attention = _common(owner, update.out)
         if update.out != update.attention:
             update.found["attn_o_proj"] = update.out
+        roles = self._roles_in(update.attention)
+        used = {self.reader.linears[number] for number in numbers & self.reader.linears.keys()}
+        self._describe_projections(update, roles, kernels, used)
+
+    def _roles_in(self, owner: str) -> dict[str, str]:
+        """What the modules in a module, and it itself, are there for by their names, by path."""
         roles = {}
         for path, role in self.view.roles.items():
-            if path and within(path, [update.attention]):
+            if path and within(path, [owner]):
                 roles[path] = role
-        used = set()
-        for number in numbers:
-            if number in self.reader.linears:
-                used.add(self.reader.linears[number])
-        self._describe_projections(update, roles, kernels, used)
+        return roles
 
     def _describe_projections(
         self, update: StreamUpdate, roles: Mapping[str, str], kernels: Iterable[int], used: set[str]
@@ -348,30 +393,14 @@ class _LayerReader:
         """
         projections = {}
         for path, role in roles.items():
-            if role in (QUERY, KEY, VALUE, KEY_VALUE, FUSED):
+            if role in _PROJECTIONS:
                 projections[role] = path
-        are_named = FUSED in projections or KEY_VALUE in projections or {QUERY, VALUE} <= projections.keys()
-        if kernels and not are_named:
+        if kernels and not _are_named(projections):
             operands = self.reader.kernel_operands(kernels, used)
             if len(operands) == 3:
-                query, key, value = operands
-                projections = {QUERY: query, KEY: key, VALUE: value}
-                if query == key == value:
-                    projections = {FUSED: query}
+                projections = _projections_by_flow(*operands)
                 update.by_flow = True
-
-        if FUSED in projections:
-            update.found["attn_qkv_proj"] = projections[FUSED]
-            return
-        query_path = projections.get(QUERY)
-        key_path = projections.get(KEY, projections.get(KEY_VALUE))
-        value_path = projections.get(VALUE, projections.get(KEY_VALUE))
-        # Where keys and values share a projection that is called after one of them, it is both.
-        key_path, value_path = key_path or value_path, value_path or key_path
-        if query_path and key_path and value_path:
-            update.found["attn_q_proj"] = query_path
-            update.found["attn_k_proj"] = key_path
-            update.found["attn_v_proj"] = value_path
+        update.found |= _accessors_of(projections)
 
     def _describe_feed_forward(self, update: StreamUpdate, numbers: set[int]) -> None:
         """Fill in the linears of a feed-forward that read the stream.
@@ -379,17 +408,10 @@ class _LayerReader:
         Of two that do one is a gate: it goes through an activation before it is multiplied with the other.
         """
         update.kind = "ffn"
-        readers = []
-        for call in self.trace.calls:
-            if call.output is None or call.output not in numbers or call.output not in self.reader.linears:
-                continue
-            path = self.reader.linears[call.output]
-            if path == update.out or path in readers or _is_in_experts(path):
-                continue
-            if any(origin in self.stream for origin in self.reader.origins(call.inputs[0])):
-                readers.append(path)
+        readers = [path for path in self._linears_on_stream(numbers) if path != update.out]
         if not readers:
             return
+        # The gate's activation stands between it and the product; the other one goes into it as it is.
         ungated = [path for path in readers if self.reader.goes_into_product(path)]
         first = readers[-1]
         if len(readers) > 1 and ungated:
@@ -399,31 +421,29 @@ class _LayerReader:
         if len(gates) == 1:
             update.found["layer_gate_proj"] = gates[0]
 
+    def _linears_on_stream(self, numbers: set[int]) -> list[str]:
+        """The paths of the linears that were given the stream and gave one of these tensors, in order,
+        without those of experts.
+        """
+        paths: dict[str, None] = {}
+        for call in self.trace.calls:
+            if call.output not in numbers or call.output not in self.reader.linears:
+                continue
+            path = self.reader.linears[call.output]
+            if not _is_in_experts(path) and not self.stream.isdisjoint(self.reader.origins(call.inputs[0])):
+                paths[path] = None
+        return list(paths)
+
     def updates_by_structure(self) -> list[StreamUpdate]:
         """What a layer adds in a way that is not a plain sum (several streams mixed): told by names and
         sizes.
 
         None where the layer does not give what it was given in shape, or less than two steps can be told.
         """
-        if self.layer.output is None:
-            return []
-        shape = self.trace.shapes[self.layer.output]
-        if len(shape) < 3 or not any(self.trace.shapes[number] == shape for number in self.layer.inputs):
+        if not self._keeps_shape():
             return []
         ran = {call.path for call in self.calls}
-        updates = []
-        for path in sorted(self._attention_by_name(ran)):
-            roles = {}
-            for other, role in self.view.roles.items():
-                if other in ran and within(other, [path]):
-                    roles[other] = role
-            update = StreamUpdate(path, attention=path, by_name=True)
-            update.kind = "cross" if crosses(path) else "self"
-            outs = [other for other, role in roles.items() if role == ATTENTION_OUT]
-            if outs and outs[0] != path:
-                update.out = update.found["attn_o_proj"] = outs[0]
-            self._describe_projections(update, roles, kernels=(), used=set())
-            updates.append(update)
+        updates = [self._attention_update(path, ran) for path in sorted(self._attention_by_name(ran))]
         for name in _FEED_FORWARD_NAMES:
             path = f"{self.layer.path}.{name}"
             if path in ran:
@@ -433,6 +453,31 @@ class _LayerReader:
             return updates
         return []
 
+    def _keeps_shape(self) -> bool:
+        """Whether the layer gives hidden states of the shape of something that it was given."""
+        if self.layer.output is None:
+            return False
+        shape = self.trace.shapes[self.layer.output]
+        given = [self.trace.shapes[number] for number in self.layer.inputs]
+        return len(shape) >= 3 and shape in given
+
+    def _attention_update(self, path: str, ran: set[str]) -> StreamUpdate:
+        """A step of attention, told by names.
+
+        Args:
+            path: the attention module's.
+            ran: the paths of all modules of the layer that ran.
+        """
+        update = StreamUpdate(path, attention=path, by_name=True)
+        update.kind = "cross" if crosses(path) else "self"
+        roles = {other: role for other, role in self._roles_in(path).items() if other in ran}
+        outs = [other for other, role in roles.items() if role == ATTENTION_OUT]
+        if outs and outs[0] != path:
+            update.out = outs[0]
+            update.found["attn_o_proj"] = outs[0]
+        self._describe_projections(update, roles, kernels=(), used=set())
+        return update
+
     def _attention_by_name(self, ran: set[str]) -> set[str]:
         """Paths of the attention modules of the layer that ran; those whose kernel can be reached, else by
         name.
@@ -440,16 +485,21 @@ class _LayerReader:
         reachable = {path for path in self.reader.attending & ran if within(path, [self.layer.path])}
         if reachable:
             return reachable
-        named = set()
-        for path in ran:
-            name = relative(path, self.layer.path).lower()
-            is_child = "." not in name
-            is_around = re.search("norm|connection|conv", name) is not None
-            if not is_child or "att" not in name or is_around:
-                continue
-            if any(layer.is_linear and within(other, [path]) for other, layer in self.view.layers.items()):
-                named.add(path)
-        return named
+        return {path for path in ran if self._is_called_attention(path) and self._has_linears(path)}
+
+    def _is_called_attention(self, path: str) -> bool:
+        """Whether a child of the layer is called attention, and is not what stands around it."""
+        name = relative(path, self.layer.path).lower()
+        is_child = "." not in name
+        is_around = re.search("norm|connection|conv", name) is not None
+        return is_child and "att" in name and not is_around
+
+    def _has_linears(self, path: str) -> bool:
+        """Whether there are linears in a module, or it is one."""
+        for other, layer in self.view.layers.items():
+            if layer.is_linear and within(other, [path]):
+                return True
+        return False
 
     def _feed_forward_out(self, path: str, ran: set[str]) -> str:
         """The last linear of a feed-forward, where there is one alone; else the feed-forward itself."""
@@ -460,6 +510,43 @@ class _LayerReader:
         if len(last) == 1 and "expert" not in last[0]:
             return last[0]
         return path
+
+
+# The roles of projections that take the stream into attention.
+_PROJECTIONS = (QUERY, KEY, VALUE, KEY_VALUE, FUSED)
+
+
+def _are_named(projections: Mapping[str, str]) -> bool:
+    """Whether names alone tell the projections of attention, by role."""
+    if FUSED in projections or KEY_VALUE in projections:
+        return True
+    return QUERY in projections and VALUE in projections
+
+
+def _projections_by_flow(query: str, key: str, value: str) -> dict[str, str]:
+    """The projections by role, from the paths of those that a kernel's operands come from."""
+    if query == key == value:
+        return {FUSED: query}
+    return {QUERY: query, KEY: key, VALUE: value}
+
+
+def _accessors_of(projections: Mapping[str, str]) -> dict[str, str]:
+    """The paths of projections by the accessors of an interface; none where not all can be told.
+
+    Args:
+        projections: their paths, by role.
+    """
+    if FUSED in projections:
+        return {"attn_qkv_proj": projections[FUSED]}
+    query = projections.get(QUERY)
+    key = projections.get(KEY, projections.get(KEY_VALUE))
+    value = projections.get(VALUE, projections.get(KEY_VALUE))
+    # Where keys and values share a projection that is called after one of them, it is both.
+    key = key or value
+    value = value or key
+    if query and key and value:
+        return {"attn_q_proj": query, "attn_k_proj": key, "attn_v_proj": value}
+    return {}
 
 
 def _first(calls: list[Call]) -> Call | None:
@@ -474,10 +561,10 @@ def _is_in_experts(path: str) -> bool:
     return any("expert" in step.lower() for step in path.split("."))
 
 
-def _common(one: str, other: str) -> str:
+def _common(first: str, second: str) -> str:
     """The path of the innermost module around both."""
     steps = []
-    for ours, theirs in zip(one.split("."), other.split("."), strict=False):
+    for ours, theirs in zip(first.split("."), second.split("."), strict=False):
         if ours != theirs:
             break
         steps.append(ours)
@@ -485,7 +572,7 @@ def _common(one: str, other: str) -> str:
 
 
 def relative(path: str, owner: str) -> str:
-    """A path as it is called from its owner.
+    """A path as it is called from its owner: the steps that lead from there to the module.
 
     >>> relative("model.layers.0", "model"), relative("lm_head", "")
     ('layers.0', 'lm_head')

@@ -9,6 +9,5 @@ For authors of methods, in this package or in another one::
 """
 
 from grafts.testing.matrix import MethodReport, check_method
-from grafts.testing.models import SmallModel
 
-__all__ = ["MethodReport", "SmallModel", "check_method"]
+__all__ = ["MethodReport", "check_method"]

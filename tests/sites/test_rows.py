@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 import grafts
-from bases import BASES, BY_NAME, Base
-from closeness import assert_rounded
-from conftest import randomise
 from grafts.methods import Method
+from helpers.adapters import randomise
+from helpers.bases import BASES, BY_NAME, Base
+from helpers.closeness import assert_rounded
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*gradient_checkpointing.*:FutureWarning"

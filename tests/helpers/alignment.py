@@ -73,6 +73,6 @@ def switch_on() -> None:
                 tensor.data = at_odd_address(tensor.data)
         return self
 
-    nn.Parameter.__new__ = odd_parameter  # type: ignore[method-assign, assignment]
-    nn.Module.register_buffer = odd_buffer  # type: ignore[method-assign, assignment]
-    nn.Module._apply = odd_apply  # type: ignore[method-assign, assignment]
+    nn.Parameter.__new__ = odd_parameter  # type: ignore[method-assign]
+    nn.Module.register_buffer = odd_buffer  # type: ignore[method-assign]
+    nn.Module._apply = odd_apply  # type: ignore[method-assign]

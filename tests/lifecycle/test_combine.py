@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 import grafts
-from bases import BY_NAME
-from closeness import assert_rounded
-from conftest import randomise
 from grafts.lifecycle.registry import parts_of
-from peers import peft
+from helpers.adapters import randomise
+from helpers.bases import BY_NAME
+from helpers.closeness import assert_rounded
+from helpers.peers import peft
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*gradient_checkpointing.*:FutureWarning"

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import bases
 import grafts
-from bases import BY_NAME
 from grafts.structure.view import look_at
+from helpers import bases
+from helpers.bases import BY_NAME
 
 LLAMA = BY_NAME["llama"]
 

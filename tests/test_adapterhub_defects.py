@@ -1,5 +1,4 @@
-"""What goes wrong in `adapters` 1.3.0, by the numbers D1 to D23 of a list of its defects: here it is right,
-or refused.
+"""What goes wrong in `adapters` 1.3.0: here it is right, or refused.
 
 Defects of its composition blocks and of its own model classes have no counterpart here.
 """
@@ -19,11 +18,11 @@ import torch
 from torch import Tensor, nn
 
 import grafts
-from bases import BY_NAME, ids, llama
-from caches import cache_of, going_on
-from closeness import assert_rounded
-from conftest import randomise
 from grafts.lifecycle.registry import parts_of
+from helpers.adapters import randomise
+from helpers.bases import BY_NAME, ids, llama
+from helpers.caches import cache_of, going_on
+from helpers.closeness import assert_rounded
 
 ROOT = Path(__file__).parents[1]
 HUB = ROOT / "tests" / "data" / "adapterhub"
@@ -57,7 +56,7 @@ def adapted(config: str, base: object = LLAMA, scale: float = 0.3) -> nn.Module:
         "lora",
     ],
 )
-def test_d1_cached_generation_is_that_of_full_forwards(config: str) -> None:
+def test_cached_generation_is_that_of_full_forwards(config: str) -> None:
     model = adapted(config)
     tokens = ids()[:, :5]
     cached = model.generate(tokens, max_new_tokens=6, do_sample=False, pad_token_id=0)
@@ -72,7 +71,7 @@ def test_d1_cached_generation_is_that_of_full_forwards(config: str) -> None:
 @pytest.mark.parametrize(
     "union", ["mam", "prefix_tuning[prefix_length=3, flat=True]|par_bn[reduction_factor=2]"]
 )
-def test_d2_prefixes_in_unions_act_alike_in_every_kernel(union: str, padded: bool) -> None:
+def test_prefixes_in_unions_act_alike_in_every_kernel(union: str, padded: bool) -> None:
     outputs = {}
     for kernel in ("eager", "sdpa"):
         model = LLAMA.model()
@@ -88,7 +87,7 @@ def test_d2_prefixes_in_unions_act_alike_in_every_kernel(union: str, padded: boo
     torch.testing.assert_close(outputs["eager"], outputs["sdpa"], rtol=1e-5, atol=1e-5)
 
 
-def test_d3_attaching_changes_no_tensor_of_the_base() -> None:
+def test_attaching_changes_no_tensor_of_the_base() -> None:
     from transformers import ModernBertConfig, ModernBertForMaskedLM
 
     sizes = {
@@ -107,7 +106,7 @@ def test_d3_attaching_changes_no_tensor_of_the_base() -> None:
     assert [key for key in model.state_dict() if "grafts" not in key] == keys
 
 
-def test_d4_weight_decay_leaves_loreft_orthonormal_and_at_work() -> None:
+def test_weight_decay_leaves_loreft_orthonormal_and_at_work() -> None:
     model = adapted("loreft[r=3]")
     before = LLAMA.output(model)
     optimizer = torch.optim.AdamW(
@@ -126,7 +125,7 @@ def test_d4_weight_decay_leaves_loreft_orthonormal_and_at_work() -> None:
     assert not torch.allclose(after, before)
 
 
-def test_d5_shared_matrices_of_a_bare_base_are_saved(tmp_path: Path) -> None:
+def test_shared_matrices_of_a_bare_base_are_saved(tmp_path: Path) -> None:
     model = LLAMA.model().model
     grafts.add(model, "compacter[reduction_factor=4]", name="en")
     randomise(model, "en")
@@ -137,7 +136,7 @@ def test_d5_shared_matrices_of_a_bare_base_are_saved(tmp_path: Path) -> None:
     assert_rounded(again(input_ids=ids()).last_hidden_state, expected)
 
 
-def test_d7_ia3_merges_its_bias_and_unmerging_restores(tmp_path: Path) -> None:
+def test_ia3_merges_its_bias_and_unmerging_restores(tmp_path: Path) -> None:
     model = BERT.model()
     grafts.add(
         model, grafts.IA3Config(target_roles=("k", "v", "intermediate"), feedforward_modules=[]), name="en"
@@ -149,7 +148,7 @@ def test_d7_ia3_merges_its_bias_and_unmerging_restores(tmp_path: Path) -> None:
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
-def test_d8_direft_comes_back_as_direft(tmp_path: Path) -> None:
+def test_direft_comes_back_as_direft(tmp_path: Path) -> None:
     model = adapted("direft")
     expected = LLAMA.output(model)
     grafts.add(model, "noreft", name="other")
@@ -165,7 +164,7 @@ def test_d8_direft_comes_back_as_direft(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "config", ["double_seq_bn[reduction_factor=4]", "loreft[r=3]", "seq_bn_inv[reduction_factor=4]", "lora"]
 )
-def test_d6_the_mean_of_one_adapter_twice_is_that_adapter(config: str) -> None:
+def test_the_mean_of_one_adapter_twice_is_that_adapter(config: str) -> None:
     model = adapted(config)
     grafts.add(model, config, name="same")
     for (_, one), (_, other) in zip(parts_of(model, "en"), parts_of(model, "same"), strict=True):
@@ -177,7 +176,7 @@ def test_d6_the_mean_of_one_adapter_twice_is_that_adapter(config: str) -> None:
 
 
 @torch.no_grad()
-def test_d8_an_average_of_rotations_is_a_rotation() -> None:
+def test_an_average_of_rotations_is_a_rotation() -> None:
     model = adapted("loreft[r=3]")
     grafts.add(model, "loreft[r=3]", name="other")
     randomise(model, "other", seed=8, scale=0.9)
@@ -191,7 +190,7 @@ def test_d8_an_average_of_rotations_is_a_rotation() -> None:
         grafts.combine(model, ["en", "smaller"], [0.5, 0.5], "no", method="linear")
 
 
-def test_d9_lora_and_ia3_stand_where_their_roles_say() -> None:
+def test_lora_and_ia3_stand_where_their_roles_say() -> None:
     model = LLAMA.model()
     roles = {"intermediate": "up_proj", "output": "down_proj", "gate": "gate_proj", "o": "o_proj"}
     for role, name in roles.items():
@@ -200,7 +199,7 @@ def test_d9_lora_and_ia3_stand_where_their_roles_say() -> None:
 
 
 @torch.no_grad()
-def test_d10_a_generated_token_is_no_first_position() -> None:
+def test_a_generated_token_is_no_first_position() -> None:
     model = adapted("loreft[prefix_positions=2]")
     mask = torch.ones_like(ids())
     mask[0, :2] = 0
@@ -211,7 +210,7 @@ def test_d10_a_generated_token_is_no_first_position() -> None:
 
 
 @torch.no_grad()
-def test_d11_every_layer_uses_its_own_norm() -> None:
+def test_every_layer_uses_its_own_norm() -> None:
     from torch.nn import functional as F
 
     model = shaken_norms(BERT.model())
@@ -242,7 +241,7 @@ def test_d11_every_layer_uses_its_own_norm() -> None:
 @pytest.mark.parametrize(
     "config", ["prompt_tuning[num_virtual_tokens=3]", "seq_bn", "loreft", "lora", "unipelt"]
 )
-def test_d12_d13_any_name_and_safetensors_for_every_method(config: str, tmp_path: Path) -> None:
+def test_any_name_and_safetensors_for_every_method(config: str, tmp_path: Path) -> None:
     model = adapted(config, BERT)
     expected = BERT.output(model)
     grafts.save(model, "en", tmp_path)
@@ -253,7 +252,7 @@ def test_d12_d13_any_name_and_safetensors_for_every_method(config: str, tmp_path
     assert_rounded(BERT.output(again), expected)
 
 
-def test_d14_d22_an_adapter_whose_name_begins_another_and_names_with_dots(tmp_path: Path) -> None:
+def test_an_adapter_whose_name_begins_another_and_names_with_dots(tmp_path: Path) -> None:
     model = BERT.model()
     for name in ("a", "a,b", "a.b"):
         grafts.add(model, "seq_bn[reduction_factor=4]", name=name)
@@ -265,7 +264,7 @@ def test_d14_d22_an_adapter_whose_name_begins_another_and_names_with_dots(tmp_pa
     assert len(set(sizes.values())) == 1
 
 
-def test_d15_a_prefix_is_added_trained_and_deleted_after_saving_the_base(tmp_path: Path) -> None:
+def test_a_prefix_is_added_trained_and_deleted_after_saving_the_base(tmp_path: Path) -> None:
     model = LLAMA.model()
     model.save_pretrained(tmp_path)
     grafts.add(model, "prefix_tuning_flat[prefix_length=3]", name="en")
@@ -279,7 +278,7 @@ def test_d15_a_prefix_is_added_trained_and_deleted_after_saving_the_base(tmp_pat
     "config",
     ["double_seq_bn", "adapter_plus", "compacter[reduction_factor=4]", "loreft", "invertible", "lora"],
 )
-def test_d16_half_precision_bases_are_served(config: str, dtype: torch.dtype) -> None:
+def test_half_precision_bases_are_served(config: str, dtype: torch.dtype) -> None:
     model = LLAMA.model(dtype)
     grafts.add(model, config, name="en")
     output = LLAMA.output(model)
@@ -288,7 +287,7 @@ def test_d16_half_precision_bases_are_served(config: str, dtype: torch.dtype) ->
 
 
 @torch.no_grad()
-def test_d17_two_lora_adapters_add_up_also_beside_grouped_heads() -> None:
+def test_two_lora_adapters_add_up_also_beside_grouped_heads() -> None:
     model = LLAMA.model()
     for name in ("en", "de"):
         grafts.add(model, grafts.LoraConfig(target_roles=("k", "v")), name=name)
@@ -303,7 +302,7 @@ def test_d17_two_lora_adapters_add_up_also_beside_grouped_heads() -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("config", ["loreft", "invertible", "prompt_tuning[num_virtual_tokens=2]"])
-def test_d18_every_active_adapter_acts_and_rows_choose(config: str) -> None:
+def test_every_active_adapter_acts_and_rows_choose(config: str) -> None:
     model = LLAMA.model()
     for seed, name in enumerate(("en", "de")):
         grafts.add(model, config, name=name)
@@ -316,7 +315,7 @@ def test_d18_every_active_adapter_acts_and_rows_choose(config: str) -> None:
     torch.testing.assert_close(rows[1], alone["en"][1], rtol=1e-5, atol=1e-5)
 
 
-def test_d19_a_file_of_loreft_holds_no_hidden_by_hidden_matrix(tmp_path: Path) -> None:
+def test_a_file_of_loreft_holds_no_hidden_by_hidden_matrix(tmp_path: Path) -> None:
     model = LLAMA.model()
     model = llama(hidden_size=256, intermediate_size=64)
     grafts.add(model, "loreft", name="en")
@@ -327,7 +326,7 @@ def test_d19_a_file_of_loreft_holds_no_hidden_by_hidden_matrix(tmp_path: Path) -
     assert theirs > 2 * 4 * 16 * 16  # one such matrix for each unit of each layer
 
 
-def test_d20_vera_with_dense_matrices_is_refused_and_dora_stands_at_fused_projections(tmp_path: Path) -> None:
+def test_vera_with_dense_matrices_is_refused_and_dora_stands_at_fused_projections(tmp_path: Path) -> None:
     source = HUB / "bert-lora" / "adapter"
     data = json.loads((source / "adapter_config.json").read_text())
     data["config"] |= {"vera_d": 0.1, "vera_b": 0.0}
@@ -341,7 +340,7 @@ def test_d20_vera_with_dense_matrices_is_refused_and_dora_stands_at_fused_projec
     torch.testing.assert_close(base.output(grafts.merge(model)), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_d21_d22_deleting_one_leaves_the_other_and_merged_ones_can_be_had_back() -> None:
+def test_deleting_one_leaves_the_other_and_merged_ones_can_be_had_back() -> None:
     model = LLAMA.model()
     before = {name: p.clone() for name, p in model.named_parameters()}
     for name in ("a", "b"):
@@ -357,7 +356,7 @@ def test_d21_d22_deleting_one_leaves_the_other_and_merged_ones_can_be_had_back()
 
 
 @torch.no_grad()
-def test_d22_glow_is_inverted_before_the_head_also_a_tied_one() -> None:
+def test_glow_is_inverted_before_the_head_also_a_tied_one() -> None:
     block = (
         grafts.plan(LLAMA.model(), "invertible[block='glow']")
         .targets[0]
@@ -374,7 +373,7 @@ def test_d22_glow_is_inverted_before_the_head_also_a_tied_one() -> None:
         assert planned == {"model.embed_tokens": "stream begins", "lm_head": "stream ends"}
 
 
-def test_d22_whole_numbers_missing_activations_and_seeds_are_taken_for_what_they_are() -> None:
+def test_whole_numbers_missing_activations_and_seeds_are_taken_for_what_they_are() -> None:
     model = LLAMA.model()
     state = torch.random.get_rng_state()
     grafts.add(model, "seq_bn[scaling=2, non_linearity=None, init_weights_seed=0]", name="en")
@@ -391,12 +390,12 @@ def test_d22_whole_numbers_missing_activations_and_seeds_are_taken_for_what_they
     assert not torch.equal(first.adapter_up.weight, second.adapter_up.weight)
 
 
-def test_d22_layers_are_left_out_of_unions_too() -> None:
+def test_layers_are_left_out_of_unions_too() -> None:
     plan = grafts.plan(LLAMA.model(), "seq_bn[leave_out=[0]]|loreft[layers=[1]]")
     assert all("layers.0" not in target.path for target in plan.targets)
 
 
-def test_d23_adapters_of_cross_and_self_attention_stand_apart() -> None:
+def test_adapters_of_cross_and_self_attention_stand_apart() -> None:
     model = BY_NAME["t5"].model()
     grafts.add(model, "double_seq_bn[cross_adapter=True]", name="en")
     steps = [part.sublayer.kind for _, part in parts_of(model, "en") if hasattr(part, "sublayer")]

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 import grafts
-from bases import BY_NAME
-from closeness import assert_rounded
-from conftest import randomise
+from helpers.adapters import randomise
+from helpers.bases import BY_NAME
+from helpers.closeness import assert_rounded
 
 LLAMA = BY_NAME["llama"]
 

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import bases
-from bases import Base, SDPATransformer, ids, noise
+from helpers import bases
+from helpers.bases import Base, SDPATransformer, ids, noise
 
 Pair = tuple[Tensor, Tensor]
 Project = Callable[[nn.Module, Tensor], Pair]
@@ -54,7 +54,7 @@ def phi3(module: Any, prompt: Tensor) -> Pair:
         module.num_key_value_heads * module.head_dim,
     )
     _, k, v = module.qkv_proj(prompt).split([queries, keys, keys], -1)
-    return tuple(x.unflatten(-1, (-1, module.head_dim)).transpose(1, 2) for x in (k, v))  # type: ignore[return-value]
+    return tuple(x.unflatten(-1, (-1, module.head_dim)).transpose(1, 2) for x in (k, v))
 
 
 def neox(module: Any, prompt: Tensor) -> Pair:
@@ -65,7 +65,7 @@ def neox(module: Any, prompt: Tensor) -> Pair:
 
 def gpt2(module: Any, prompt: Tensor) -> Pair:
     _, k, v = module.c_attn(prompt).split(module.split_size, -1)
-    return tuple(x.unflatten(-1, (-1, module.head_dim)).transpose(1, 2) for x in (k, v))  # type: ignore[return-value]
+    return tuple(x.unflatten(-1, (-1, module.head_dim)).transpose(1, 2) for x in (k, v))
 
 
 def made(name: str, **values: object) -> Callable[[], nn.Module]:
@@ -181,7 +181,7 @@ ARCHITECTURES = [
 
 
 def custom(module: Any, prompt: Tensor) -> Pair:
-    return tuple(w(prompt).unflatten(-1, (2, -1)).transpose(1, 2) for w in (module.wk, module.wv))  # type: ignore[return-value]
+    return tuple(w(prompt).unflatten(-1, (2, -1)).transpose(1, 2) for w in (module.wk, module.wv))
 
 
 CUSTOM = Architecture(Base("custom", SDPATransformer, lambda: {"ids": ids()}), custom)

@@ -16,13 +16,13 @@ import pytest
 import torch
 from torch import Tensor
 
-import bases
 import grafts
-from bases import BY_NAME
-from closeness import assert_rounded
-from conftest import any_config, randomise
 from grafts.methods import Method
-from tokens import tokenizer
+from helpers import bases
+from helpers.adapters import any_config, randomise
+from helpers.bases import BY_NAME
+from helpers.closeness import assert_rounded
+from helpers.tokens import tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
 

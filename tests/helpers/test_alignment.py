@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-import alignment
+from helpers import alignment
 
 
 def test_copies_lie_at_other_odd_addresses_and_are_the_same() -> None:
@@ -23,8 +23,9 @@ def test_copies_lie_at_other_odd_addresses_and_are_the_same() -> None:
 def test_models_that_are_made_copied_and_cast_lie_at_odd_addresses() -> None:
     code = f"""
 import copy, sys
-sys.path.insert(0, {str(Path(__file__).parent)!r})
-import alignment, torch
+sys.path.insert(0, {str(Path(__file__).parents[1])!r})
+import torch
+from helpers import alignment
 from torch import nn
 alignment.switch_on()
 model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8))

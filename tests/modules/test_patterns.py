@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from grafts.modules.patterns import layer_index, matches, pattern_value
 from grafts.sites.setup import child_key
-from peers import peft
+from helpers.peers import peft
 
 step = st.sampled_from(
     ["model", "layers", "h", "0", "1", "11", "q_proj", "proj", "q", "experts", "mlp", "v_proj"]

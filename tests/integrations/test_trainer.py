@@ -13,12 +13,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import bases
 import grafts
-from bases import BY_NAME
-from closeness import assert_all_rounded, assert_bitwise, assert_rounded
-from conftest import any_config
 from grafts.methods import Method
+from helpers import bases
+from helpers.adapters import any_config
+from helpers.bases import BY_NAME
+from helpers.closeness import assert_all_rounded, assert_bitwise, assert_rounded
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning"),

@@ -21,13 +21,13 @@ import pytest
 import torch
 from torch import nn
 
-import bases
 import grafts
-from bases import BY_NAME
-from closeness import assert_rounded
-from conftest import any_config, randomise
 from grafts.methods import Method, method_of
-from peers import peft_of_the_mixin
+from helpers import bases
+from helpers.adapters import any_config, randomise
+from helpers.bases import BY_NAME
+from helpers.closeness import assert_rounded
+from helpers.peers import peft_of_the_mixin
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning"),

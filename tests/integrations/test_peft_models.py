@@ -1,4 +1,4 @@
-"""The face of `peft.IA3Model`: every method, and what the incumbent's own gives where it is right."""
+"""`peft.IA3Model`: every method, and what the incumbent's own gives where it is right."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import torch
 from torch import nn
 
 import grafts
-from bases import BY_NAME
-from closeness import assert_rounded
-from conftest import randomise
 from grafts.lifecycle.registry import parts_of
-from peers import peft
+from helpers.adapters import randomise
+from helpers.bases import BY_NAME
+from helpers.closeness import assert_rounded
+from helpers.peers import peft
 
 LLAMA, GPT2 = BY_NAME["llama"], BY_NAME["gpt2"]
 pytestmark = [

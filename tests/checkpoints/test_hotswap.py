@@ -12,12 +12,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import bases
 import grafts
-from bases import BY_NAME
-from closeness import assert_rounded
-from conftest import randomise
 from grafts.lifecycle.registry import parts_of
+from helpers import bases
+from helpers.adapters import randomise
+from helpers.bases import BY_NAME
+from helpers.closeness import assert_rounded
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
 IDS = bases.ids()

@@ -12,12 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 
-import bases
 import grafts
-from bases import BY_NAME
-from closeness import assert_rounded
-from conftest import any_config, randomise
 from grafts.methods import Method
+from helpers import bases
+from helpers.adapters import any_config, randomise
+from helpers.bases import BY_NAME
+from helpers.closeness import assert_rounded
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning"),
@@ -213,9 +213,10 @@ def test_wrong_places_are_refused_and_the_model_stays(tmp_path: Path) -> None:
 def test_loading_never_holds_a_second_copy_of_the_base(tmp_path: Path) -> None:
     code = f"""
         import os, sys, resource
-        sys.path.insert(0, {str(Path(__file__).parent)!r})
+        sys.path.insert(0, {str(Path(__file__).parents[1])!r})
         os.environ["HF_HUB_OFFLINE"] = "1"
-        import torch, grafts, bases
+        import torch, grafts
+        from helpers import bases
         torch.set_num_threads(1)
         sizes = dict(hidden_size=1024, intermediate_size=2816, num_hidden_layers=6, num_key_value_heads=4)
         model = grafts.init(bases.llama(**sizes))

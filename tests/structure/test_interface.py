@@ -14,12 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import grafts
-from bases import BY_NAME, ids, llama
-from caches import cache_of, going_on
-from closeness import assert_rounded
-from conftest import randomise
 from grafts.lifecycle.registry import parts_of
 from grafts.structure.view import look_at
+from helpers.adapters import randomise
+from helpers.bases import BY_NAME, ids, llama
+from helpers.caches import cache_of, going_on
+from helpers.closeness import assert_rounded
 
 LLAMA, BERT = BY_NAME["llama"], BY_NAME["bert"]
 BY_HAND = grafts.AdapterModelInterface(

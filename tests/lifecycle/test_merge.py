@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import nn
 
-import bases
 import grafts
-from bases import BY_NAME, Base
-from closeness import assert_rounded
-from conftest import randomise
 from grafts.lifecycle.registry import parts_of
+from helpers import bases
+from helpers.adapters import randomise
+from helpers.bases import BY_NAME, Base
+from helpers.closeness import assert_rounded
 
 LLAMA = BY_NAME["llama"]
 TIED = Base("tied", lambda: bases.llama(tie_word_embeddings=True), LLAMA.inputs)

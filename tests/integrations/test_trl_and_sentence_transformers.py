@@ -12,12 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 
-import bases
 import grafts
-from bases import BY_NAME
-from closeness import assert_rounded
-from conftest import randomise
-from tokens import tokenizer
+from helpers import bases
+from helpers.adapters import randomise
+from helpers.bases import BY_NAME
+from helpers.closeness import assert_rounded
+from helpers.tokens import tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 QUIET = {

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import bases
 import grafts
-from bases import BY_NAME, Base, ids
-from caches import cache_of, going_on
-from conftest import randomise
 from grafts.lifecycle.registry import parts_of
+from helpers import bases
+from helpers.adapters import randomise
+from helpers.bases import BY_NAME, Base, ids
+from helpers.caches import cache_of, going_on
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
 LLAMA, GPT2, BERT, T5 = (BY_NAME[name] for name in ("llama", "gpt2", "bert", "t5"))
