@@ -146,6 +146,8 @@ def run(name: str, workers: str, short: bool) -> int:
         RECORD.write_text(
             json.dumps({key: record[key] for key in ENVIRONMENTS if key in record}, indent=1) + "\n", "utf-8"
         )
+        # At once: the suite of the next environment compares the pages with what was recorded.
+        write_pages()
     return done.returncode if finished else 2
 
 
@@ -174,6 +176,12 @@ def pages() -> dict[Path, str]:
     return result
 
 
+def write_pages() -> None:
+    """Write the table into the pages that show it."""
+    for page, text in pages().items():
+        page.write_text(text, "utf-8")
+
+
 def main() -> None:
     """Do what the command line says; exit with 1 where a suite failed or a table is out of date, 2 where none
     could run.
@@ -200,14 +208,11 @@ def main() -> None:
         sys.exit(
             f"make the tables anew (scripts/tested_versions.py table): {', '.join(stale)}" if stale else 0
         )
-    outcomes = [0]
-    if given.verb == "run":
-        names = list(ENVIRONMENTS) if "all" in given.names else given.names
-        outcomes = [run(name, given.workers, given.short) for name in names]
-    if RECORD.exists():
-        for page, text in pages().items():
-            page.write_text(text, "utf-8")
-    sys.exit(max(outcomes))
+    if given.verb == "table":
+        write_pages()
+        return
+    names = list(ENVIRONMENTS) if "all" in given.names else given.names
+    sys.exit(max(run(name, given.workers, given.short) for name in names))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The model site: virtual tokens go in and come out again, against doing it by hand with `inputs_embeds`."""
+"""The input site: virtual tokens go in and come out again, against doing it by hand with `inputs_embeds`."""
 
 from __future__ import annotations
 

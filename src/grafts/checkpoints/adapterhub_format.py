@@ -39,7 +39,12 @@ def _layouts() -> Any:
 
 
 def recognises(directory: Path) -> bool:
-    """Whether a directory's ``adapter_config.json`` is one of this layout."""
+    """Whether a directory's ``adapter_config.json`` is one of this layout; a file that cannot be read is
+    none.
+
+    Args:
+        directory: an adapter's.
+    """
     file = find(directory, CONFIG_FILE)
     if file is None:
         return False
@@ -144,10 +149,11 @@ def files_of(
     model = layouts.HubModel(view, plan.interface)
     configs: list[dict[str, Any]] = []
     tensors: dict[str, Tensor] = {}
-    for single, own in zip(plan.single_plans, parts, strict=True):
+    for single, own_parts in zip(plan.single_plans, parts, strict=True):
         try:
             with torch.no_grad():
-                values, written = layouts.layout_of(single.config).write(single.config, own, model, name)
+                layout = layouts.layout_of(single.config)
+                values, written = layout.write(single.config, own_parts, model, name)
         except ConfigError as error:
             raise ConfigError(f"adapter {name!r}: {error}") from error
         configs.append(values)

@@ -31,6 +31,7 @@ def write_all(directory: Path, files: Mapping[str, bytes]) -> None:
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
+        # What a write before this one has left: committed but not moved, or not even committed.
         _finish(directory)
         for leftover in directory.glob(f"{_STAGED}*"):
             shutil.rmtree(leftover, ignore_errors=True)
@@ -40,8 +41,10 @@ def write_all(directory: Path, files: Mapping[str, bytes]) -> None:
                 if not _holds(directory / name, content):
                     (staged / name).parent.mkdir(parents=True, exist_ok=True)
                     _write_through(staged / name, content)
+            # Others may read what is written, which a folder for temporary files does not allow.
             staged.chmod(0o755)
             _sync(staged)
+            # From here on the new files are what there is.
             staged.rename(directory / _COMMITTED)
         except BaseException:
             shutil.rmtree(staged, ignore_errors=True)
@@ -55,6 +58,7 @@ def find(directory: Path, name: str) -> Path | None:
     """The path of the file ``name`` of a directory that `write_all` wrote, itself or with others beside it,
     or None.
     """
+    # Newest first: what was committed here, what was committed for several adapters above, what was moved.
     for path in (
         directory / _COMMITTED / name,
         directory.parent / _COMMITTED / directory.name / name,
@@ -66,10 +70,12 @@ def find(directory: Path, name: str) -> Path | None:
 
 
 def _holds(path: Path, content: bytes) -> bool:
+    """Whether a file has these bytes; one of another size is not read."""
     return path.is_file() and path.stat().st_size == len(content) and path.read_bytes() == content
 
 
 def _write_through(path: Path, content: bytes) -> None:
+    """Write a file, down to the disk."""
     with path.open("wb") as file:
         file.write(content)
         file.flush()

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from grafts.checkpoints.atomic_write import find
 from grafts.checkpoints.load import LoadReport, prepare, read_checkpoint
@@ -22,8 +22,7 @@ from grafts.methods._registry import method_of
 from grafts.sites.site import Part, RankedPart
 from grafts.structure.interface import AdapterModelInterface
 
-# what says where an adapter stands, and for whom it is: an adapter that takes another's place takes it where
-# that stands
+# The fields that say where an adapter stands. One that takes another's place takes it where that stands.
 _PLACE = (
     "target_modules",
     "target_roles",
@@ -32,6 +31,7 @@ _PLACE = (
     "layers_pattern",
     "feedforward_modules",
 )
+# The fields that say for which base and task an adapter is; they stay as well.
 _ABOUT = ("task_type", "base_model_name_or_path", "auto_mapping", "inference_mode", "revision")
 
 
@@ -143,24 +143,30 @@ def restore(model: nn.Module, name: str, path: Path) -> LoadReport:
     registry = registry_of(inner)
     config = registry.require(name).config
     file = find(path, STATE_FILE)
-    tensors = {} if file is None else read_tensors(file)
+    state = {} if file is None else read_tensors(file)
     stateful = []
     for member, single in enumerate(registry.plans[name].single_plans):
         if single.method.files.has_training_state:
             stateful.append((member, single.method.files))
-    if stateful and not tensors:
+    # Said before anything is changed: with half of a state training would go on from somewhere else.
+    if stateful and not state:
         raise CheckpointError(
             f"{str(path)!r} holds no {STATE_FILE}, which the training of {name!r} goes on from"
         )
     report = _swapped(inner, registry, name, read_checkpoint(path), None, lambda of_file: config)
     for member, files in stateful:
-        prefix = f"{member}."
-        state = {}
-        for key, tensor in tensors.items():
-            if key.startswith(prefix):
-                state[key.removeprefix(prefix)] = tensor
-        files.resume(registry.own_parts(name, member), state)
+        files.resume(registry.own_parts(name, member), _of_member(state, member))
     return report
+
+
+def _of_member(state: Mapping[str, Tensor], member: int) -> dict[str, Tensor]:
+    """What the training of one member of an adapter goes on from, without the member's number in front."""
+    prefix = f"{member}."
+    tensors = {}
+    for key, tensor in state.items():
+        if key.startswith(prefix):
+            tensors[key.removeprefix(prefix)] = tensor
+    return tensors
 
 
 def _swapped(
@@ -181,6 +187,7 @@ def _swapped(
     registry.require_unmerged(f"replace {name!r}")
     old = registry.plans[name]
     prepared = prepare(model, name, checkpoint, interface or old.interface, instead=instead, fill=fill)
+    # Both have to have the same parts, and each of them the capacity, before the first value is copied.
     before = _parts_by_key(old, registry.parts[name])
     after = _parts_by_key(prepared.report.plan, prepared.parts)
     if before.keys() != after.keys():
@@ -219,16 +226,14 @@ def _in_place_of(old: AdapterConfig, new: AdapterConfig, name: str) -> AdapterCo
     if method.members is not None:
         raise ConfigError(f"adapter {name!r} is made of several, and cannot be replaced in place")
     # It stands where the old one stands, and is for whom that is.
-    kept = {}
-    for field in dataclasses.fields(old):
-        if field.name in _PLACE or field.name in _ABOUT:
-            kept[field.name] = getattr(old, field.name)
+    names = old.field_names()
+    kept = {field: getattr(old, field) for field in names if field in _PLACE or field in _ABOUT}
     result = dataclasses.replace(new, **kept)
-    for field in dataclasses.fields(old):
-        ours, theirs = getattr(old, field.name), getattr(result, field.name)
-        if ours != theirs and field.name not in method.files.replaceable:
+    for field in names:
+        ours, theirs = getattr(old, field), getattr(result, field)
+        if ours != theirs and field not in method.files.replaceable:
             raise ConfigError(
-                f"adapter {name!r} cannot be replaced in place by one with another {field.name}\n"
+                f"adapter {name!r} cannot be replaced in place by one with another {field}\n"
                 f"  here:   {ours!r}\n  there:  {theirs!r}\n  load it under a name of its own"
             )
     return result

@@ -59,6 +59,7 @@ def fetch(
     inside = Path(subfolder or "")
     if inside.is_absolute() or ".." in inside.parts:
         raise CheckpointError(f"subfolder={subfolder!r} must be a folder inside of {os.fspath(source)!r}")
+    # A folder on this machine goes before a repository of the same name.
     if Path(source).expanduser().is_dir():
         return Path(source).expanduser() / inside
     name = os.fspath(source)
@@ -88,36 +89,63 @@ def fetch(
 
 
 def _reason(name: str, revision: str | None, error: BaseException) -> str:
-    """One sentence on why a repository could not be had."""
-    cause = error.__cause__
-    if cause is not None and any(
-        name in str(type(cause).__mro__) for name in ("RevisionNotFound", "Timeout", "Validation")
-    ):
-        error = cause
-    kinds = {kind.__name__ for kind in type(error).__mro__}
+    """One sentence on why a repository could not be had.
+
+    Args:
+        name: the repository's.
+        revision: what was asked for.
+        error: what `huggingface_hub` raised; its classes are told by their names, which have changed their
+            places.
+    """
+    error = _telling(error)
+    kinds = _class_names(error)
     shown = str(error).strip().split("\n")[0][:200]
-    if "GatedRepoError" in kinds:
-        return (
+    sentences = {
+        "GatedRepoError": (
             f"the repository {name!r} is gated: ask for access on its page, then give token= "
             "or run hf auth login"
-        )
-    if "RepositoryNotFoundError" in kinds:
-        return f"there is no folder and no repository {name!r} (a private one needs token= or hf auth login)"
-    if "RevisionNotFoundError" in kinds:
-        return f"the repository {name!r} has no revision {revision!r}"
-    if "HFValidationError" in kinds:
-        return f"there is no folder {name!r}, and it cannot be the id of a repository ({shown})"
-    if "LocalEntryNotFoundError" in kinds or "OfflineModeIsEnabled" in kinds:
-        return (
-            f"there is no folder {name!r}, the cache does not hold the repository, "
-            f"and the hub was not reached ({shown})"
-        )
+        ),
+        "RepositoryNotFoundError": (
+            f"there is no folder and no repository {name!r} (a private one needs token= or hf auth login)"
+        ),
+        "RevisionNotFoundError": f"the repository {name!r} has no revision {revision!r}",
+        "HFValidationError": (
+            f"there is no folder {name!r}, and it cannot be the id of a repository ({shown})"
+        ),
+    }
+    not_reached = (
+        f"there is no folder {name!r}, the cache does not hold the repository, "
+        f"and the hub was not reached ({shown})"
+    )
+    sentences |= dict.fromkeys(("LocalEntryNotFoundError", "OfflineModeIsEnabled"), not_reached)
+    # The first that fits: a gated repository is also one that was not found.
+    for kind, sentence in sentences.items():
+        if kind in kinds:
+            return sentence
     if any("Timeout" in kind for kind in kinds):
         return (
-            f"the hub did not answer in time for {name!r}: try again, "
-            "or set HF_HUB_DOWNLOAD_TIMEOUT to more seconds"
+            f"the hub did not answer in time for {name!r}: try again, or set HF_HUB_DOWNLOAD_TIMEOUT to more "
+            "seconds"
         )
     return f"the repository {name!r} could not be read: {type(error).__name__}: {shown}"
+
+
+def _telling(error: BaseException) -> BaseException:
+    """Of an error and what caused it the one that says why; `huggingface_hub` ends many calls with an error
+    that only says that the cache does not help.
+    """
+    cause = error.__cause__
+    if cause is None:
+        return error
+    shown = " ".join(_class_names(cause))
+    if any(word in shown for word in ("RevisionNotFound", "Timeout", "Validation")):
+        return cause
+    return error
+
+
+def _class_names(error: BaseException) -> set[str]:
+    """The names of an error's class and of those that it inherits from."""
+    return {kind.__name__ for kind in type(error).__mro__}
 
 
 def push(
@@ -183,7 +211,24 @@ def upload(
     create_pr: bool,
     commit: dict[str, Any],
 ) -> str:
-    """Put files into a repository in one commit; see `push`."""
+    """Put files into a repository in one commit.
+
+    Args:
+        files: what to put there, by path below the subfolder.
+        repo_id: and what follows, as `push` has it.
+        revision: the branch.
+        token: for the hub.
+        subfolder: where in the repository.
+        private: whether a new repository is.
+        create_pr: ask for the change.
+        commit: the message and description of the commit, as `huggingface_hub` calls them.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        CheckpointError: the hub refuses, or cannot be reached.
+    """
     try:
         from huggingface_hub import CommitOperationAdd, HfApi  # noqa: PLC0415 (an optional backend)
     except ImportError as error:
@@ -191,6 +236,7 @@ def upload(
     api = HfApi(token=token, library_name="grafts")
     try:
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        # A pull request is a branch that is there already.
         if revision is not None and not revision.startswith("refs/pr"):
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         operations = []
@@ -200,13 +246,15 @@ def upload(
                     path_in_repo=(Path(subfolder or "") / file).as_posix(), path_or_fileobj=data
                 )
             )
-        made = api.create_commit(repo_id, operations, revision=revision, create_pr=create_pr, **commit)
+        info = api.create_commit(repo_id, operations, revision=revision, create_pr=create_pr, **commit)
     except Exception as error:
         raise CheckpointError(
             f"the adapter could not be put into {repo_id!r}: {_first_line(error)}"
         ) from error
-    return str(made.commit_url)
+    return str(info.commit_url)
 
 
 def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200] if str(error).strip() else ''}"
+    """An error in one line: its class, and at most 200 characters of what it says."""
+    first, *_ = [*str(error).strip().splitlines(), ""]
+    return f"{type(error).__name__}: {first[:200]}"

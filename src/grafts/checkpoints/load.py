@@ -70,17 +70,23 @@ class LoadReport:
 
     @property
     def missing_keys(self) -> set[str]:
-        """None."""
+        """What `transformers` calls keys that the file does not have: none, since a missing tensor is an
+        error here.
+        """
         return set()
 
     @property
     def unexpected_keys(self) -> set[str]:
-        """None."""
+        """What `transformers` calls keys that the model has no place for: none, since such a tensor is an
+        error here.
+        """
         return set()
 
     @property
     def mismatched_keys(self) -> set[str]:
-        """None."""
+        """What `transformers` calls keys of other shapes in file and model: none, since another shape is an
+        error here.
+        """
         return set()
 
     def __str__(self) -> str:
@@ -159,13 +165,15 @@ def load(
     if isinstance(name, str):
         sources = {name: Path(path)}
     else:
-        sources = {one: Path(path) / folder_name(one) for one in name}
+        sources = {adapter_name: Path(path) / folder_name(adapter_name) for adapter_name in name}
+    # All of them are checked and made before the first one touches the model.
     prepared = []
-    for one, source in sources.items():
+    for adapter_name, source in sources.items():
         checkpoint = read_checkpoint(source, allow_pickle=allow_pickle)
-        prepared.append(prepare(inner, one, checkpoint, interface))
+        prepared.append(prepare(inner, adapter_name, checkpoint, interface))
     for adapter in prepared:
         adapter.attach(activate=activate, train=train)
+    # Each has taken the others' place as what is active and trained.
     if len(prepared) > 1 and activate:
         activate_all(inner, tuple(sources))
     if len(prepared) > 1 and train:
@@ -203,7 +211,12 @@ class PreparedAdapter:
     parts: list[tuple[str, Part]]
 
     def attach(self, *, activate: bool, train: bool) -> None:
-        """Put it on the model."""
+        """Put it on the model; nothing in here can fail halfway.
+
+        Args:
+            activate: make it the active adapter.
+            train: make it the only trainable thing.
+        """
         name, plan = self.report.name, self.report.plan
         attach_parts(self.view, name, plan, self.parts, activate=activate, train=train)
 
@@ -233,6 +246,7 @@ def prepare(
         ConfigError: the config does not fit the model.
         AdapterNameError: the name is taken, where nothing is to be replaced.
     """
+    # What the file means on this model.
     view = look_at(model)
     if interface is None:
         interface = saved_interface(checkpoint.path, view)
@@ -244,13 +258,11 @@ def prepare(
         require_new_name(model, name)
         draft = draft_adapter(view, config, name, interface=interface, file=file)
     else:
-        if interface is None:
-            through = view
-        else:
-            through = view.through(interface)
-        draft = resolve(through, instead(config), file)
+        seen_through = view if interface is None else view.through(interface)
+        draft = resolve(seen_through, instead(config), file)
     plan = draft.plan
 
+    # Whether its tensors are exactly those of the plan, by name and shape, before any memory is taken.
     tensors = _tensors_by_path(plan, members)
     if fill:
         tensors = {**_fresh_where_missing(view, plan, tensors), **tensors}
@@ -260,8 +272,10 @@ def prepare(
         _wanted_shapes(plan),
         f"adapter {name!r} from {source!r} does not fit this {type(model).__name__}",
     )
+
     parts = build_parts(view, plan, name, tensors, draft.blanks)
     _check_tied(plan, parts, tensors, source)
+    # Only an adapter of a single method can have the base's own weights beside it.
     same = members[0].same
     report = LoadReport(
         name,
@@ -293,6 +307,7 @@ def _tensors_by_path(plan: Plan, members: Sequence[_FileMember]) -> dict[str, Te
     """The tensors of a file by their names in a plan: by path and name, behind a member's number."""
     tensors = {}
     for number, (member, single) in enumerate(zip(members, plan.single_plans, strict=True)):
+        # Those of the method alone: what is auxiliary lies under its module in every file.
         targets = []
         for target in plan.targets:
             if target.kind == single.method.name and target.member == number:
@@ -347,11 +362,7 @@ class _FileMember:
         files = method_of(self.config).files
         if isinstance(files, PackedFiles):
             return files.unpack(self.config, self.tensors, targets)
-        result = {}
-        for name, tensor in self.tensors.items():
-            if name not in self.same:
-                result[name] = tensor
-        return result
+        return {name: tensor for name, tensor in self.tensors.items() if name not in self.same}
 
 
 def _member(
@@ -392,6 +403,7 @@ def _base_weights_in(
     `peft` adds an embedding's and a head's own weight when one of them is a target or the vocabulary was
     resized.
     """
+    # A copy that the config asks for is no base weight, though it lies under the same name.
     saved = [path for path in view.modules if matches(path, config.modules_to_save or ())]
     replaced, same = [], set()
     for name, tensor in tensors.items():
@@ -399,12 +411,17 @@ def _base_weights_in(
         may_be_base = leaf == "weight" and view.roles.get(path) in (EMBEDDING, HEAD)
         if not may_be_base or within(path, saved):
             continue
-        weight = view.modules[path].get_parameter("weight").detach()
-        if weight.shape == tensor.shape and torch.equal(weight.cpu(), tensor.to(weight.dtype)):
+        if _is_weight_of(view.modules[path], tensor):
             same.add(name)
         else:
             replaced.append(path)
     return replaced, same
+
+
+def _is_weight_of(module: nn.Module, tensor: Tensor) -> bool:
+    """Whether a tensor of a file is the weight of a module, bit for bit in the module's format."""
+    weight = module.get_parameter("weight").detach()
+    return weight.shape == tensor.shape and torch.equal(weight.cpu(), tensor.to(weight.dtype))
 
 
 def _check_tied(
@@ -433,15 +450,13 @@ def _check(tensors: Mapping[str, Tensor], wanted: Mapping[str, Size], context: s
     Raises:
         CheckpointError: naming the first few of each kind.
     """
-    unexpected, missing, misshapen = [], [], []
+    unexpected, misshapen = [], []
     for name, tensor in tensors.items():
         if name not in wanted:
             unexpected.append(f"unexpected {name!r} in the file; {did_you_mean(name, wanted)}")
         elif tensor.shape != wanted[name]:
             misshapen.append(f"{name!r} is {tuple(tensor.shape)} in the file and {tuple(wanted[name])} here")
-    for name in wanted:
-        if name not in tensors:
-            missing.append(f"missing {name!r} in the file")
+    missing = [f"missing {name!r} in the file" for name in wanted if name not in tensors]
     problems = [*unexpected, *missing, *misshapen]
     if problems:
         shown = problems[:6]

@@ -33,7 +33,9 @@ class About:
     text: str = ""
 
     def source_of_figures(self) -> str | None:
-        """The data that the figures are of, where that is known."""
+        """The data that the figures are of: what was said, else the first of the data that it was trained on;
+        None where nothing is known.
+        """
         return self.measured_on or next(iter(self.data), None)
 
 
@@ -46,12 +48,17 @@ def card(plan: Plan, base: str | None, about: About | None = None) -> str:
         about: what else is known.
     """
     about = about or About()
-    lines = ["---", *_front(plan, base, about), "---", "", f"# {_article(plan.method.title)} adapter", ""]
-    lines += [about.text, ""] if about.text else []
+    lines = ["---", *_front(plan, base, about), "---", ""]
+    lines += [f"# {_article(plan.method.title)} adapter", ""]
+    if about.text:
+        lines += [about.text, ""]
     lines += table(plan, base, about)
     if about.figures:
-        lines += [f"Measured on {about.source_of_figures() or 'data not named'}:", "", "| metric | value |"]
-        lines += ["|---|---|", *(f"| {name} | {value:.6g} |" for name, value in about.figures.items()), ""]
+        lines += [f"Measured on {about.source_of_figures() or 'data not named'}:", ""]
+        lines += ["| metric | value |", "|---|---|"]
+        for name, value in about.figures.items():
+            lines.append(f"| {name} | {value:.6g} |")
+        lines.append("")
     code = [
         "```python",
         "import grafts",
@@ -64,12 +71,16 @@ def card(plan: Plan, base: str | None, about: About | None = None) -> str:
 
 
 def table(plan: Plan, base: str | None, about: About) -> list[str]:
-    """What an adapter is, as the lines of a table."""
+    """What an adapter is, as the lines of a table: method, base, size, data and options.
+
+    Args:
+        plan: of the adapter.
+        base: where the base model came from.
+        about: what else is known.
+    """
+    # A union may have several of one method.
     methods = [f"{single.method.title} ({single.method.source})" for single in plan.single_plans]
     modules = {target.path for target in plan.targets}
-    options = []
-    for single in plan.single_plans:
-        options += [f"`{name}={value!r}`" for name, value in _changed_options(single)]
     rows = {
         "Method": ", ".join(dict.fromkeys(methods)),
         "Base model": f"`{base}`" if base else f"not named (a {plan.model_name})",
@@ -77,16 +88,28 @@ def table(plan: Plan, base: str | None, about: About) -> list[str]:
     }
     if about.data:
         rows["Data"] = ", ".join(about.data)
-    rows["Options"] = ", ".join(options) or "defaults"
+    rows["Options"] = ", ".join(_shown_options(plan)) or "defaults"
     lines = ["| | |", "|---|---|"]
     for name, value in rows.items():
+        # A bar would end the cell.
         cell = value.replace("|", "/")
         lines.append(f"| {name} | {cell} |")
     return [*lines, ""]
 
 
+def _shown_options(plan: Plan) -> list[str]:
+    """The options of all members of a plan that are not at their default, as they would be written."""
+    options = []
+    for single in plan.single_plans:
+        options += [f"`{name}={value!r}`" for name, value in _changed_options(single)]
+    return options
+
+
 def _article(title: str) -> str:
-    return f"{'An' if title[0] in 'AEIOU' else 'A'} {title}"
+    """A title with its article in front."""
+    if title[0] in "AEIOU":
+        return f"An {title}"
+    return f"A {title}"
 
 
 def _changed_options(plan: Plan) -> list[tuple[str, object]]:
@@ -104,18 +127,27 @@ def _changed_options(plan: Plan) -> list[tuple[str, object]]:
 
 def _front(plan: Plan, base: str | None, about: About) -> list[str]:
     """The block of metadata, each value as JSON, which is YAML."""
+    # The hub sorts adapters in the layout of `peft` under that library's name.
     values: dict[str, object] = {"library_name": "peft"}
-    values |= {"base_model": base} if base else {}
-    values |= {"datasets": list(about.data)} if about.data else {}
-    values |= {"license": about.license} if about.license else {}
+    if base:
+        values["base_model"] = base
+    if about.data:
+        values["datasets"] = list(about.data)
+    if about.license:
+        values["license"] = about.license
     values["tags"] = ["grafts", plan.method.name, *about.tags]
     if about.figures:
-        on = about.source_of_figures() or "not named"
-        metrics = [{"type": name, "name": name, "value": value} for name, value in about.figures.items()]
-        task = {"type": _TASKS.get(plan.config.task_type or "", "other")}
-        result = {"task": task, "dataset": {"type": on, "name": on}, "metrics": metrics}
-        values["model-index"] = [{"name": plan.method.title, "results": [result]}]
+        values["model-index"] = [_results(plan, about)]
     return [f"{name}: {json.dumps(value, ensure_ascii=False)}" for name, value in values.items()]
+
+
+def _results(plan: Plan, about: About) -> dict[str, object]:
+    """What was measured, as the hub's ``model-index`` has it."""
+    dataset = about.source_of_figures() or "not named"
+    metrics = [{"type": name, "name": name, "value": value} for name, value in about.figures.items()]
+    task = {"type": _TASKS.get(plan.config.task_type or "", "other")}
+    result = {"task": task, "dataset": {"type": dataset, "name": dataset}, "metrics": metrics}
+    return {"name": plan.method.title, "results": [result]}
 
 
 _TASKS = {

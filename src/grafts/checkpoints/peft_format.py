@@ -108,7 +108,10 @@ def read(path: str | os.PathLike[str], *, allow_pickle: bool = False) -> Checkpo
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file.
+    """The tensors of a safetensors file, by their names in it, on the CPU.
+
+    Args:
+        file: the file.
 
     Raises:
         CheckpointError: it is broken.
@@ -143,24 +146,17 @@ def read_config(directory: Path) -> AdapterConfig:
 
 
 def read_json(directory: Path) -> dict[str, Any]:
-    """What a directory's ``adapter_config.json`` holds.
+    """What a directory's ``adapter_config.json`` holds, as plain data.
+
+    Args:
+        directory: an adapter's.
 
     Raises:
         CheckpointError: there is no such file, or it is not a JSON object.
     """
     file = find(directory, CONFIG_FILE)
     if file is None:
-        if directory.is_dir():
-            there = sorted(p.name for p in directory.iterdir())[:8]
-        else:
-            there = None
-        if there is None:
-            found = "no such directory"
-        else:
-            found = f"it holds {', '.join(there) or 'nothing'}"
-        inside = sorted(path.parent.name for path in directory.glob(f"*/{CONFIG_FILE}"))
-        found += f"; adapters are in its folders {', '.join(inside)}" if inside else ""
-        raise CheckpointError(f"{str(directory)!r} holds no {CONFIG_FILE}: {found}")
+        raise CheckpointError(f"{str(directory)!r} holds no {CONFIG_FILE}: {_found_in(directory)}")
     try:
         data = json.loads(file.read_text("utf-8"))
     except (ValueError, OSError, RecursionError) as error:
@@ -170,7 +166,25 @@ def read_json(directory: Path) -> dict[str, Any]:
     return data
 
 
+def _found_in(directory: Path) -> str:
+    """What there is in place of an adapter, for messages."""
+    if not directory.is_dir():
+        return "no such directory"
+    names = sorted(path.name for path in directory.iterdir())[:8]
+    found = f"it holds {', '.join(names) or 'nothing'}"
+    # Several adapters that were saved together: each has a folder of its own.
+    folders = sorted(path.parent.name for path in directory.glob(f"*/{CONFIG_FILE}"))
+    if folders:
+        found += f"; adapters are in its folders {', '.join(folders)}"
+    return found
+
+
 def _read_pickled(directory: Path, config: AdapterConfig, allow_pickle: bool) -> Checkpoint:
+    """The adapter of a directory without a safetensors file.
+
+    Raises:
+        CheckpointError: there is no pickle either, or it cannot be read, or is not allowed to be.
+    """
     file = find(directory, PICKLE_FILE)
     if file is None:
         raise CheckpointError(f"{str(directory)!r} holds no {TENSOR_FILE}")

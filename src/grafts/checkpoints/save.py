@@ -60,17 +60,17 @@ def save(
         ConfigError: the adapter has no place in that layout, or there is no such layout.
         CheckpointError: the directory cannot be written.
     """
-    names = [name] if isinstance(name, str) else name
+    if isinstance(name, str):
+        folders = {name: ""}
+    else:
+        folders = {adapter_name: f"{folder_name(adapter_name)}/" for adapter_name in name}
     files = {}
-    for one in names:
-        if isinstance(name, str):
-            folder = ""
-        else:
-            folder = f"{folder_name(one)}/"
-        for file, data in checkpoint_files(model, one, layout).items():
+    for adapter_name, folder in folders.items():
+        for file, data in checkpoint_files(model, adapter_name, layout).items():
             files[folder + file] = data
+    # Every process has gathered the pieces; one writes, and the others wait until the files are there.
     inner = unwrapped(model)
-    sharded = any(is_sharded(part for _, part in parts_of(inner, one)) for one in names)
+    sharded = any(is_sharded(part for _, part in parts_of(inner, adapter_name)) for adapter_name in folders)
     if not sharded or is_main_process():
         write_all(Path(path), files)
     if sharded:
@@ -80,6 +80,9 @@ def save(
 
 def folder_name(name: str) -> str:
     """The name of an adapter that is to be the name of its folder.
+
+    Args:
+        name: the adapter's.
 
     Raises:
         AdapterNameError: it cannot be.
@@ -126,10 +129,8 @@ def _adapterhub_files(view: ModelView, registry: Registry, name: str, plan: Plan
     """The files in AdapterHub's layout."""
     parts = [registry.own_parts(name, member) for member in range(len(plan.single_plans))]
     methods = [single.method.name for single in plan.single_plans]
-    others = []
-    for target in plan.targets:
-        if target.kind != methods[target.member]:
-            others.append(target.path)
+    # What it trains beside its methods' parts, for which that layout has no place.
+    others = [target.path for target in plan.targets if target.kind != methods[target.member]]
     return adapterhub.files_of(view, name, plan, parts, others)
 
 
@@ -144,6 +145,7 @@ def _peft_files(
         prefix = f"{member}." if plan.members else ""
         for key, tensor in adapter_tensors(registry, name, single, member).items():
             tensors[prefix + key] = tensor
+    # A union has the configs of its members in one, and says once what they say of the base.
     config = configs[0]
     if plan.members:
         config = plan.config.to_dict()
@@ -183,15 +185,15 @@ def adapter_tensors(registry: Registry, name: str, plan: Plan, member: int) -> d
         member: its number in a union.
     """
     files = plan.method.files
-    own = registry.own_parts(name, member)
+    own_parts = registry.own_parts(name, member)
     packed: Mapping[str, Tensor] = {}
     prefix = peft.PREFIX
     if isinstance(files, PackedFiles):
-        packed = files.pack(plan.config, own)
+        packed = files.pack(plan.config, own_parts)
         prefix = files.prefix
     tensors = {}
     for target, (path, part) in zip(registry.plans[name].targets, registry.parts[name], strict=True):
-        is_packed = files.is_packed and own.get(path) is part
+        is_packed = files.is_packed and own_parts.get(path) is part
         if target.member != member or is_packed:
             continue
         for key, tensor in part.file_tensors().items():
@@ -212,16 +214,18 @@ def file_config(view: ModelView, registry: Registry, name: str, plan: Plan, memb
     """
     config = plan.config
     values = _said_fields(config) | {"peft_type": plan.method.peft_type, "inference_mode": True}
-    own = [target.path for target in plan.targets if target.is_own]
+    own_paths = [target.path for target in plan.targets if target.is_own]
+    # Readers that know nothing of structure find the same modules by name.
     chooses_by_structure = config.target_modules in (None, ALL_LINEAR)
     stands_by_module = not plan.method.files.is_packed and plan.method.places is None
     if chooses_by_structure and stands_by_module:
         values.pop("target_roles", None)
-        own = [path for path in own if view.layers[path].kind != "input"]
-        _name_targets(values, config, own, view)
+        own_paths = [path for path in own_paths if view.layers[path].kind != "input"]
+        _name_targets(values, config, own_paths, view)
     elif config.layer_selection() is not None:
-        _name_targets(values, config, own, view)
-    layers = {path: view.layers[path] for path in own if path in view.layers}
+        _name_targets(values, config, own_paths, view)
+    # What the method itself says otherwise comes last, since it may go by the names.
+    layers = {path: view.layers[path] for path in own_paths if path in view.layers}
     values |= plan.method.files.config_values(config, values, registry.own_parts(name, member), layers)
     _name_copies(values, plan, view)
     _name_base(values, view.model)
@@ -253,10 +257,9 @@ def _name_copies(values: dict[str, Any], plan: Plan, view: ModelView) -> None:
     """Name the modules of which the adapter has a copy, where the config does not do so itself (heads)."""
     names = list(plan.config.modules_to_save or ())
     named = [path for path in view.modules if matches(path, names)]
+    copies = [target for target in plan.targets if target.kind == "copy" and target.tied_to is None]
     unnamed = []
-    for target in plan.targets:
-        if target.kind != "copy" or target.tied_to is not None:
-            continue
+    for target in copies:
         # A base weight that the file brings along is no copy that was asked for.
         is_brought_along = any("base_layer" in name for name in target.tensors)
         if not is_brought_along and not within(target.path, named):
@@ -267,6 +270,7 @@ def _name_copies(values: dict[str, Any], plan: Plan, view: ModelView) -> None:
 
 def _name_base(values: dict[str, Any], model: nn.Module) -> None:
     """Say where the base came from; without a task, of which class it is."""
+    # A text that is empty says nothing, and readers would look for a model of that name.
     if values["base_model_name_or_path"] is None:
         name = getattr(getattr(model, "config", None), "name_or_path", None)
         values["base_model_name_or_path"] = name or None

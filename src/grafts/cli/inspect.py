@@ -15,6 +15,7 @@ from grafts.checkpoints import peft_format as peft
 from grafts.checkpoints.atomic_write import find
 from grafts.cli.console import out, quiet
 from grafts.cli.options import adapter_options, adapter_parameters, with_signature
+from grafts.config import AdapterConfig
 from grafts.lifecycle.plan import Plan
 from grafts.lifecycle.resolve import plan
 from grafts.methods._presets import USUAL, config_from
@@ -56,53 +57,73 @@ def inspect(
     options = adapter_options(values)
     if wanted is not None:
         options["task_type"] = wanted.task_type
+    config = _config(method, options)
+    show_plan(plan(bases.skeleton(source, wanted), config))
+
+
+def _config(method: str, options: dict[str, Any]) -> AdapterConfig:
+    """The config of a method, a preset or a union, with these options.
+
+    Raises:
+        ConfigError: an option is unknown or cannot be.
+    """
     if method in method_names():
-        config = method_named(method).config
-        config.check_names(options)
-        made = config(**options)
-    else:
-        made = config_from(method)
-        made.check_names(options)
-        made = dataclasses.replace(made, **options)
-    show_plan(plan(bases.skeleton(source, wanted), made))
+        config_class: type[AdapterConfig] = method_named(method).config
+        config_class.check_names(options)
+        return config_class(**options)
+    config = config_from(method)
+    config.check_names(options)
+    return dataclasses.replace(config, **options)
 
 
-def show_interface(found: AdapterModelInterface) -> None:
-    """An interface as Python, and how each accessor was found."""
-    out.print(str(found), highlight=False, markup=False, soft_wrap=True)
+def show_interface(interface: AdapterModelInterface) -> None:
+    """Print an interface as Python, and how each accessor was found.
+
+    Args:
+        interface: one that was worked out, with its report.
+    """
+    out.print(str(interface), highlight=False, markup=False, soft_wrap=True)
     table = _table("accessor", "how sure", "why")
-    for finding in found.report:
+    for finding in interface.report:
         table.add_row(finding.accessor, finding.sure, finding.why)
     out.print()
     out.print(table)
 
 
-def show_plan(made: Plan) -> None:
-    """The plan as a table."""
+def show_plan(planned: Plan) -> None:
+    """Print a plan as a table, repeated layers as one row, with a line of totals.
+
+    Args:
+        planned: the plan.
+    """
     table = _table("module", "role", "shape", "part", ">count", ">parameters")
-    for module, role, shape, part, count, parameters in made.rows():
+    for module, role, shape, part, count, parameters in planned.rows():
         table.add_row(module, role, shape, part, str(count), f"{parameters:,}")
     table.add_section()
-    table.add_row("total", "", "", "", str(len(made.targets)), f"{made.parameters:,}", style="bold")
+    table.add_row("total", "", "", "", str(len(planned.targets)), f"{planned.parameters:,}", style="bold")
     out.print(table)
-    out.print(made.summary(), highlight=False, soft_wrap=True)
+    out.print(planned.summary(), highlight=False, soft_wrap=True)
 
 
 def show_adapter(directory: Path) -> None:
-    """An adapter's config and tensors."""
+    """Print an adapter's config, without what is off, and its tensors, those of repeated layers as one row.
+
+    Args:
+        directory: the adapter's, in the layout of `peft`.
+    """
     checkpoint = peft.read(directory)
-    known = method_of(checkpoint.config)
-    settings = _table("option", "value", title=f"{known.title} in {directory}")
+    method = method_of(checkpoint.config)
+    settings = _table("option", "value", title=f"{method.title} in {directory}")
     for name, value in checkpoint.config.to_dict().items():
         if value not in (None, {}, [], False):
             settings.add_row(name, ", ".join(map(str, value)) if isinstance(value, list) else str(value))
     out.print(settings)
+    # The same tensor of every layer -> how many elements each has.
     groups: dict[tuple[str, str, str], list[int]] = {}
     for name, tensor in checkpoint.tensors.items():
         shape = " x ".join(map(str, tensor.shape))
-        groups.setdefault((collapsed(name), shape, str(tensor.dtype).removeprefix("torch.")), []).append(
-            tensor.numel()
-        )
+        group = (collapsed(name), shape, str(tensor.dtype).removeprefix("torch."))
+        groups.setdefault(group, []).append(tensor.numel())
     tensors = _table("tensor", "shape", "type", ">count", ">parameters")
     for key, sizes in groups.items():
         tensors.add_row(*key, str(len(sizes)), f"{sum(sizes):,}")

@@ -46,10 +46,10 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit: 0 for success, 1 for an error in one sentence, 2 for a call that cannot
     be read.
     """
-    given = sys.argv[1:] if arguments is None else arguments
-    debug = "--debug" in given
+    words = sys.argv[1:] if arguments is None else arguments
+    debug = "--debug" in words
     try:
-        status = app([word for word in given if word != "--debug"], standalone_mode=True)
+        status = app([word for word in words if word != "--debug"], standalone_mode=True)
     except GraftsError as error:
         if debug:
             raise

@@ -41,25 +41,19 @@ def parameter(name: str, kind: Any, help: str, panel: str, *, default: Any = Non
 def settings_parameters(cls: type[Any], without: Iterable[str] = ()) -> list[inspect.Parameter]:
     """A flag for each field of a settings dataclass; None where it is not given."""
     hints = typing.get_type_hints(cls)
-    made = []
+    parameters = []
     for field in dataclasses.fields(cls):
         if field.name in without:
             continue
         hint = hints[field.name]
-        if isinstance(hint, types.UnionType):
-            options = typing.get_args(hint)
-        else:
-            options = (hint,)
-        if field.default in (None, ""):
-            default = ""
-        else:
-            default = f" [dim](default: {field.default})[/dim]"
-        if typing.get_origin(options[0]) is list:
-            kind = str
-        else:
-            kind = options[0]
-        made.append(parameter(field.name, kind, field.metadata["help"] + default, field.metadata["panel"]))
-    return made
+        options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+        # A list is written with commas.
+        kind = str if typing.get_origin(options[0]) is list else options[0]
+        help = field.metadata["help"]
+        if field.default not in (None, ""):
+            help += f" [dim](default: {field.default})[/dim]"
+        parameters.append(parameter(field.name, kind, help, field.metadata["panel"]))
+    return parameters
 
 
 def adapter_parameters() -> list[inspect.Parameter]:
@@ -118,12 +112,12 @@ def with_signature(
     """Give ``function``, which takes ``**values``, the signature that typer reads, after its own named
     parameters.
     """
-    own = [
+    own_parameters = [
         p
         for p in inspect.signature(function, eval_str=True).parameters.values()
         if p.kind is not p.VAR_KEYWORD
     ]
-    everything = [*own, *parameters]
+    everything = [*own_parameters, *parameters]
     function.__signature__ = inspect.Signature(everything)  # type: ignore[attr-defined]
     function.__annotations__ = {p.name: p.annotation for p in everything}
     return function

@@ -45,16 +45,8 @@ def predict(
     saved = open_adapter(adapter, model=model, task=task, labels=names, device=device)
     settings = {**saved.settings, "max_new_tokens": max_new_tokens}
     column = settings.get("text_column") or "text"
-    given = [row if column in row else {**row, column: row["text"]} if "text" in row else row for row in rows]
-    if missing := [
-        index
-        for index, row in enumerate(given)
-        if column not in row and not isinstance(row.get("tokens"), list)
-    ]:
-        raise RunError(
-            f"row {missing[0] + 1} has no column {column!r}; it has {', '.join(given[missing[0]])}"
-        )
-    answers = _answers(saved, given, settings, batch_size)
+    answers = _answers(saved, _with_column(rows, column), settings, batch_size)
+    # To a terminal each as soon as it is there, into a file all of them or none.
     if output is None:
         for answer in answers:
             print(json.dumps(answer, ensure_ascii=False), flush=True)
@@ -64,9 +56,31 @@ def predict(
     err.print(f"{len(lines)} answers are in {output}", highlight=False, soft_wrap=True)
 
 
+def _with_column(rows: Sequence[dict[str, Any]], column: str) -> list[dict[str, Any]]:
+    """Rows in which the text stands in the column that the adapter was trained with.
+
+    Args:
+        rows: to be answered; texts of the command line stand in ``text``.
+        column: the name of the column.
+
+    Raises:
+        RunError: a row has no text; names it.
+    """
+    result = []
+    for number, row in enumerate(rows, start=1):
+        named = row
+        if column not in row and "text" in row:
+            named = {**row, column: row["text"]}
+        if column not in named and not isinstance(row.get("tokens"), list):
+            raise RunError(f"row {number} has no column {column!r}; it has {', '.join(row)}")
+        result.append(named)
+    return result
+
+
 def _answers(
     saved: Any, rows: Sequence[Mapping[str, Any]], settings: Mapping[str, Any], size: int
 ) -> Iterator[dict[str, Any]]:
+    """The answers of a saved adapter, one for each row, so many rows at a time."""
     for start in range(0, len(rows), size):
         yield from saved.task.predict(saved.model, saved.tokenizer, rows[start : start + size], settings)
 

@@ -50,13 +50,11 @@ def dispatch(
     except ImportError as error:
         raise StateError("to spread a model over devices: pip install accelerate") from error
     inner = unwrapped(model)
-    unsplit = unsplit_modules(inner)
+    # `accelerate` is to see the base alone: the sites have no place in a map of it.
     with set_apart(inner):
         if device_map in _STRATEGIES:
-            if max_memory is None:
-                memory = None
-            else:
-                memory = dict(max_memory)
+            unsplit = unsplit_modules(inner)
+            memory = None if max_memory is None else dict(max_memory)
             if device_map != "sequential":
                 leaves_first_free = device_map == "balanced_low_0"
                 memory = get_balanced_memory(
@@ -80,6 +78,7 @@ def dispatch(
                     on_disk[name] = tensor
             offload_state_dict(offload_folder, on_disk)
         dispatch_model(inner, dict(device_map), offload_dir=offload_folder, offload_index=offload_index)
+    # The sites are back, and go to where their modules compute now.
     for host, site in sites_in(inner):
         site.to(device_and_dtype(host)[0])
 
@@ -120,8 +119,8 @@ def gather(model: nn.Module) -> None:
 
 def _weights_of(hook: Any) -> Mapping[str, Any] | None:
     """Where a hook of `accelerate`, or one of those that it holds, keeps the weights of its module."""
-    for one in (hook, *getattr(hook, "hooks", ())):
-        weights = getattr(one, "weights_map", None)
+    for candidate in (hook, *getattr(hook, "hooks", ())):
+        weights = getattr(candidate, "weights_map", None)
         if weights is not None:
             return weights  # type: ignore[no-any-return]
     return None

@@ -18,6 +18,9 @@ from grafts.integrations import transformers_patches as integration
 from grafts.integrations.transformers_init import init
 from grafts.structure.interface import AdapterModelInterface
 
+# The options of getting a base that say where it is, which its config needs too.
+_FROM_HUB = ("revision", "token", "cache_dir", "local_files_only")
+# The class of `transformers` for each task of an adapter.
 AUTO_CLASSES = {
     "SEQ_CLS": "AutoModelForSequenceClassification",
     "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
@@ -87,6 +90,7 @@ def from_pretrained(
     Raises:
         CheckpointError: the adapter cannot be had, names no base, or does not fit it.
     """
+    # The adapter first: it says which base, of which class, with how many labels.
     where: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
     folder = hub.fetch(adapter, revision=revision, subfolder=subfolder, **where)
     checkpoint = read_checkpoint(folder, allow_pickle=allow_pickle)
@@ -95,15 +99,16 @@ def from_pretrained(
     if not source:
         raise CheckpointError(f"{os.fspath(adapter)!r} does not name its base model: give it with base=")
     options = {name: value for name, value in where.items() if value} | base_options
+    # The revision is that of the base which the adapter names.
     if base is None and config.revision is not None:
         options.setdefault("revision", config.revision)
     labels = _labels(checkpoint)
-    if labels is not None and not {"num_labels", "id2label", "config"} & base_options.keys():
-        # a head for other labels is no use: the adapter has one of its own
+    says_labels = not base_options.keys().isdisjoint({"num_labels", "id2label", "config"})
+    if labels is not None and not says_labels:
+        # A head for other labels is no use: the adapter has one of its own.
         options |= {"num_labels": labels, "ignore_mismatched_sizes": True}
-    if model_class is not None:
-        cls = model_class
-    else:
+    cls = model_class
+    if cls is None:
         cls = _class_of(checkpoint, os.fspath(source), options)
     try:
         model = cls.from_pretrained(os.fspath(source), **options)
@@ -124,16 +129,14 @@ def _labels(checkpoint: Checkpoint) -> int | None:
     config = checkpoint.config
     if config.task_type not in ("SEQ_CLS", "TOKEN_CLS"):
         return None
-    named = {
-        name.removeprefix(peft.PREFIX).removeprefix("base_model."): tensor
-        for name, tensor in checkpoint.tensors.items()
-    }
     heads = [*(config.modules_to_save or ()), "classifier", "score"]
-    rows = [
-        t.shape[0]
-        for name, t in named.items()
-        if name.endswith(".weight") and t.dim() == 2 and name.split(".")[0] in heads
-    ]
+    rows = []
+    for name, tensor in checkpoint.tensors.items():
+        path = name.removeprefix(peft.PREFIX).removeprefix("base_model.")
+        is_in_head = path.split(".")[0] in heads
+        if is_in_head and path.endswith(".weight") and tensor.dim() == 2:
+            rows.append(tensor.shape[0])
+    # A head of several linears ends with that of the labels, which are fewer than what it is made of.
     return min(rows, default=None)
 
 
@@ -145,12 +148,9 @@ def _class_of(checkpoint: Checkpoint, source: str, options: Mapping[str, Any]) -
     config = checkpoint.config
     if config.task_type is not None:
         return getattr(transformers, AUTO_CLASSES[config.task_type])
+    # The class that the adapter was trained on, then those that the base says it is of.
     names = [(config.auto_mapping or {}).get("base_model_class")]
-    where = {
-        name: options[name]
-        for name in ("revision", "token", "cache_dir", "local_files_only")
-        if name in options
-    }
+    where = {name: options[name] for name in _FROM_HUB if name in options}
     try:
         names += transformers.AutoConfig.from_pretrained(source, **where).architectures or []
     except (OSError, ValueError) as error:
@@ -158,10 +158,9 @@ def _class_of(checkpoint: Checkpoint, source: str, options: Mapping[str, Any]) -
             f"the base {source!r} cannot be loaded: {str(error).strip().splitlines()[0]}"
         ) from error
     for name in names:
+        cls = None
         if isinstance(name, str) and name.isidentifier():
-            found = getattr(transformers, name, None)
-        else:
-            found = None
-        if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
-            return found
+            cls = getattr(transformers, name, None)
+        if isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel):
+            return cls
     return transformers.AutoModel

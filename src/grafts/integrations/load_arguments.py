@@ -29,19 +29,23 @@ _HUB = ("revision", "token", "subfolder", "cache_dir", "local_files_only", "forc
 _IGNORED = ("_adapter_model_path", "_commit_hash", "proxies")
 
 
-def config_of(given: Any) -> AdapterConfig:
+def config_of(argument: Any) -> AdapterConfig:
     """A config from what a user of `transformers` gives; one of `peft` by what it says of itself.
+
+    Args:
+        argument: a config of this library or of `peft`, its plain data, or a text.
 
     Raises:
         TypeError: it is no config.
     """
-    if isinstance(given, (AdapterConfig, str)):
-        return config_from(given)
-    values = given
-    if not isinstance(given, Mapping) and hasattr(given, "to_dict"):
-        values = given.to_dict()
+    if isinstance(argument, (AdapterConfig, str)):
+        return config_from(argument)
+    # Not by its class: `peft` need not be installed.
+    values = argument
+    if not isinstance(argument, Mapping) and hasattr(argument, "to_dict"):
+        values = argument.to_dict()
     if not isinstance(values, Mapping) or values.get("peft_type") is None:
-        raise TypeError(f"adapter_config should be a config of a method. Got {type(given)} instead.")
+        raise TypeError(f"adapter_config should be a config of a method. Got {type(argument)} instead.")
     peft_type = values["peft_type"]
     peft_type = getattr(peft_type, "value", peft_type)  # `peft` has an enumeration of them
     options = {}
@@ -77,8 +81,11 @@ def checkpoint_of(
     """
     _require_known(more)
     key_mapping = more.get("key_mapping")
+    # From memory alone.
     if config is not None and tensors is not None:
         return _renamed(model, _in_memory(config_of(config), tensors), key_mapping)
+
+    # From a folder or a repository, of which config or tensors may be replaced.
     own_source = getattr(load_config, "pretrained_model_name_or_path", None)
     wanted = source or own_source
     if wanted is None:
@@ -92,17 +99,11 @@ def checkpoint_of(
     accepts_pickle = getattr(load_config, "use_safetensors", None) is False
     allow_pickle = bool(more.get("allow_pickle")) or accepts_pickle
     checkpoint = read_checkpoint(path, allow_pickle=allow_pickle)
-    if tensors is None and config is None:
-        return _renamed(model, checkpoint, key_mapping)
-    if config is None:
-        chosen_config = checkpoint.config
-    else:
-        chosen_config = config_of(config)
-    if tensors is None:
-        chosen_tensors = checkpoint.tensors
-    else:
-        chosen_tensors = tensors
-    return _renamed(model, _in_memory(chosen_config, chosen_tensors, path), key_mapping)
+    if tensors is not None:
+        checkpoint = _in_memory(checkpoint.config, tensors, path)
+    elif config is not None:
+        checkpoint = _in_memory(config_of(config), checkpoint.tensors, path)
+    return _renamed(model, checkpoint, key_mapping)
 
 
 def _require_known(more: Mapping[str, Any]) -> None:
@@ -131,11 +132,10 @@ def _download_options(
     of_caller = dict(getattr(load_config, "download_kwargs", None) or {})
     if is_another:
         of_caller.pop("revision", None)
-    chosen = {}
-    for name in _HUB:
-        if of_caller.get(name):
-            chosen[name] = of_caller[name]
-        for values in (more, options):
+    chosen = {name: of_caller[name] for name in _HUB if of_caller.get(name)}
+    # The later ones go before the earlier ones.
+    for values in (more, options):
+        for name in _HUB:
             if values.get(name) is not None:
                 chosen[name] = values[name]
     return chosen
@@ -149,13 +149,9 @@ def _in_memory(
     """
     method = method_of(config)
     lie_by_module = not method.files.is_packed and method.members is None
-    named = {}
-    for name, tensor in tensors.items():
-        if lie_by_module:
-            whole_name = peft.PREFIX + name.removeprefix(peft.PREFIX)
-        else:
-            whole_name = name
-        named[whole_name] = tensor
+    named = dict(tensors)
+    if lie_by_module:
+        named = {peft.PREFIX + name.removeprefix(peft.PREFIX): tensor for name, tensor in tensors.items()}
     size = sum(tensor.numel() * tensor.element_size() for tensor in named.values())
     return Checkpoint(path, config, named, size)
 
@@ -171,18 +167,17 @@ def _renamed(model: nn.Module, checkpoint: Checkpoint, mapping: Mapping[str, str
     """
     if checkpoint.layout != "peft":
         return checkpoint
+    # What the caller says first.
     paths = {}
     for name in checkpoint.tensors:
         path = name.removeprefix(peft.PREFIX)
         for pattern, replacement in (mapping or {}).items():
             path = re.sub(pattern, replacement, path)
         paths[name] = path
+    # Then what `transformers` knows, for names that the model has nothing of.
     children = {name for name, _ in model.named_children()}
-    strange = []
-    for name, path in paths.items():
-        if name.startswith(peft.PREFIX) and path.split(".")[0] not in children:
-            strange.append(path)
-    today = names_today(model, strange)
+    by_module = {path for name, path in paths.items() if name.startswith(peft.PREFIX)}
+    today = names_today(model, [path for path in by_module if path.split(".")[0] not in children])
     tensors = {}
     for name, tensor in checkpoint.tensors.items():
         path = paths[name]

@@ -50,20 +50,23 @@ class AdapterModel(nn.Module):
 
     @property
     def peft_config(self) -> dict[str, AdapterConfig]:
-        """The configs of the adapters, by name."""
+        """The configs of the adapters, by name, in the order of adding; configs of this library and not of
+        `peft`.
+        """
         return {name: status.config for name, status in adapters(self.model).items()}
 
     @property
     def active_adapters(self) -> list[str]:
-        """The names of the active adapters."""
-        result = []
-        for name, status in adapters(self.model).items():
-            if status.active:
-                result.append(name)
-        return result
+        """The names of the active adapters, in the order of adding; none while adapters are disabled."""
+        return [name for name, status in adapters(self.model).items() if status.active]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the model."""
+        """Call the model, with whatever adapters are active.
+
+        Args:
+            args: the model's own.
+            kwargs: the model's own.
+        """
         return self.model(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
@@ -78,6 +81,10 @@ class AdapterModel(nn.Module):
     def add_adapter(self, adapter_name: str, config: AdapterConfig) -> None:
         """Put one more adapter on the model, active and trainable.
 
+        Args:
+            adapter_name: what to call it.
+            config: of this class's method.
+
         Raises:
             AdapterNameError: the name is taken.
             ConfigError: it is the config of another method.
@@ -86,12 +93,20 @@ class AdapterModel(nn.Module):
         attach.add(self.model, config, name=adapter_name)
 
     def _check_config(self, config: AdapterConfig) -> None:
+        """Refuse the config of another method.
+
+        Raises:
+            ConfigError: naming both classes.
+        """
         wanted = method_named(self.method).config
         if type(config) is not wanted:
             raise ConfigError(f"{type(self).__name__} takes {wanted.__name__}, not {type(config).__name__}")
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter.
+        """Remove an adapter; with the last one the model is as before the first came.
+
+        Args:
+            adapter_name: which.
 
         Raises:
             AdapterNameError: there is none of that name.
@@ -148,7 +163,11 @@ class AdapterModel(nn.Module):
         merging.merge(self.model, adapter_names)
 
     def unmerge_adapter(self) -> None:
-        """Give the base weights back, bitwise."""
+        """Give the base weights back, bitwise: the inverse of `merge_adapter`.
+
+        Raises:
+            StateError: nothing is merged.
+        """
         merging.unmerge(self.model)
 
     def merge_and_unload(
@@ -164,6 +183,7 @@ class AdapterModel(nn.Module):
         Returns:
             The base model, without adapters.
         """
+        # Merged ones may be there already, of a call of `merge_adapter`.
         if not any(status.merged for status in adapters(self.model).values()):
             merging.merge(self.model, adapter_names)
         elif adapter_names is not None:
@@ -173,7 +193,9 @@ class AdapterModel(nn.Module):
         return attach.detach(self.model, keep_merged=True)
 
     def unload(self) -> nn.Module:
-        """The base model as it was before the first adapter."""
+        """The base model as it was before the first adapter; what is merged is unmerged first, and nothing
+        stays behind.
+        """
         if any(status.merged for status in adapters(self.model).values()):
             merging.unmerge(self.model)
         return attach.detach(self.model)
@@ -185,12 +207,12 @@ class AdapterModel(nn.Module):
             yield
 
     def get_peft_config_as_dict(self, inference: bool = False) -> dict[str, dict[str, Any]]:
-        """The configs as plain data, by name."""
-        changed: dict[str, Any]
-        if inference:
-            changed = {"inference_mode": True}
-        else:
-            changed = {}
+        """The configs as plain data, by name.
+
+        Args:
+            inference: let each say that it is for inference.
+        """
+        changed: dict[str, Any] = {"inference_mode": True} if inference else {}
         result = {}
         for name, config in self.peft_config.items():
             result[name] = dataclasses.replace(config, **changed).to_dict()

@@ -56,22 +56,25 @@ def _with_methods(cls: type) -> type:
     if cls not in _classes:
 
         def reduce(self: Any, protocol: Any) -> Any:
-            made = super(cast("Any", _classes[cls]), self).__reduce_ex__(protocol)
-            assert made[0] is copyreg.__newobj__  # type: ignore[attr-defined]
-            return (_blank, (cls,), *made[2:])
+            """As the model's own class would be pickled, but for the class to begin with, which is made
+            anew.
+            """
+            make, _, *state = super(cast("Any", _classes[cls]), self).__reduce_ex__(protocol)
+            assert make is copyreg.__newobj__  # type: ignore[attr-defined]  # not a way of the class's own
+            return (_blank, (cls,), *state)
 
         written: Any = getattr(cls, "forward")  # noqa: B009 - not every class has one by its type
 
         @functools.wraps(written)
         def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
             entered = self.__dict__.get(ENTERED)
-            if entered is None or entered or torch.compiler.is_compiling():
-                if entered:
-                    self.__dict__[ENTERED] = False
-                return written(self, *args, **kwargs)
-            return self(
-                *args, **kwargs
-            )  # a library has called ``forward`` itself, which passes by every hook
+            passes_by_hooks = entered is False and not torch.compiler.is_compiling()
+            if passes_by_hooks:
+                # A library has called ``forward`` itself: the call is made once more, with its hooks.
+                return self(*args, **kwargs)
+            if entered:
+                self.__dict__[ENTERED] = False
+            return written(self, *args, **kwargs)
 
         kept = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
         _classes[cls] = type(
@@ -82,5 +85,5 @@ def _with_methods(cls: type) -> type:
 
 def _blank(cls: type) -> Any:
     """An instance to be filled, of the class with methods; copies and pickles begin with it."""
-    made: Any = _with_methods(cls)
-    return made.__new__(made)
+    subclass: Any = _with_methods(cls)
+    return subclass.__new__(subclass)

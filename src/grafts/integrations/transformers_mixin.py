@@ -4,6 +4,7 @@ method.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import warnings
 from collections.abc import Mapping, Sequence
@@ -156,45 +157,61 @@ class PeftAdapterMixin:
                 be hotswapped.
         """
         model, name = cast("nn.Module", self), adapter_name if adapter_name is not None else "default"
-        there = name in self.peft_config
-        if hotswap == "auto":
-            swapping = there and self._mixin_state.reserved_rank is not None
-        else:
-            swapping = bool(hotswap)
-        if swapping and not there:
-            raise AdapterNameError(
-                "To hotswap an adapter, there must already be an existing adapter with the same adapter name."
-            )
-        if there and not swapping:
-            raise AdapterNameError(f"Adapter with name {name} already exists. Please use a different name.")
+        swaps = self._swaps(name, hotswap)
+        # What to load, before anything is changed.
         options = {"revision": revision, "token": token, "local_files_only": local_files_only or None}
         sources = (peft_model_id, peft_config, adapter_state_dict)
         checkpoint = checkpoint_of(
             registry.unwrapped(model), *sources, options, adapter_kwargs or {}, load_config
         )
-        placed = device_map != "auto" or any(
-            x is not None for x in (max_memory, offload_folder, offload_index)
+        moves = device_map != "auto" or any(
+            value is not None for value in (max_memory, offload_folder, offload_index)
         )
-        if swapping and placed:
-            raise ConfigError(
-                "an adapter that is hotswapped takes the place of another, where the model is: leave "
-                "device_map out"
-            )
-        if swapping:
-            report = swap(model, checkpoint, name=name)
-        else:
+        if swaps:
+            if moves:
+                raise ConfigError(
+                    "an adapter that is hotswapped takes the place of another, where the model is: leave "
+                    "device_map out"
+                )
+            return swap(model, checkpoint, name=name)
+
+        # Made once to see that it fits, and again where the model has moved: the parts have to lie where it
+        # lies then.
+        state = self._mixin_state
+        adapter = prepare(registry.unwrapped(model), name, checkpoint, None)
+        check_reservable(adapter.parts, state.reserved_rank)
+        if moves:
+            dispatch(model, device_map, max_memory, offload_folder, offload_index)
             adapter = prepare(registry.unwrapped(model), name, checkpoint, None)
-            check_reservable(adapter.parts, self._mixin_state.reserved_rank)
-            if placed:
-                # The parts have to lie where the model lies then.
-                dispatch(model, device_map, max_memory, offload_folder, offload_index)
-                adapter = prepare(registry.unwrapped(model), name, checkpoint, None)
-            reserve_rank(adapter.parts, self._mixin_state.reserved_rank)
-            adapter.attach(activate=self._mixin_state.disabled is None, train=is_trainable)
-            report = adapter.report
-            if self._mixin_state.disabled is not None:
-                self._mixin_state.disabled = (name,)
-        return report
+        reserve_rank(adapter.parts, state.reserved_rank)
+        # While adapters are disabled, it becomes what comes back.
+        adapter.attach(activate=state.disabled is None, train=is_trainable)
+        if state.disabled is not None:
+            state.disabled = (name,)
+        return adapter.report
+
+    def _swaps(self, name: str, hotswap: bool | Literal["auto"]) -> bool:
+        """Whether an adapter that is loaded takes the place of the one that has its name.
+
+        Args:
+            name: the adapter's.
+            hotswap: as `load_adapter` has it.
+
+        Raises:
+            AdapterNameError: the name is taken, or, to be hotswapped, is not there.
+        """
+        is_taken = name in self.peft_config
+        if hotswap == "auto":
+            swaps = is_taken and self._mixin_state.reserved_rank is not None
+        else:
+            swaps = bool(hotswap)
+        if swaps and not is_taken:
+            raise AdapterNameError(
+                "To hotswap an adapter, there must already be an existing adapter with the same adapter name."
+            )
+        if is_taken and not swaps:
+            raise AdapterNameError(f"Adapter with name {name} already exists. Please use a different name.")
+        return swaps
 
     def add_adapter(self, adapter_config: AdapterConfig | str, adapter_name: str | None = None) -> None:
         """Put a new adapter on the model, active and trainable.
@@ -319,16 +336,14 @@ class PeftAdapterMixin:
         if adapter_name is not None:
             name = adapter_name
         else:
-            name = next(iter(self.active_adapters()), next(iter(known.plans)))
+            name = next(iter([*self.active_adapters(), *known.plans]))
         plan = known.plans[name]
         with gathered(cast("nn.Module", self), [part for _, part in known.parts[name]], state_dict):
             tensors = {}
             for member, single in enumerate(plan.single_plans):
                 for key, tensor in adapter_tensors(known, name, single, member).items():
-                    if plan.members:
-                        own_key = f"{member}.{key}"
-                    else:
-                        own_key = key.removeprefix(peft.PREFIX)
+                    # Of a union the whole name, behind the member's number, as its file has it.
+                    own_key = f"{member}.{key}" if plan.members else key.removeprefix(peft.PREFIX)
                     tensors[own_key] = tensor.detach()
             return tensors
 
@@ -351,8 +366,10 @@ class PeftAdapterMixin:
                 f"check_compiled should be one of 'error', 'warn', or 'ignore', got {check_compiled!r} "
                 f"instead."
             )
-        if not isinstance(target_rank, int) or isinstance(target_rank, bool) or target_rank < 1:
+        is_number = isinstance(target_rank, int) and not isinstance(target_rank, bool)
+        if not is_number or target_rank < 1:
             raise ConfigError(f"target_rank is {target_rank!r}; it must be a whole number above 0")
+        # Compiled code holds on to the tensors that were there when it was compiled.
         if self.peft_config:
             if check_compiled == "error":
                 raise StateError("Call `enable_peft_hotswap` before loading the first adapter.")
@@ -377,7 +394,11 @@ class PeftAdapterMixin:
         merging.merge(cast("nn.Module", self), names)
 
     def unmerge_adapter(self) -> None:
-        """Give the base weights back, bitwise."""
+        """Give the base weights back, bitwise, and make active again what was before `merge_adapter`.
+
+        Raises:
+            StateError: nothing is merged.
+        """
         self._registry()
         merging.unmerge(cast("nn.Module", self))
 
@@ -408,9 +429,8 @@ class PeftAdapterMixin:
         none.
         """
         known = self._registry()
-        chosen = dict.fromkeys(
-            [*self.active_adapters(), *(name for name in known.trained if name in known.plans)]
-        )
+        trained = [name for name in known.trained if name in known.plans]
+        chosen = dict.fromkeys([*self.active_adapters(), *trained])
         return list(chosen or known.plans)
 
     def save_pretrained(
@@ -444,9 +464,11 @@ class PeftAdapterMixin:
                     f"there is no adapter to save, and a {type(self).__name__} cannot save itself"
                 )
             return super().save_pretrained(save_directory, is_main_process, state_dict, *args, **kwargs)  # type: ignore[misc]
+        # A merged model is a plain one: it is written as its class does, while the sites are not there.
         if known.setup.merged:
             with attach.set_apart(cast("nn.Module", self)):
                 return super().save_pretrained(save_directory, is_main_process, *args, **kwargs)  # type: ignore[misc]
+        # Every process takes part in gathering the tensors; one writes them.
         files = self._files(state_dict, training=True)
         if is_main_process:
             write_all(Path(save_directory), files)
@@ -466,15 +488,24 @@ class PeftAdapterMixin:
     def _files(
         self, state: Mapping[str, Tensor] | None = None, about: About | None = None, *, training: bool = False
     ) -> dict[str, bytes]:
-        """The files of what the model is about, by their path; with those that training goes on from."""
+        """The files of what the model is about, by their path; those of one adapter lie in no folder of their
+        own.
+
+        Args:
+            state: the model's state dict, to take the tensors from.
+            about: what the cards say besides.
+            training: with those that training goes on from.
+        """
         model, names = cast("nn.Module", self), self._chosen()
-        files = {name: checkpoint_files(model, name, state=state, about=about) for name in names}
-        for name in names if training else ():
-            if name in self._registry().trained:
-                files[name] |= training_files(model, name)
-        if len(names) == 1:
-            return files[names[0]]
-        return {f"{folder_name(name)}/{file}": data for name in names for file, data in files[name].items()}
+        files: dict[str, bytes] = {}
+        for name in names:
+            own_files = checkpoint_files(model, name, state=state, about=about)
+            if training and name in self._registry().trained:
+                own_files |= training_files(model, name)
+            folder = "" if len(names) == 1 else f"{folder_name(name)}/"
+            for file, data in own_files.items():
+                files[folder + file] = data
+        return files
 
     def push_to_hub(
         self,
@@ -522,7 +553,7 @@ class PeftAdapterMixin:
         if known is None or known.setup.merged:
             return cast("str", super().push_to_hub(repo_id, tags=tags, **commit, **where, **kwargs))  # type: ignore[misc]
         about = about or About()
-        about = About(**{**about.__dict__, "tags": (*about.tags, *(tags or ()))})
+        about = dataclasses.replace(about, tags=(*about.tags, *(tags or ())))
         commit["commit_message"] = commit_message or "Upload adapter"
         return hub.upload(self._files(about=about), repo_id, subfolder=None, commit=commit, **where)
 
@@ -536,18 +567,18 @@ class PeftAdapterMixin:
         from huggingface_hub import ModelCard  # noqa: PLC0415 (an optional backend)
 
         file = Path(output_dir) / peft.CARD_FILE
-        written, known = ModelCard.load(file), self._registry()
+        card, known = ModelCard.load(file), self._registry()
+        own_source = getattr(getattr(self, "config", None), "name_or_path", None)
         for name in self._chosen():
             plan = known.plans[name]
-            base = plan.config.base_model_name_or_path or getattr(
-                getattr(self, "config", None), "name_or_path", None
-            )
-            written.data.library_name = "peft"
-            written.data.base_model = written.data.base_model or base or None
-            written.data.tags = list(dict.fromkeys([*(written.data.tags or ()), "grafts", plan.method.name]))
-            written.text += "\n".join(["", f"## Adapter {name}", "", *table(plan, base or None, About())])
-        written.save(file)
+            base = plan.config.base_model_name_or_path or own_source or None
+            card.data.library_name = "peft"
+            card.data.base_model = card.data.base_model or base
+            card.data.tags = list(dict.fromkeys([*(card.data.tags or ()), "grafts", plan.method.name]))
+            card.text += "\n".join(["", f"## Adapter {name}", "", *table(plan, base, About())])
+        card.save(file)
 
 
 def _warn(message: str) -> None:
+    """Warn, as from the line that has called a method of the mixin."""
     warnings.warn(message, UserWarning, stacklevel=3)

@@ -52,13 +52,13 @@ def _loading(method: Callable[..., Any]) -> Callable[..., Any]:
             adapters = adapters_in(source)
             if adapters:
                 return load_back(inner, source, adapters)
-        # Passed on as they were given: one of the two methods takes neither folder nor model.
-        given: list[Any] = []
+        # Passed on as they came: one of the two methods takes neither folder nor model.
+        passed_on: list[Any] = []
         if folder is not None:
-            given.append(folder)
+            passed_on.append(folder)
             if model is not None:
-                given.append(model)
-        return method(self, *given, *args, **kwargs)
+                passed_on.append(model)
+        return method(self, *passed_on, *args, **kwargs)
 
     load.loads_adapters = True  # type: ignore[attr-defined]
     return load
@@ -115,8 +115,10 @@ def integrate(initialise: Callable[[Any], Any]) -> Integration:
         return initialise(self).load_adapter(*args, **kwargs)
 
     def yes() -> bool:
+        """The answer to whether `peft` is installed: what it is asked for, this library does."""
         return True
 
+    # Once, however many have asked for it.
     if not _on:
         _replace(model_class(), "load_adapter", load_adapter)
         for module in asking_for_peft():
@@ -137,7 +139,11 @@ def _replace(owner: Any, name: str, value: Callable[..., Any]) -> None:
 
 
 def adapters_in(folder: Path) -> dict[str, Path]:
-    """The adapters that a folder holds: itself by the name "", those of its folders by theirs."""
+    """The adapters that a folder holds: itself by the name "", those of its folders by theirs.
+
+    Args:
+        folder: a checkpoint of a Trainer; nothing is found in one that is not there.
+    """
     if not folder.is_dir():
         return {}
     folders = {"": folder}
@@ -164,6 +170,7 @@ def load_back(model: nn.Module, folder: Path, found: Mapping[str, Path]) -> None
     # What the model is about: what is trained or active, else all that it carries.
     chosen = list(dict.fromkeys([*trained, *registry.setup.active])) or list(registry.plans)
     sources = {name: found[name] for name in registry.plans if name in found}
+    # One adapter alone lies in the folder itself, without its name.
     if "" in found and not sources and len(chosen) == 1:
         sources = {chosen[0]: found[""]}
     for name in trained or chosen:

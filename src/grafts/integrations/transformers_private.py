@@ -44,7 +44,9 @@ _ASKING = (
 
 
 def trainer_class() -> Any:
-    """The Trainer, or None without `transformers` or what its Trainer needs."""
+    """The class of the Trainer, or None where there is no `transformers`, or not what its Trainer needs
+    (`accelerate`).
+    """
     try:
         return importlib.import_module("transformers.trainer").Trainer
     except ImportError:
@@ -52,7 +54,9 @@ def trainer_class() -> Any:
 
 
 def model_class() -> Any:
-    """The class of all models."""
+    """The class that all models of `transformers` inherit from; it brings ``load_adapter`` and
+    ``from_pretrained``.
+    """
     return importlib.import_module("transformers.modeling_utils").PreTrainedModel
 
 
@@ -65,7 +69,9 @@ def asking_for_peft() -> Iterator[Any]:
 
 
 def unsplit_modules(model: nn.Module) -> list[str]:
-    """The names of the module classes that have to stay on one device."""
+    """The names of the module classes that have to stay on one device, as the model says; none where it says
+    nothing.
+    """
     return list(getattr(model, "_no_split_modules", None) or ())
 
 
@@ -73,9 +79,11 @@ def names_today(model: nn.Module, paths: Collection[str]) -> dict[str, str]:
     """The names that tensors of an older checkpoint have in ``model``; the same where `transformers` knows no
     other.
     """
+    # Before version 5 a model itself says it.
     names = {path: path for path in paths}
     for pattern, by in getattr(model, "_checkpoint_conversion_mapping", {}).items():
         names = {path: re.sub(pattern, by, name) for path, name in names.items()}
+    # Since then a module of its own does, whose steps may also split or join tensors; those are passed over.
     try:
         mapping = importlib.import_module("transformers.conversion_mapping").get_model_conversion_mapping
     except (ImportError, AttributeError):

@@ -29,6 +29,7 @@ def activate(model: M, names: str | Sequence[str]) -> M:
     """
     registry = registry_of(unwrapped(model))
     wanted = as_names(names)
+    # Everything is checked before the one assignment that switches.
     for name in wanted:
         registry.require(name)
     if len(set(wanted)) < len(wanted):
@@ -39,7 +40,9 @@ def activate(model: M, names: str | Sequence[str]) -> M:
 
 
 def as_names(names: str | Sequence[str]) -> tuple[str, ...]:
-    """One name or several as a tuple."""
+    """One name or several, as the verbs take them, as a tuple; whether there are such adapters is not
+    asked.
+    """
     if isinstance(names, str):
         return (names,)
     return tuple(names)

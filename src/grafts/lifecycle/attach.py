@@ -85,6 +85,7 @@ def attach_parts(
     model = view.model
     if train:
         require_shared(model, (part for _, part in parts))
+    # The first adapter of a model freezes its base.
     registry = find_registry(model)
     if registry is None:
         registry = registries[model] = Registry(model)
@@ -98,13 +99,15 @@ def attach_parts(
             site = part.site(registry.setup)
             site.attach(host)
         site.append(name, part, host)
+    # Hooks of the root have to run behind those of a site that stands there too.
     registry.root_hooks.stay_last(model)
     registry.plans[name] = plan
     registry.parts[name] = list(parts)
+    # Only now can parts find each other.
     for member in range(len(plan.single_plans)):
-        own = registry.own_parts(name, member)
-        for part in own.values():
-            part.connect(own)
+        own_parts = registry.own_parts(name, member)
+        for part in own_parts.values():
+            part.connect(own_parts)
     if activate:
         registry.setup.set(active=(name,))
     if train and plan.parameters:

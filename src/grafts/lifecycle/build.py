@@ -115,12 +115,23 @@ def tensor_name(plan: Plan, target: Target, name: str) -> str:
 
 
 def values_of(plan: Plan, target: Target, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of one target, by their own names, among those of the whole plan."""
+    """The tensors of one target, by their own names, picked from those of the whole plan.
+
+    Args:
+        plan: the plan.
+        target: one of its targets.
+        tensors: by their names in the whole plan (`tensor_name`).
+    """
     return {name: tensors[tensor_name(plan, target, name)] for name in target.tensors}
 
 
 def build_fresh(target: Target, host: nn.Module) -> Part:
-    """A new part for one target, on its module's device."""
+    """A new part for one target, with the values that its method starts with, on its module's device.
+
+    Args:
+        target: what to build.
+        host: the module.
+    """
     with torch.device(device_and_dtype(host)[0]):
         return target.build(host)
 
@@ -161,7 +172,13 @@ def _give_memory(part: Part, device: torch.device) -> None:
 
 
 def fresh_values(view: ModelView, plan: Plan, targets: Sequence[Target]) -> dict[str, Tensor]:
-    """The tensors that a fresh adapter has at these targets, by their names in the whole plan."""
+    """The tensors that a fresh adapter has at these targets, by their names in the whole plan.
+
+    Args:
+        view: the base model.
+        plan: the plan.
+        targets: some of its targets.
+    """
     values = {}
     for target in targets:
         host = view.modules[target.path]

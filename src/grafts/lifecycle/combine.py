@@ -68,36 +68,54 @@ def combine(
     if isinstance(names, str) or not names:
         raise AdapterNameError(f"names is a list of adapters, not {names!r}")
     plans = [registry.require(source) for source in names]
-    if weights is None:
-        shares = [1.0] * len(names)
-    else:
-        shares = [float(weight) for weight in weights]
-    if len(shares) != len(names):
-        raise ConfigError(f"{len(names)} adapters and {len(shares)} weights; give one for each")
+    shares = _shares(names, weights)
     record = _common_method(names, plans)
     if record.combine is None or method not in record.combinations:
         known = did_you_mean(method, record.combinations)
         raise ConfigError(f"{record.title} adapters cannot be combined by {method!r}; {known}")
 
+    # The method says what the new adapter is; what else the adapters train is the same for all methods.
     merging = TensorMerging(method, rank, density, majority_sign, generator)
     sources = []
     for source, plan, share in zip(names, plans, shares, strict=True):
         sources.append(Source(plan.config, registry.own_parts(source), share))
     config, own_tensors = record.combine(sources, merging)
+
+    # From here on it is added as one that was read from a file.
     require_new_name(inner, name)
     view = look_at(inner)
     joint_config = _config_for_all(config, plans)
     plan = draft_adapter(view, joint_config, name, interface=plans[0].interface).plan
     tensors = {**own_tensors, **_auxiliary_tensors(inner, registry, plan, names, shares)}
-    needed: set[str] = set()
-    for target in plan.targets:
-        if target.tied_to is None:
-            needed.update(tensor_name(plan, target, key) for key in target.tensors)
+    needed = _names_needed(plan)
     if needed != set(tensors):
         raise StateError(f"cannot combine {list(names)}: no one has {sorted(needed ^ set(tensors))[:3]}")
     parts = build_parts(view, plan, name, tensors)
     attach_parts(view, name, plan, parts, activate=activate, train=train)
     return model
+
+
+def _shares(names: Sequence[str], weights: Sequence[float] | None) -> list[float]:
+    """The weight of each adapter: 1 where none are given.
+
+    Raises:
+        ConfigError: there are more or fewer weights than adapters.
+    """
+    if weights is None:
+        return [1.0] * len(names)
+    shares = [float(weight) for weight in weights]
+    if len(shares) != len(names):
+        raise ConfigError(f"{len(names)} adapters and {len(shares)} weights; give one for each")
+    return shares
+
+
+def _names_needed(plan: Plan) -> set[str]:
+    """The names of the tensors that an adapter of this plan has; what follows another target has none."""
+    needed: set[str] = set()
+    for target in plan.targets:
+        if target.tied_to is None:
+            needed.update(tensor_name(plan, target, key) for key in target.tensors)
+    return needed
 
 
 def _common_method(names: Sequence[str], plans: Sequence[Plan]) -> Method[Any]:
@@ -122,17 +140,16 @@ def _config_for_all(config: AdapterConfig, plans: Sequence[Plan]) -> AdapterConf
     Raises:
         ConfigError: the adapters train different tokens.
     """
-    first = plans[0].config.auxiliary()
+    auxiliaries = [plan.config.auxiliary() for plan in plans]
+    if any(auxiliary.tokens != auxiliaries[0].tokens for auxiliary in auxiliaries):
+        raise ConfigError(
+            "adapters that train different tokens (trainable_token_indices) cannot be made into one"
+        )
+    # The most that one of them trains: what another has not trained stays there as the base has it.
+    biases = max((auxiliary.biases for auxiliary in auxiliaries), key=BIASES.index)
     targets: dict[str, None] = {}  # ordered, each once
     copies: dict[str, None] = {}
-    biases = first.biases
     for plan in plans:
-        auxiliary = plan.config.auxiliary()
-        if auxiliary.tokens != first.tokens:
-            raise ConfigError(
-                "adapters that train different tokens (trainable_token_indices) cannot be made into one"
-            )
-        biases = max(biases, auxiliary.biases, key=BIASES.index)
         for target in plan.targets:
             if target.is_own and target.tensors:
                 targets[target.path] = None

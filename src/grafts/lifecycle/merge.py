@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +44,7 @@ def merge(model: M, names: str | Sequence[str] | None = None, *, untie: bool = F
         MergeError: a module's weights cannot be merged: shared with others, quantized, offloaded, or not
             finite.
     """
+    # All new tensors are computed before the first one is put in its place.
     inner = unwrapped(model)
     registry = registry_of(inner)
     registry.require_unmerged("merge")
@@ -57,10 +59,12 @@ def merge(model: M, names: str | Sequence[str] | None = None, *, untie: bool = F
         for name, tensor in _merged_tensors(view.modules[path], path, of_module).items():
             tensors[join(path, name)] = tensor
 
+    # What shares its storage either gets one of its own, or all that share it have to come to the same.
     shared = _shared_storage(view, tensors)
     if not untie:
         _require_alike(tensors, shared)
         shared = {}
+    # Refuses unknown names and those that stand twice, still before anything is changed.
     activate(model, wanted)
     undo = []
     for name, tensor in _once_each(inner, tensors, shared).items():
@@ -129,8 +133,9 @@ def _shared_storage(view: ModelView, changed: Mapping[str, Tensor]) -> dict[str,
     Returns:
         The names of the others, by the name of each that shares.
     """
-    by_storage: dict[tuple[torch.device, int], list[str]] = defaultdict(list)
+    # Not by the tensors themselves: two of them may be views of one storage.
     storage_of: dict[str, tuple[torch.device, int]] = {}
+    by_storage: dict[tuple[torch.device, int], list[str]] = defaultdict(list)
     for path, module in view.modules.items():
         for name, tensor in module._parameters.items():
             if tensor is None or tensor.device.type == "meta":
@@ -140,10 +145,7 @@ def _shared_storage(view: ModelView, changed: Mapping[str, Tensor]) -> dict[str,
             storage_of[join(path, name)] = storage
     shared = {}
     for name in changed:
-        others = []
-        for other in by_storage[storage_of[name]]:
-            if other != name:
-                others.append(other)
+        others = [other for other in by_storage[storage_of[name]] if other != name]
         if others:
             shared[name] = others
     return shared
@@ -158,6 +160,7 @@ def _require_alike(tensors: Mapping[str, Tensor], shared: Mapping[str, Sequence[
     """
     for name, others in shared.items():
         ours = tensors[name]
+        # The same sum is rounded another way where it is laid out another way (embedding and head).
         rounding = 4 * torch.finfo(ours.dtype).eps
         reach = rounding * float(ours.abs().max())
         for other in others:
@@ -195,6 +198,8 @@ class _Restore:
     def __call__(self, model: nn.Module) -> None:
         owner = model.get_submodule(self.path)
         now = owner.get_parameter(self.name)
+        # A parameter takes its old place; values go back into the parameter that is there, wherever it has
+        # moved since.
         if isinstance(self.original, nn.Parameter):
             owner._parameters[self.name] = self.original
         else:
@@ -282,12 +287,8 @@ def verify_merge(model: nn.Module, inputs: Any, names: str | Sequence[str] | Non
     """
     registry = registry_of(unwrapped(model))
     registry.require_unmerged("verify a merge")
-    before = registry.setup.active
-    training = [module for module in model.modules() if module.training]
-    wanted = before if names is None else as_names(names)
-
-    try:
-        model.eval()
+    wanted = registry.setup.active if names is None else as_names(names)
+    with _evaluating(model, registry):
         deactivate(model)
         bare = _outputs(model, inputs)
         activate(model, wanted)
@@ -297,10 +298,6 @@ def verify_merge(model: nn.Module, inputs: Any, names: str | Sequence[str] | Non
             merged = _outputs(model, inputs)
         finally:
             unmerge(model)
-    finally:
-        registry.setup.set(active=before)
-        for module in training:
-            module.training = True
     if not unmerged:
         raise MergeError("the model's output holds no floating-point tensor to compare")
     errors = _differences(unmerged, merged)
@@ -314,9 +311,25 @@ def verify_merge(model: nn.Module, inputs: Any, names: str | Sequence[str] | Non
     )
 
 
+@contextlib.contextmanager
+def _evaluating(model: nn.Module, registry: Registry) -> Iterator[None]:
+    """Put a model into evaluation mode for the length of a ``with`` block; after it, modes and the active
+    adapters are what they were.
+    """
+    active = registry.setup.active
+    training = [module for module in model.modules() if module.training]
+    try:
+        model.eval()
+        yield
+    finally:
+        registry.setup.set(active=active)
+        for module in training:
+            module.training = True
+
+
 def _differences(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> list[Tensor]:
     """How far outputs are apart, number by number."""
-    return [(one - other).abs() for one, other in zip(ours, theirs, strict=True)]
+    return [(our - their).abs() for our, their in zip(ours, theirs, strict=True)]
 
 
 def _outputs(model: nn.Module, inputs: Any) -> list[Tensor]:

@@ -52,17 +52,23 @@ class Target:
 
     @property
     def key(self) -> Key:
-        """What tells it from the other targets of the adapter."""
+        """What tells it from the other targets of the adapter: where it is, what it is, and of which member
+        of a union.
+        """
         return self.path, self.kind, self.member
 
     @property
     def is_own(self) -> bool:
-        """Whether its part is the method's, and its tensors are not those of another target."""
+        """Whether its part is one that the method makes, and its tensors are not those of another target
+        whose weight it shares.
+        """
         return self.kind not in AUXILIARY_KINDS and self.tied_to is None
 
     @property
     def parameters(self) -> int:
-        """How many parameters of its own the part holds."""
+        """How many parameters of its own the part holds; 0 for one that follows another target, with whose
+        tensors it computes.
+        """
         if self.tied_to is not None:
             return 0
         return sum(math.prod(shape) for shape in self.tensors.values())
@@ -112,16 +118,24 @@ class Plan:
 
     @property
     def single_plans(self) -> tuple[Plan, ...]:
-        """The plans of single methods that it is made of: its members, or itself."""
+        """The plans of single methods that it is made of: its members where it is of a union, else itself
+        alone.
+        """
         return self.members or (self,)
 
     @property
     def parameters(self) -> int:
-        """How many parameters the adapter would hold."""
+        """How many parameters the adapter would hold, frozen ones too, each counted once however many targets
+        use it.
+        """
         return sum(target.parameters for target in self.targets)
 
     def rows(self) -> list[PlanRow]:
-        """The targets with repeated layers as one row."""
+        """The targets with repeated layers as one row: those that differ in the number of their layer only.
+
+        Returns:
+            The rows, in the order of the first target of each.
+        """
         counts: dict[tuple[str, str, str, str, int], int] = {}
         for target in self.targets:
             group = (collapsed(target.path), target.role, target.shape, target.kind, target.parameters)
@@ -132,7 +146,9 @@ class Plan:
         return rows
 
     def summary(self) -> str:
-        """One line of totals."""
+        """One line of totals: the method, how many parameters in how many modules, and what share of the base
+        that is.
+        """
         share = self.parameters / max(self.base_parameters, 1)
         return (
             f"{self.method.title}: {self.parameters:,} trainable parameters in {len(self.targets)} modules, "
@@ -144,13 +160,12 @@ class Plan:
         table: list[tuple[str, ...]] = [("module", "role", "shape", "part", "count", "parameters")]
         for row in self.rows():
             table.append((*row[:4], str(row.times), f"{row.parameters:,}"))
-        widths = [max(len(line[column]) for line in table) for column in range(len(table[0]))]
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         lines = []
-        for line in table:
-            cells = []
-            for column, (cell, width) in enumerate(zip(line, widths, strict=True)):
-                is_number = column >= 4
-                cells.append(cell.rjust(width) if is_number else cell.ljust(width))
+        for *texts, count, parameters in table:
+            cells = [text.ljust(width) for text, width in zip(texts, widths, strict=False)]
+            # Numbers stand under each other by their last digit.
+            cells += [count.rjust(widths[-2]), parameters.rjust(widths[-1])]
             lines.append("  ".join(cells).rstrip())
         rule = "  ".join("-" * width for width in widths)
         return "\n".join([lines[0], rule, *lines[1:], self.summary()])

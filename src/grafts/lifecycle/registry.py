@@ -64,7 +64,10 @@ class Registry:
         self._unroutable: dict[str, str | None] = {}
 
     def require(self, name: str) -> Plan:
-        """The plan of an adapter.
+        """The plan of an adapter that is there.
+
+        Args:
+            name: the adapter's.
 
         Raises:
             AdapterNameError: there is none of that name; names the nearest.
@@ -87,7 +90,14 @@ class Registry:
         return parts
 
     def forget(self, name: str) -> list[tuple[str, Part]]:
-        """Take an adapter out of the account; returns the path and the part of each of its targets."""
+        """Take an adapter out of the account; the model itself is not touched.
+
+        Args:
+            name: the adapter's.
+
+        Returns:
+            The path and the part of each of its targets.
+        """
         self.setup.set(active=tuple(other for other in self.setup.active if other != name))
         del self.plans[name]
         self._unroutable.pop(name, None)
@@ -97,24 +107,33 @@ class Registry:
     def trains(self, model: nn.Module) -> bool:
         """Whether something trainable acts in the present call: an adapter, or of the base what was thawed by
         hand.
+
+        Args:
+            model: the model that is called.
         """
-        rows = self.setup.rows
-        acting: tuple[str | None, ...]
-        if rows is None:
-            acting = self.setup.active
-        else:
-            acting = rows.names
-        if any(name in acting for name in self.trained):
+        acting: set[str | None] = set(self.setup.active)
+        if self.setup.rows is not None:
+            acting = set(self.setup.rows.names)
+        # The cheapest question first: it is asked in every step of a training.
+        if not acting.isdisjoint(self.trained):
             return True
-        if any(parameter.requires_grad for parameter in base_parameters(model).values()):
+        if is_trainable_base(model):
             return True
-        for name, parts in self.parts.items():
-            if name in acting and any(is_trainable(part) for _, part in parts):
+        for name in acting & self.parts.keys():
+            if any(is_trainable(part) for _, part in self.parts[str(name)]):
                 return True
         return False
 
     def unroutable(self, name: str) -> str | None:
-        """Why rows cannot choose adapter ``name``, or None."""
+        """Why rows cannot choose adapter ``name``, as the end of a sentence that begins with it; None where
+        they can.
+
+        Args:
+            name: the adapter's.
+
+        Raises:
+            AdapterNameError: there is none of that name.
+        """
         plan = self.require(name)
         if name not in self._unroutable:
             self._unroutable[name] = _why_unroutable(plan)
@@ -122,6 +141,9 @@ class Registry:
 
     def choose_rows(self, names: Sequence[str | None]) -> Rows:
         """Which adapter each row of a batch wants, checked.
+
+        Args:
+            names: one for each row; None for the bare base.
 
         Raises:
             AdapterNameError: a name is unknown.
@@ -131,17 +153,17 @@ class Registry:
         if isinstance(names, str) or not are_names:
             raise AdapterNameError(f"adapter_names is a list with a name or None for each row, not {names!r}")
         for name in dict.fromkeys(names):
-            if name is None:
-                reason = None
-            else:
-                reason = self.unroutable(name)
+            reason = None if name is None else self.unroutable(name)
             if reason is not None:
                 raise StateError(f"adapter_names: {name!r} {reason}")
         self.require_unmerged("choose adapters by row")
         return Rows(names)
 
     def require_unmerged(self, verb: str) -> None:
-        """Refuse ``verb`` while adapters are merged.
+        """Refuse what cannot be done while adapters are merged.
+
+        Args:
+            verb: what was asked for, as it stands behind "cannot".
 
         Raises:
             StateError: naming them and the way out.
@@ -153,8 +175,17 @@ class Registry:
 
 
 def is_trainable(part: nn.Module) -> bool:
-    """Whether some parameter of a part gets gradients."""
+    """Whether some parameter of a part gets gradients; false for a part without parameters, which only serves
+    others.
+    """
     return any(parameter.requires_grad for parameter in part.parameters())
+
+
+def is_trainable_base(model: nn.Module) -> bool:
+    """Whether some parameter of the base gets gradients, which somebody has thawed by hand: attaching freezes
+    all of them.
+    """
+    return any(parameter.requires_grad for parameter in base_parameters(model).values())
 
 
 def _why_unroutable(plan: Plan) -> str | None:
@@ -181,7 +212,9 @@ registries: WeakKeyDictionary[nn.Module, Registry] = WeakKeyDictionary()
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The user's model inside a `torch.compile` or `DistributedDataParallel` wrapper."""
+    """The user's model inside the wrappers that `torch.compile` and `DistributedDataParallel` put around it,
+    any number of them.
+    """
     while True:
         if "_orig_mod" in model._modules:
             inner = model._modules["_orig_mod"]
@@ -229,7 +262,10 @@ def _has_site(model: nn.Module, path: str) -> bool:
 
 
 def registry_of(model: nn.Module) -> Registry:
-    """The registry of ``model``.
+    """The registry of ``model``, for verbs that need one.
+
+    Args:
+        model: the model itself, without wrappers.
 
     Raises:
         StateError: nothing is attached.
@@ -243,7 +279,12 @@ def registry_of(model: nn.Module) -> Registry:
 
 
 def parts_of(model: nn.Module, name: str) -> list[tuple[str, Part]]:
-    """The path and the part of each target of adapter ``name``, in the order of its plan."""
+    """The path and the part of each target of adapter ``name``, in the order of its plan.
+
+    Raises:
+        AdapterNameError: there is none of that name.
+        StateError: nothing is attached.
+    """
     registry = registry_of(model)
     registry.require(name)
     return registry.parts[name]

@@ -59,7 +59,9 @@ class Selection:
         self._free = {path: role for path, role in view.roles.items() if not within(path, self.copies)}
 
     def names_say_enough(self) -> bool:
-        """Whether the roles that names and sizes tell are those that the config needs, or it needs none."""
+        """Whether the roles that names and sizes tell are those that the config needs, or it needs none; else
+        an interface has to be worked out.
+        """
         if self.config.target_modules is not None or self.method.places is not None:
             return True
         return all(self._has_role(roles) for roles in self._wanted_roles())
@@ -90,32 +92,46 @@ class Selection:
         Raises:
             UnmatchedTargetError: a pattern selects none, or nothing is selected at all.
         """
-        view, config = self.view, self.config
-        if config.target_modules is None:
-            paths = self._of_wanted_roles()
-        elif config.target_modules == ALL_LINEAR:
-            paths = []
-            for path, role in self._free.items():
-                if view.layers[path].is_linear and role not in (HEAD, ROUTER):
-                    paths.append(path)
-        else:
-            paths = self._matched("target_modules", config.target_modules, apart_from=self.copies)
+        config = self.config
+        paths = self._named()
         excluded = set(self._matched("exclude_modules", config.exclude_modules or ()))
         paths = self._in_chosen_layers([path for path in paths if path not in excluded])
         # A name may be that of attention, and of what stands around it.
         if self.method.layers <= {"attending", "input"}:
             fitting = [path for path in paths if self._is_supported(path)]
             paths = fitting or paths
-
-        trains_tokens_only = config.auxiliary().tokens is not None and config.target_modules == ()
-        has_copies_only = self.file is not None and len(self.copies) > 0
-        if not paths and not has_copies_only and not trains_tokens_only:
+        if not paths and not self._may_have_no_targets():
             raise UnmatchedTargetError(
-                f"{type(config).__name__} selects no module of {view.name} "
+                f"{type(config).__name__} selects no module of {self.view.name} "
                 f"(target_modules={config.target_modules!r}, exclude_modules={config.exclude_modules!r}); "
-                f"candidates: {view.candidates(self.method.layers)}"
+                f"candidates: {self.view.candidates(self.method.layers)}"
             )
         return paths
+
+    def _named(self) -> list[str]:
+        """Paths of the modules that ``target_modules`` says, by names or by roles.
+
+        Raises:
+            UnmatchedTargetError: a pattern selects none, or the model has none of a role.
+        """
+        patterns = self.config.target_modules
+        if patterns is None:
+            return self._of_wanted_roles()
+        if patterns == ALL_LINEAR:
+            return [path for path, role in self._free.items() if self._is_common_linear(path, role)]
+        return self._matched("target_modules", patterns, apart_from=self.copies)
+
+    def _is_common_linear(self, path: str, role: str) -> bool:
+        """Whether ``"all-linear"`` means a layer: every linear but heads and the routers of experts."""
+        return self.view.layers[path].is_linear and role not in (HEAD, ROUTER)
+
+    def _may_have_no_targets(self) -> bool:
+        """Whether the adapter has something to train without any target: tokens, or the copies that a file
+        holds.
+        """
+        trains_tokens_only = self.config.auxiliary().tokens is not None and self.config.target_modules == ()
+        has_copies_only = self.file is not None and len(self.copies) > 0
+        return trains_tokens_only or has_copies_only
 
     def _wanted_roles(self) -> Roles:
         """The roles of the targets where no names are given: some module of each set, and all modules of all
@@ -202,25 +218,42 @@ class Selection:
         Raises:
             UnmatchedTargetError: one of them selects nothing; names the nearest.
         """
-        view = self.view
+        free = [path for path in self.view.modules if not within(path, apart_from)]
         names_root = not isinstance(patterns, str) and "" in patterns
-        free = []
-        for path in view.modules:
-            if (path != "" or names_root) and not within(path, apart_from):
-                free.append(path)
-        missing = []
+        if not names_root:
+            # The path of the model itself is empty, and would match whatever matches nothing.
+            free = [path for path in free if path != ""]
         if self.file is None or also_of_file:
             missing = unmatched(free, patterns)
-        if missing:
-            outside = ""
-            if unmatched(view.modules, patterns) != missing:
-                outside = f" outside modules_to_save={list(apart_from)}"
-            raise UnmatchedTargetError(
-                f"no module matches {option}={missing[0]!r} in {view.name}{outside}\n"
-                f"  nearest names: {nearest_modules(missing[0], free)}\n"
-                "  see all targets with: grafts inspect <model>"
-            )
+            if missing:
+                raise self._unmatched(option, patterns, missing[0], free, apart_from)
         return [path for path in free if matches(path, patterns)]
+
+    def _unmatched(
+        self,
+        option: str,
+        patterns: str | Sequence[str],
+        missing: str,
+        free: Sequence[str],
+        apart_from: Sequence[str],
+    ) -> UnmatchedTargetError:
+        """The error for a pattern that selects nothing.
+
+        Args:
+            option: of the config.
+            patterns: its value.
+            missing: the pattern.
+            free: the paths that could have been selected.
+            apart_from: modules that were left out.
+        """
+        outside = ""
+        if missing not in unmatched(self.view.modules, patterns):
+            outside = f" outside modules_to_save={list(apart_from)}"
+        return UnmatchedTargetError(
+            f"no module matches {option}={missing!r} in {self.view.name}{outside}\n"
+            f"  nearest names: {nearest_modules(missing, free)}\n"
+            "  see all targets with: grafts inspect <model>"
+        )
 
     # On the residual stream
 
@@ -240,12 +273,15 @@ class Selection:
             )
         candidates = [place_at(view, path) for path in view.layers]
         places = list(method.places(config, view, candidates))
+        kept = places
         if config.target_modules is not None:
             matched = set(self._matched("target_modules", config.target_modules))
-            places = _with_what_serves(places, [place for place in places if place.path in matched])
+            kept = [place for place in kept if place.path in matched]
         if config.exclude_modules is not None:
             matched = set(self._matched("exclude_modules", config.exclude_modules))
-            places = _with_what_serves(places, [place for place in places if place.path not in matched])
+            kept = [place for place in kept if place.path not in matched]
+        if kept is not places:
+            places = _with_what_serves(places, kept)
         if not any(place.role in OUTPUTS for place in places):
             raise UnmatchedTargetError(
                 f"{type(config).__name__} selects no place on the stream of {view.name} "
@@ -267,7 +303,8 @@ class Selection:
             paths += [path for path in self.view.heads if path not in paths]
         copies = []
         for path in paths:
-            others = [other for other in paths if other != path]
+            # What lies in another one that is copied comes with it.
+            others = {*paths} - {path}
             if not within(path, others):
                 copies += _callable_modules(path, self.view.modules)
         return copies
@@ -309,10 +346,11 @@ def _with_what_serves(places: Sequence[Place], kept: Sequence[Place]) -> list[Pl
     """The places on the stream that are kept, and those that serve them: what observes the stream for a step,
     a norm.
     """
-    steps = {place.sublayer for place in kept if place.role in OUTPUTS}
+    # What belongs to no step serves all of them.
+    steps = {None, *(place.sublayer for place in kept if place.role in OUTPUTS)}
     result = []
     for place in places:
-        serves = place.role not in OUTPUTS and (place.sublayer is None or place.sublayer in steps)
+        serves = place.role not in OUTPUTS and place.sublayer in steps
         if place in kept or serves:
             result.append(place)
     return result

@@ -24,7 +24,11 @@ _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 
 
 def is_sharded(parts: Iterable[nn.Module]) -> bool:
-    """Whether some parameter of these lies in pieces on several processes."""
+    """Whether some parameter of these lies in pieces on several processes, as `fully_shard` leaves them.
+
+    Args:
+        parts: any modules.
+    """
     return any(is_dtensor(parameter) for part in parts for parameter in part.parameters())
 
 
@@ -45,11 +49,11 @@ def require_shared(model: nn.Module, parts: Iterable[nn.Module]) -> None:
 
 
 def is_main_process() -> bool:
-    """Whether this is the process that writes files: the first, or the only one."""
-    return (
-        not (torch.distributed.is_available() and torch.distributed.is_initialized())
-        or torch.distributed.get_rank() == 0
-    )
+    """Whether this is the process that writes files: the first of those that train together, or the only
+    one.
+    """
+    is_one_of_several = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return not is_one_of_several or torch.distributed.get_rank() == 0
 
 
 @contextlib.contextmanager
@@ -69,23 +73,7 @@ def gathered(
         StateError: the state dict does not hold one of them.
     """
     source = None if state is None else _StateDict(model, state)
-    # The dictionaries of parameters with whole tensors in place of those that lie in pieces, module by
-    # module.
-    whole: dict[nn.Parameter, nn.Parameter] = {}
-    replaced: list[tuple[nn.Module, dict[str, nn.Parameter | None]]] = []
-    for module in (module for part in parts for module in part.modules()):
-        parameters = dict(module._parameters)
-        for key, parameter in parameters.items():
-            if parameter is None or (source is None and not is_dtensor(parameter)):
-                continue
-            if parameter not in whole:
-                tensor: Tensor = parameter
-                if source is not None:
-                    tensor = source.tensor_of(parameter)
-                whole[parameter] = nn.Parameter(_full_tensor(tensor), requires_grad=False)
-            parameters[key] = whole[parameter]
-        replaced.append((module, parameters))
-
+    replaced = _with_whole_tensors(parts, source)
     # Whole dictionaries change places and hooks are left out, since others may watch what is read and called
     # (DeepSpeed).
     kept = []
@@ -102,6 +90,34 @@ def gathered(
             module.__dict__.update(attributes)
 
 
+def _with_whole_tensors(
+    parts: Sequence[Part], source: _StateDict | None
+) -> list[tuple[nn.Module, dict[str, nn.Parameter | None]]]:
+    """The parameters of parts, module by module, with whole tensors in place of those that lie in pieces.
+
+    Args:
+        parts: of adapters.
+        source: where all of the tensors come from; None to gather those that lie in pieces.
+
+    Raises:
+        StateError: the state dict does not hold one of them.
+    """
+    whole: dict[nn.Parameter, nn.Parameter] = {}  # a parameter that stands twice is gathered once
+    replaced: list[tuple[nn.Module, dict[str, nn.Parameter | None]]] = []
+    for part in parts:
+        for module in part.modules():
+            parameters = dict(module._parameters)
+            for key, parameter in parameters.items():
+                if parameter is None or (source is None and not is_dtensor(parameter)):
+                    continue
+                if parameter not in whole:
+                    tensor = parameter if source is None else source.tensor_of(parameter)
+                    whole[parameter] = nn.Parameter(_full_tensor(tensor), requires_grad=False)
+                parameters[key] = whole[parameter]
+            replaced.append((module, parameters))
+    return replaced
+
+
 class _StateDict:
     """A model's state dict, in which the tensors of adapters are found whatever wraps the model."""
 
@@ -113,6 +129,9 @@ class _StateDict:
 
     def tensor_of(self, parameter: nn.Parameter) -> Tensor:
         """What the state dict holds for a parameter.
+
+        Args:
+            parameter: one of the model's own.
 
         Raises:
             StateError: it holds nothing.

@@ -12,7 +12,18 @@ from grafts.lifecycle.registry import find_registry, is_trainable, unwrapped
 
 @dataclass(frozen=True)
 class AdapterStatus:
-    """One adapter of a model: its method's title, how large it is, and what it is doing."""
+    """One adapter of a model: what it is, how large it is, and what it is doing.
+
+    Attributes:
+        name: what it is called.
+        method: its method's title.
+        config: its config.
+        modules: at how many modules it has parts.
+        parameters: how many it holds.
+        active: it acts in the next call.
+        trainable: some of its parameters get gradients.
+        merged: it is folded into the base weights.
+    """
 
     name: str
     method: str
@@ -37,7 +48,11 @@ class AdapterStatus:
 
 
 def adapters(model: nn.Module) -> dict[str, AdapterStatus]:
-    """The adapters of ``model`` by name, in the order of adding; empty where there are none."""
+    """The adapters of ``model`` by name, in the order of adding; empty where there are none.
+
+    Args:
+        model: any module, also in the wrapper of a compiler or of `DistributedDataParallel`.
+    """
     registry = find_registry(unwrapped(model))
     if registry is None:
         return {}

@@ -38,10 +38,10 @@ def method_targets(selection: Selection, places: Sequence[Place], member: int) -
         member: the number of the config in a union.
     """
     view, method, config = selection.view, selection.method, selection.config
-    everywhere = tuple(replace(place, host=_NO_HOST) for place in places)
+    without_hosts = tuple(replace(place, host=_NO_HOST) for place in places)
     targets = []
-    for place in everywhere:
-        build = partial(_build_method_part, method, config, replace(place, others=everywhere))
+    for place in without_hosts:
+        build = partial(_build_method_part, method, config, replace(place, others=without_hosts))
         with torch.device("meta"):
             part = build(view.modules[place.path])
         target = Target(
@@ -141,12 +141,11 @@ def bias_targets(
     """
     if biases == "none":
         return []
+    candidates = view.modules if biases == "all" else chosen
     targets = []
-    for path, module in view.modules.items():
-        bias = module._parameters.get("bias")
-        if bias is None or within(path, copies):
-            continue
-        if biases == "lora_only" and path not in chosen:
+    for path in view.modules:
+        bias = view.modules[path]._parameters.get("bias")
+        if path not in candidates or bias is None or within(path, copies):
             continue
         name = "base_layer.bias" if path in chosen else "bias"
         build = partial(BiasOffset, file_name=name)
@@ -165,13 +164,10 @@ def with_tied_targets(view: ModelView, targets: Sequence[Target], *, everything:
         targets: of one config.
         everything: all kinds of targets are followed, but for biases; else trained tokens only.
     """
-    sharing: dict[nn.Parameter, list[str]] = {}
-    for path, layer in view.layers.items():
-        weight = view.modules[path]._parameters.get("weight")
-        if weight is not None and layer.kind != "convolution":
-            sharing.setdefault(weight, []).append(path)
+    sharing = _layers_by_weight(view)
     result: dict[tuple[str, str], Target] = {}
     for target in targets:
+        # A module that follows an earlier target is that target's, though it was chosen itself.
         if (target.path, target.kind) in result:
             continue
         result[target.path, target.kind] = target
@@ -183,6 +179,18 @@ def with_tied_targets(view: ModelView, targets: Sequence[Target], *, everything:
             if path != target.path:
                 result[path, target.kind] = _tied_target(view, target, path)
     return list(result.values())
+
+
+def _layers_by_weight(view: ModelView) -> dict[nn.Parameter, list[str]]:
+    """The paths of the layers that compute with each weight; convolutions are left out, as no method follows
+    theirs.
+    """
+    sharing: dict[nn.Parameter, list[str]] = {}
+    for path, layer in view.layers.items():
+        weight = view.modules[path]._parameters.get("weight")
+        if weight is not None and layer.kind != "convolution":
+            sharing.setdefault(weight, []).append(path)
+    return sharing
 
 
 def _tied_target(view: ModelView, target: Target, path: str) -> Target:

@@ -117,21 +117,17 @@ def config_from(config: AdapterConfig | str) -> AdapterConfig:
 
 def _chunks(text: str) -> list[str]:
     """The parts between ``|``, those inside brackets and quotes being left alone."""
-    chunks, depth, quote = [""], 0, ""
-    for char in text:
-        if quote:
-            if char == quote:
-                quote = ""
-        elif char in "'\"":
-            quote = char
-        elif char == "[":
+    chunks, depth = [""], 0
+    # Whole quoted texts, of which the last may not end, and every other character by itself.
+    for token in re.findall(r"'[^']*'?|\"[^\"]*\"?|.", text, re.DOTALL):
+        if token == "[":
             depth += 1
-        elif char == "]":
+        elif token == "]":
             depth -= 1
-        if char == "|" and depth == 0 and not quote:
+        if token == "|" and depth == 0:
             chunks.append("")
         else:
-            chunks[-1] += char
+            chunks[-1] += token
     return chunks
 
 

@@ -44,19 +44,30 @@ class TensorMerging:
             ConfigError: naming the option.
         """
         is_sparse = self.method.removesuffix("_svd") in SPARSE
-        if is_sparse and self.density is None:
-            raise ConfigError(
-                f"{self.method!r} keeps a share of the values: give density, above 0 and at most 1"
-            )
-        if self.density is not None and not 0 < self.density <= 1:
+        if self.density is None:
+            if is_sparse:
+                raise ConfigError(
+                    f"{self.method!r} keeps a share of the values: give density, above 0 and at most 1"
+                )
+        elif not 0 < self.density <= 1:
             raise ConfigError(f"density is {self.density!r}; it must be above 0 and at most 1")
+        elif not is_sparse:
+            raise ConfigError(f"density has no meaning for {self.method!r}")
         if self.majority_sign not in ("total", "frequency"):
             raise ConfigError(f"majority_sign is {self.majority_sign!r}; it must be 'total' or 'frequency'")
-        if self.rank is not None and self.rank < 1:
+        self._check_rank()
+
+    def _check_rank(self) -> None:
+        """Refuse a rank below 1, or for a way that has none.
+
+        Raises:
+            ConfigError: saying so.
+        """
+        if self.rank is None:
+            return
+        if self.rank < 1:
             raise ConfigError(f"rank is {self.rank!r}; it must be above 0")
-        if self.density is not None and not is_sparse:
-            raise ConfigError(f"density has no meaning for {self.method!r}")
-        if self.rank is not None and not self.method.endswith("svd"):
+        if not self.method.endswith("svd"):
             raise ConfigError(f"rank has no meaning for {self.method!r}")
 
     def __call__(self, tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar, cast
 from weakref import WeakSet
@@ -84,6 +84,9 @@ class AdaLoraConfig(LowRankConfig):
     def check_schedule(self, total_step: int) -> None:
         """Refuse a training that is too short for the schedule.
 
+        Args:
+            total_step: how many steps the optimizer will take.
+
         Raises:
             ConfigError: nothing is left between ``tinit`` and ``tfinal``.
         """
@@ -95,7 +98,9 @@ class AdaLoraConfig(LowRankConfig):
             )
 
     def kept(self, path: str) -> list[bool]:
-        """Which of the ranks the target at ``path`` has."""
+        """Which of the ranks the target at ``path`` has, ``init_r`` of them: all before training, and what a
+        file says after it.
+        """
         every_rank = [True] * self.init_r
         if self.rank_pattern is None:
             return every_rank
@@ -120,23 +125,23 @@ class AdaLoraPart(ModulePart):
         self.product = product(place.layer, place.host)
         rank = sum(config.kept(place.path))
         rows, columns = place.layer.matrix
-        if config.lora_alpha > 0:
-            alpha = config.lora_alpha
-        else:
-            alpha = config.init_r
+        # The factor, with its small number, is that of `peft`, whose files say nothing of it.
+        alpha = config.lora_alpha if config.lora_alpha > 0 else config.init_r
         self.scaling = alpha / (config.init_r + 1e-5)
         self.dropout = nn.Dropout(config.lora_dropout) if config.lora_dropout else None
-        if config.init_lora_weights:
-            diagonal = torch.zeros
-        else:
-            diagonal = torch.randn
+        # A diagonal of zeros leaves the output as it is, and gets a gradient all the same.
+        diagonal = torch.zeros if config.init_lora_weights else torch.randn
         self.lora_A = nn.Parameter(torch.randn(rank, columns) * 0.02)
         self.lora_E = nn.Parameter(diagonal(rank, 1))
         self.lora_B = nn.Parameter(torch.randn(rows, rank) * 0.02)
         self.allocator: RankAllocator | None = None
 
     def connect(self, parts: Mapping[str, Part]) -> None:
-        """Get what allots the ranks: one for the whole adapter, which the first part makes."""
+        """Get what allots the ranks: one for the whole adapter, which the first part makes.
+
+        Args:
+            parts: those of the adapter, by path.
+        """
         adapter = {}
         for path, part in parts.items():
             if isinstance(part, AdaLoraPart):
@@ -150,7 +155,9 @@ class AdaLoraPart(ModulePart):
             self.allocator = first.allocator
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """``Λ Q`` and ``P``, in the shapes that the layer's product has them."""
+        """``Λ Q`` and ``P``, in the shapes that the layer's product has them: beside a linear ``(r, in)`` and
+        ``(out, r)``.
+        """
         a, b = self.product.shapes(self.lora_E.shape[0])
         return (self.lora_A * self.lora_E).view(a), self.lora_B.view(b)
 
@@ -169,12 +176,19 @@ class AdaLoraPart(ModulePart):
         return self.product.add(y, self._input(x, y), *self.factors(), self.scaling)
 
     def forward_(self, x: Tensor, y: Tensor, *base: nn.Module) -> Tensor:
-        """`forward`, written into ``y``."""
+        """`forward`, written into ``y``.
+
+        Args:
+            x: input of the target, ``(*batch, in_features)``.
+            y: its output, ``(*batch, out_features)``, which nobody else holds.
+            base: not needed.
+        """
         if self.lora_E.numel() == 0:
             return y
         return self.product.add_(y, self._input(x, y), *self.factors(), self.scaling)
 
     def _input(self, x: Tensor, y: Tensor) -> Tensor:
+        """The input of the update: on the device of the output, and with dropout."""
         x = x.to(y.device)
         if self.dropout is None:
             return x
@@ -182,17 +196,20 @@ class AdaLoraPart(ModulePart):
         return dropped
 
     def file_tensors(self) -> Mapping[str, Tensor]:
-        """The three tensors; once the ranks are final, only those that were kept."""
-        if self.allocator is None:
-            kept = None
-        else:
+        """The three tensors, as `peft` calls them; once the ranks are final, only those of the ranks that
+        were kept.
+        """
+        kept = None
+        if self.allocator is not None:
             kept = self.allocator.final.get(self.path)
         if kept is None:
             return {"lora_A": self.lora_A, "lora_B": self.lora_B, "lora_E": self.lora_E}
         return {"lora_A": self.lora_A[kept], "lora_B": self.lora_B[:, kept], "lora_E": self.lora_E[kept]}
 
     def merged(self, tensors: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """``W + scaling * P Λ Q``."""
+        """``W + scaling * P Λ Q``, in the layout in which ``tensors`` has the weight; a bias stays as it
+        is.
+        """
         return {"weight": self.product.plus(tensors["weight"], *self.factors(), self.scaling)}
 
 
@@ -247,24 +264,34 @@ class RankAllocator:
 
     @property
     def waits_for_trainer(self) -> bool:
-        """Whether somebody has to tell it how long the training is."""
+        """Whether somebody has to tell it how long the training is: its config does not say it, and there are
+        ranks to take away.
+        """
         return self.allots and self.total_step is None
 
     def belongs_to(self, parameters: set[int]) -> bool:
-        """Whether the adapter is among the parameters with these ids."""
+        """Whether the adapter is among some parameters.
+
+        Args:
+            parameters: their ids, as of those that an optimizer holds.
+        """
         return any(id(part.lora_E) in parameters for part in self.parts.values())
 
     def set_total_step(self, total_step: int) -> None:
-        """Say how long the training is.
+        """Say how long the training is, where the config does not.
+
+        Args:
+            total_step: how many steps the optimizer will take.
 
         Raises:
-            ConfigError: too short for the schedule.
+            ConfigError: it is too short for the schedule.
         """
         self.config.check_schedule(total_step)
         self.total_step = total_step
 
     def drive_by_hand(self) -> None:
-        """Leave the budget to calls of `update_and_allocate`.
+        """Leave the budget to calls of `update_and_allocate`, as `peft` has it, in place of the optimizer's
+        own steps.
 
         Raises:
             StateError: the optimizer has driven it already.
@@ -292,7 +319,10 @@ class RankAllocator:
         self._advance(step)
 
     def budget(self, step: int) -> int:
-        """How many ranks all targets have together after ``step`` steps (eq. 12).
+        """How many ranks all targets have together after some steps: the cubic schedule of eq. 12.
+
+        Args:
+            step: how many steps of the optimizer there were.
 
         Raises:
             ConfigError: ``total_step`` is not known.
@@ -303,36 +333,42 @@ class RankAllocator:
             return first
         if step >= total - config.tfinal:
             return last
+        # The share of the steps in between that is still to come.
         left = 1 - (step - config.tinit) / (total - config.tfinal - config.tinit)
         return int((first - last) * left**3 + last)
 
     def before_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Add the gradient of the orthogonality penalty.
+        """Add the gradient of the orthogonality penalty (eq. 4), so that no loss has to contain it.
+
+        Args:
+            optimizer: the one that is about to take a step.
 
         Raises:
             ConfigError: ``total_step`` is not known; nothing has been trained yet.
         """
         if self.allots:
             self._require_total_step()
+        # The mean over all targets, of which each has two matrices.
         weight = self.config.orth_reg_weight / (2 * len(self.parts))
         scale = getattr(optimizer, "grad_scale", None)  # a fused optimizer divides by it itself
         if scale is not None:
             weight = weight * scale
         with torch.no_grad():
             for part in self.parts.values():
-                a, b = part.lora_A, part.lora_B
-                if a.grad is not None and a.numel() > 0:
-                    a.grad.add_(weight * _orthogonality_slope(a).to(a.grad.dtype))
-                if b.grad is not None and b.numel() > 0:
-                    b.grad.add_(weight * _orthogonality_slope(b.T).T.to(b.grad.dtype))
+                _add_to_gradient(part.lora_A, weight, _orthogonality_slope)
+                _add_to_gradient(part.lora_B, weight, lambda matrix: _orthogonality_slope(matrix.T).T)
 
     def after_step(self) -> None:
-        """Count a step of the optimizer."""
+        """Count a step of the optimizer, and let the budget follow it, unless that is done by hand or the
+        ranks are given.
+        """
         if self.allots and not self._by_hand:
             self._advance(self.step + 1)
 
     def state(self) -> dict[str, Tensor]:
-        """What training has to go on from: the step, the importance so far, and the ranks that were kept."""
+        """What training has to go on from, by name: the step, the importance so far, and the ranks that were
+        kept.
+        """
         tensors = {"steps": torch.tensor([self.step, self.total_step or 0])}
         for (path, name), value in self._sensitivity.items():
             tensors[f"sensitivity.{path}.{name}"] = value
@@ -343,7 +379,11 @@ class RankAllocator:
         return tensors
 
     def resume(self, tensors: Mapping[str, Tensor]) -> None:
-        """The inverse of `state`."""
+        """The inverse of `state`.
+
+        Args:
+            tensors: as `state` has given them; they come to the device of the adapter.
+        """
         step, total_step = tensors["steps"].tolist()
         self.step = step
         self.total_step = total_step or None
@@ -360,6 +400,11 @@ class RankAllocator:
                 self._uncertainty[owner, name] = tensor.to(device)
 
     def _require_total_step(self) -> int:
+        """How long the training is.
+
+        Raises:
+            ConfigError: nobody has said it.
+        """
         if self.total_step is None:
             raise ConfigError(
                 "AdaLoRA has to know how long the training is: give total_step in AdaLoraConfig, or add the "
@@ -374,9 +419,12 @@ class RankAllocator:
         last = self._require_total_step() - self.config.tfinal
         if step < last:
             self._update_importance()
+            # Between two of these steps every rank is trained, also one that was taken away: it may come
+            # back.
             if step > self.config.tinit and step % self.config.deltaT == 0:
                 self._keep(self._most_important(self.budget(step)))
         elif step == last or not self.final:
+            # The last choice stands; what it was made from is of no use any more.
             self.final = self._most_important(self.budget(step))
             self._keep(self.final)
             self._sensitivity, self._uncertainty = {}, {}
@@ -413,6 +461,7 @@ class RankAllocator:
 
     def _most_important(self, budget: int) -> dict[str, Tensor]:
         """Which ranks are above the threshold that leaves ``budget`` of all."""
+        # The budget is one for the whole model: targets compete for it.
         importance = {path: self._importance(path) for path in self.parts}
         everything = torch.cat([score.cpu() for score in importance.values()])
         drop = len(everything) - budget
@@ -428,6 +477,18 @@ class RankAllocator:
             values.masked_fill_(~mask[:, None].to(values.device), 0.0)
 
 
+def _add_to_gradient(parameter: Tensor, weight: float | Tensor, slope: Callable[[Tensor], Tensor]) -> None:
+    """Add the gradient of a penalty to that of a parameter, where it has one.
+
+    Args:
+        parameter: the parameter, which may have no elements.
+        weight: the penalty's.
+        slope: gives the penalty's gradient at the parameter.
+    """
+    if parameter.grad is not None and parameter.numel() > 0:
+        parameter.grad.add_(weight * slope(parameter).to(parameter.grad.dtype))
+
+
 def _orthogonality_slope(matrix: Tensor) -> Tensor:
     """The gradient of ``|M M' - I|``, how far the rows of a matrix are from orthonormal (eq. 4)."""
     identity = torch.eye(len(matrix), device=matrix.device, dtype=matrix.dtype)
@@ -436,6 +497,7 @@ def _orthogonality_slope(matrix: Tensor) -> Tensor:
     return slope
 
 
+# Every allocator of a model that is in use, for the hooks of all optimizers.
 _live: WeakSet[RankAllocator] = WeakSet()
 
 
@@ -446,24 +508,23 @@ def _held_by(optimizer: torch.optim.Optimizer) -> list[RankAllocator]:
         return []
     parameters: set[int] = set()
     for group in optimizer.param_groups:
-        parameters.update(id(parameter) for parameter in group["params"])
-    result = []
-    for allocator in _live:
-        if allocator.belongs_to(parameters):
-            result.append(allocator)
-    return result
+        parameters.update(map(id, group["params"]))
+    return [allocator for allocator in _live if allocator.belongs_to(parameters)]
 
 
 def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    """PyTorch calls this before every step of every optimizer."""
     for allocator in _held_by(optimizer):
         allocator.before_step(optimizer)
 
 
 def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    """PyTorch calls this behind every step of every optimizer."""
     for allocator in _held_by(optimizer):
         allocator.after_step()
 
 
+# For all optimizers, those of a Trainer or an accelerator too, which nobody would have to tell.
 register_optimizer_step_pre_hook(_before_step)
 register_optimizer_step_post_hook(_after_step)
 
@@ -495,16 +556,23 @@ def _listen_to_trainers() -> None:
         def on_train_begin(
             self, args: Any, state: Any, control: Any, model: nn.Module, **others: Any
         ) -> None:
-            trained = set()
-            for parameter in model.parameters():
-                if parameter.requires_grad:
-                    trained.add(id(parameter))
-            for allocator in _live:
-                if allocator.waits_for_trainer and allocator.belongs_to(trained):
-                    allocator.set_total_step(state.max_steps)
+            _tell_total_step(model, state.max_steps)
 
     if not any(getattr(known, "__name__", "") == TellTotalStep.__name__ for known in DEFAULT_CALLBACKS):
         DEFAULT_CALLBACKS.append(TellTotalStep)
+
+
+def _tell_total_step(model: nn.Module, total_step: int) -> None:
+    """Tell the adapters that a Trainer trains how many steps it will take, where they do not know.
+
+    Args:
+        model: what is trained, in whatever wrappers.
+        total_step: how many steps.
+    """
+    trained = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+    for allocator in _live:
+        if allocator.waits_for_trainer and allocator.belongs_to(trained):
+            allocator.set_total_step(total_step)
 
 
 class AdaLoraFiles(MethodFiles[AdaLoraConfig]):
@@ -515,7 +583,9 @@ class AdaLoraFiles(MethodFiles[AdaLoraConfig]):
     def config_values(
         self, config: AdaLoraConfig, values: Mapping[str, Any], parts: Parts, layers: Mapping[str, Layer]
     ) -> Mapping[str, Any]:
-        """The ranks that were kept, how long the training was, and how weights are laid out."""
+        """The ranks that were kept, how long the training was, and how weights are laid out; the arguments
+        are those of `MethodFiles`.
+        """
         changed: dict[str, Any] = {"fan_in_fan_out": is_transposed(layers)}
         allocator = _allocator(parts)
         if allocator is None:
@@ -529,13 +599,22 @@ class AdaLoraFiles(MethodFiles[AdaLoraConfig]):
         return changed
 
     def training_state(self, parts: Parts) -> Mapping[str, Tensor]:
-        """What the allocator has to go on from."""
+        """What the allocator has to go on from: `RankAllocator.state`.
+
+        Args:
+            parts: the adapter's, which all know the same allocator.
+        """
         allocator = _allocator(parts)
         assert allocator is not None
         return allocator.state()
 
     def resume(self, parts: Parts, tensors: Mapping[str, Tensor]) -> None:
-        """Let the allocator go on from there."""
+        """Let the allocator go on from there: `RankAllocator.resume`.
+
+        Args:
+            parts: the adapter's, which are in their places.
+            tensors: as `training_state` has given them.
+        """
         allocator = _allocator(parts)
         assert allocator is not None
         allocator.resume(tensors)
@@ -553,11 +632,16 @@ def combined(
 ) -> tuple[AdaLoraConfig, dict[str, Tensor]]:
     """One AdaLoRA adapter made from several, their ranks side by side: the exact weighted sum of the
     updates.
+
+    Args:
+        sources: the adapters.
+        merging: the way, of which there is one.
     """
     groups: dict[str, list[tuple[AdaLoraPart, float]]] = {}
     for source in sources:
         for path, part in source.parts.items():
             groups.setdefault(path, []).append((cast("AdaLoraPart", part), source.weight))
+    # A target of fewer ranks than the others keeps the first ones of a pattern of that many.
     ranks = {path: sum(len(part.lora_E) for part, _ in group) for path, group in groups.items()}
     most = max(ranks.values())
     first = sources[0].config
@@ -570,6 +654,7 @@ def combined(
             join(path, "lora_E"): [True] * rank + [False] * (most - rank) for path, rank in ranks.items()
         },
     )
+    # Each update comes with its weight and its own factor, and leaves with that of the new adapter.
     scaling = most / (most + 1e-5)
     tensors = {}
     for path, group in groups.items():
@@ -595,5 +680,10 @@ def combined(
     files=AdaLoraFiles(),
 )
 def adalora_part(config: AdaLoraConfig, place: Place) -> Part:
-    """The part for one layer."""
+    """The part for one layer.
+
+    Args:
+        config: the adapter's; where it was read from a file, it knows which ranks are left.
+        place: beside a linear or a convolution.
+    """
     return AdaLoraPart(config, place)

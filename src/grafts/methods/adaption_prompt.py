@@ -147,12 +147,9 @@ def top_layers(
     """
     of_roles = [place for place in places if place.role in _ROLES[config.attention]]
     stacks = _stacks([place.path for place in of_roles or places])
-    wanted = config.adapter_layers
     chosen: set[str] = set()
     for name, paths in stacks.items():
-        if wanted is None:
-            chosen.update(paths)
-            continue
+        wanted = len(paths) if config.adapter_layers is None else config.adapter_layers
         if wanted > len(paths):
             raise ConfigError(
                 f"adapter_layers is {wanted}, and there are {len(paths)} attention modules {name!r}"

@@ -113,22 +113,14 @@ class BnConfig(AdapterConfig):
         """Refuse values that cannot be."""
         factor = self.reduction_factor
         if isinstance(factor, dict):
+            # JSON has no numbers as keys, so layers are named by text everywhere.
             object.__setattr__(self, "reduction_factor", {str(name): value for name, value in factor.items()})
         super().__post_init__()
-        if isinstance(factor, dict):
-            factors = list(factor.values())
-        else:
-            factors = [factor]
-        are_positive = all(isinstance(value, (int, float)) and value > 0 for value in factors)
-        self.require(
-            "reduction_factor", bool(factors) and are_positive, "a number above 0, or layer -> number"
-        )
+        self._require_reduction_factor()
+        self._require_scaling()
         self.require(
             "non_linearity", is_activation(self.non_linearity), "an activation of transformers, or None"
         )
-        is_number = isinstance(self.scaling, (int, float)) and not isinstance(self.scaling, bool)
-        is_learned = self.scaling in ("learned", "channel")
-        self.require("scaling", is_number or is_learned, "a number, 'learned' or 'channel'")
         self._require_one_of("init_weights", _INITS)
         self._require_one_of("phm_c_init", ("normal", "uniform"), "normal or uniform")
         self._require_one_of("hypercomplex_nonlinearity", _HYPERCOMPLEX_INITS)
@@ -139,12 +131,31 @@ class BnConfig(AdapterConfig):
         stands_somewhere = self.mh_adapter or self.output_adapter or self.cross_adapter
         self.require("output_adapter", stands_somewhere, "True where neither mh_adapter nor cross_adapter is")
 
+    def _require_reduction_factor(self) -> None:
+        """Refuse a factor, or one of several, that is no number above 0."""
+        factors: list[object] = [self.reduction_factor]
+        if isinstance(self.reduction_factor, dict):
+            factors = list(self.reduction_factor.values())
+        are_positive = all(isinstance(factor, (int, float)) and factor > 0 for factor in factors)
+        self.require(
+            "reduction_factor", len(factors) > 0 and are_positive, "a number above 0, or layer -> number"
+        )
+
+    def _require_scaling(self) -> None:
+        """Refuse a scaling that is neither a number nor a learned one."""
+        is_number = isinstance(self.scaling, (int, float)) and not isinstance(self.scaling, bool)
+        is_learned = self.scaling in ("learned", "channel")
+        self.require("scaling", is_number or is_learned, "a number, 'learned' or 'channel'")
+
     def _require_one_of(self, field: str, values: tuple[object, ...], may_be: str | None = None) -> None:
         """Refuse a value that is none of several."""
         self.require(field, getattr(self, field) in values, may_be or f"one of {', '.join(map(str, values))}")
 
     def reduction(self, layer: int) -> float:
-        """The reduction factor of a layer.
+        """The reduction factor of a layer: its own, or else the default.
+
+        Args:
+            layer: its number, counted over the whole model.
 
         Raises:
             ConfigError: the mapping has neither the layer nor a default.
@@ -159,17 +170,30 @@ class BnConfig(AdapterConfig):
         return factor
 
     def takes(self, sublayer: Sublayer) -> bool:
-        """Whether a step of a layer gets an adapter."""
+        """Whether a step of a layer gets an adapter.
+
+        Args:
+            sublayer: the step; its layer may be among those that are left out.
+        """
         wanted = {"self": self.mh_adapter, "cross": self.cross_adapter, "ffn": self.output_adapter}
         return wanted[sublayer.kind] and sublayer.layer not in self.leave_out
 
     @property
     def needs_residual(self) -> bool:
-        """Whether it has to know what the step's output is added to."""
-        return self.is_parallel or self.original_ln_before or not self.original_ln_after
+        """Whether it has to know what the step's output is added to: where it reads that, goes through the
+        layer's norm, or takes the sum out again.
+        """
+        return self.is_parallel or self.uses_norm
+
+    @property
+    def uses_norm(self) -> bool:
+        """Whether it goes through the norm that the layer has behind the sum, or stands in its place."""
+        return self.original_ln_before or not self.original_ln_after
 
     def hypercomplex(self) -> Hypercomplex:
-        """How its linears are made, where they are hypercomplex."""
+        """How its linears are made, where they are hypercomplex (Compacter): the options of this config that
+        say so, by their names there.
+        """
         return Hypercomplex(
             self.phm_dim,
             self.phm_rank,
@@ -207,19 +231,13 @@ class BottleneckPart(ModulePart):
         self.width = size, inner
         self.reads_stream = place.sublayer.before == place.path
         self.shared = _shared(config, size, inner) if _is_first(place) else None
-        norms: list[nn.Module]
+        self.adapter_down = nn.Sequential()
         if config.ln_before:
-            norms = [nn.LayerNorm(size)]
-        else:
-            norms = []
-        self.adapter_down = nn.Sequential(*norms, _linear(config, size, inner))
+            self.adapter_down.append(nn.LayerNorm(size))
+        self.adapter_down.append(_linear(config, size, inner))
         self.adapter_up = _linear(config, inner, size)
         self.act = activation(config.non_linearity)
-        self.scaling: nn.Parameter | float
-        if isinstance(config.scaling, str):
-            self.scaling = nn.Parameter(torch.ones(1 if config.scaling == "learned" else size))
-        else:
-            self.scaling = float(config.scaling)
+        self.scaling = _scaling(config, size)
         self.adapter_norm_after = nn.LayerNorm(size) if config.ln_after else None
         self.gate = nn.Linear(size, 1) if config.use_gating else None
         # The layer's norm of the sum, where the bottleneck has to do with it.
@@ -230,18 +248,21 @@ class BottleneckPart(ModulePart):
             self._start()
 
     def connect(self, parts: Mapping[str, Part]) -> None:
-        """Find the layer's norm, what observes the stream for this part, and what all layers share."""
+        """Find the layer's norm, what observes the stream for this part, and what all layers share.
+
+        Args:
+            parts: those of the adapter, by path.
+        """
         norm = parts.get(self.sublayer.norm or "")
         if isinstance(norm, NormPart):
             self._norm = Reference(norm)
         before = parts.get(self.sublayer.before or "")
         if isinstance(before, ResidualPart):
             before.add_reader(self)
-        for part in parts.values():
-            if isinstance(part, BottleneckPart):
-                if part.shared is not None:
-                    self._share(part.shared)
-                return
+        # The first bottleneck keeps what all of them share.
+        bottlenecks = [part for part in parts.values() if isinstance(part, BottleneckPart)]
+        if bottlenecks[0].shared is not None:
+            self._share(bottlenecks[0].shared)
 
     def _share(self, tensors: nn.ParameterDict) -> None:
         """Use what all layers share of hypercomplex linears."""
@@ -255,25 +276,26 @@ class BottleneckPart(ModulePart):
         """
         way = self.config.init_weights
         down, up, gate = self.adapter_down[-1], self.adapter_up, self.gate
-        for linear in (down, up, gate):
-            if not isinstance(linear, nn.Linear):
-                continue
-            nn.init.zeros_(linear.bias)
-            if way == "houlsby" and linear is not gate:
-                nn.init.trunc_normal_(linear.weight, std=0.01, a=-0.02, b=0.02)
-            elif way == "mam_adapter" and linear is down:
-                nn.init.kaiming_uniform_(linear.weight, a=math.sqrt(5))
-            elif way == "mam_adapter" and linear is up:
-                nn.init.zeros_(linear.weight)
-            else:
-                nn.init.normal_(linear.weight, std=0.02)
-        if way == "mam_adapter" and isinstance(up, HypercomplexLinear):
-            with torch.no_grad():
-                for tensor in up.weight.values():
-                    tensor.zero_()
+        # Hypercomplex linears have started in their own way; there only what is to be zero is left.
+        if isinstance(down, nn.Linear):
+            nn.init.zeros_(down.bias)
+            _start_down(down.weight, way)
+        if isinstance(up, nn.Linear):
+            nn.init.zeros_(up.bias)
+            _start_up(up.weight, way)
+        elif isinstance(up, HypercomplexLinear) and way == "mam_adapter":
+            for tensor in up.weight.values():
+                nn.init.zeros_(tensor)
+        if gate is not None:
+            nn.init.zeros_(gate.bias)
+            nn.init.normal_(gate.weight, std=0.02)
 
     def observe(self, residual: Tensor) -> None:
-        """What the step's output will be added to, ``(*batch, hidden)``."""
+        """A call of the layer has come to where the stream is read for this part.
+
+        Args:
+            residual: what the step's output will be added to, ``(*batch, hidden)``.
+        """
         self._residual = residual
 
     def forward(self, x: Tensor, y: Tensor, *base: nn.Module) -> Tensor:
@@ -290,6 +312,7 @@ class BottleneckPart(ModulePart):
         """
         config = self.config
         require_width(y, self.width[0], self.sublayer.out)
+        # Told once a call, and forgotten: what a layer keeps would keep its graph.
         residual = x if self.reads_stream else self._residual
         self._residual = None
         if not config.needs_residual:
@@ -299,42 +322,51 @@ class BottleneckPart(ModulePart):
         if config.is_parallel:
             output = y + self._bottleneck(residual, None)
         elif config.original_ln_before:
-            total = y + residual
-            if self._norm is None:
-                normed = total
-            else:
-                normed = self._norm.module.normed(total)
-            if config.residual_before_ln == "post_add":
-                kept = total
-            elif config.residual_before_ln:
-                kept = y
-            else:
-                kept = normed
-            is_plain_sum = kept is total and not config.ln_after and self._norm is None
-            if is_plain_sum and not config.original_ln_after:
+            if self._cancels_residual():
                 # (y + r + u) - r without rounding twice
-                return y + self._bottleneck(normed, None)
-            output = self._bottleneck(normed, kept)
+                return y + self._bottleneck(y + residual, None)
+            output = self._after_sum(y, residual)
         else:
             output = self._bottleneck(y, y)
         if config.original_ln_after:
             return output
+        # The layer will add the stream and norm: what it is to give in the end goes past its norm, and the
+        # stream is taken out before it is added.
         if self._norm is not None:
             self._norm.module.replacement = output
         return output - residual
 
+    def _cancels_residual(self) -> bool:
+        """Whether the sum with the stream is only added to, and the stream taken out of it again."""
+        config = self.config
+        is_plain_sum = config.residual_before_ln == "post_add" and not config.ln_after and self._norm is None
+        return is_plain_sum and not config.original_ln_after
+
+    def _after_sum(self, y: Tensor, residual: Tensor) -> Tensor:
+        """The bottleneck on the sum of a step's output and the stream, through the layer's own norm.
+
+        Args:
+            y: the step's output, ``(*batch, hidden)``.
+            residual: the stream, likewise.
+        """
+        total = y + residual
+        normed = total
+        if self._norm is not None:
+            normed = self._norm.module.normed(total)
+        if self.config.residual_before_ln == "post_add":
+            return self._bottleneck(normed, total)
+        if self.config.residual_before_ln:
+            return self._bottleneck(normed, y)
+        return self._bottleneck(normed, normed)
+
     def _bottleneck(self, x: Tensor, kept: Tensor | None) -> Tensor:
-        """``norm(scaling * up(act(down(norm(x)))) + kept)``, the norms where there are some."""
-        hidden = x
-        for module in self.adapter_down:
-            hidden = _applied(module, hidden)
-        up = _applied(self.adapter_up, self.act(hidden))
-        if self.training and self.config.stochastic_depth:
-            up = _rows_dropped(up, self.config.stochastic_depth)
-        if isinstance(self.scaling, Tensor):
-            up = up * self.scaling.to(up.dtype)
-        elif self.scaling != 1.0:
-            up = up * self.scaling
+        """``norm(scaling * up(act(down(norm(x)))) + kept)``, the norms where there are some.
+
+        Args:
+            x: the input, ``(*batch, hidden)``.
+            kept: what is added to what comes out; None for nothing.
+        """
+        up = self._scaled(self._up(x))
         up = nn.functional.dropout(up, self.config.dropout, self.training)
         if self.gate is not None:
             up = up * torch.sigmoid(_applied(self.gate, x)).mean(1, keepdim=True)
@@ -346,6 +378,24 @@ class BottleneckPart(ModulePart):
             up = up + kept
         return up.to(x.dtype)
 
+    def _up(self, x: Tensor) -> Tensor:
+        """``up(act(down(norm(x))))``, in training without some of the rows."""
+        hidden = x
+        for module in self.adapter_down:
+            hidden = _applied(module, hidden)
+        up = _applied(self.adapter_up, self.act(hidden))
+        if self.training and self.config.stochastic_depth:
+            return _rows_dropped(up, self.config.stochastic_depth)
+        return up
+
+    def _scaled(self, up: Tensor) -> Tensor:
+        """What comes out of the bottleneck, times its scaling."""
+        if isinstance(self.scaling, Tensor):
+            return up * self.scaling.to(up.dtype)
+        if self.scaling != 1.0:
+            return up * self.scaling
+        return up
+
     def merged(self, tensors: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """``(I + s U D) W`` where no activation and no norm is in between; beside a single linear
         ``W + s U D``.
@@ -353,34 +403,55 @@ class BottleneckPart(ModulePart):
         Raises:
             MergeError: it is not linear in what its module gives, or that has no bias to take its own.
         """
-        config = self.config
         # Parallel to one linear it adds to what that computes; behind one it acts on what that gives.
-        is_beside = self.reads_stream and config.is_parallel
-        is_linear = is_linear_in_its_input(config) and (is_beside or not config.is_parallel)
-        if not is_linear or "weight" not in tensors or not self._fits(tensors["weight"]):
+        is_beside = self.reads_stream and self.config.is_parallel
+        if not self._acts_linearly(is_beside, tensors.get("weight")):
             raise MergeError(
                 "a bottleneck that does not act linearly on the output of one linear has no exact merge"
             )
-        weight = tensors["weight"]
-        down, down_bias = _affine(self.adapter_down[-1], weight.dtype)
-        up, up_bias = _affine(self.adapter_up, weight.dtype)
-        scale: Tensor | float = self.scaling
-        if isinstance(scale, Tensor):
-            scale = scale.to(weight.dtype)[:, None]
-        update = scale * (up @ down)
-        offset = (scale * (up @ down_bias + up_bias)[:, None])[:, 0]
-        result = {"weight": weight + (update if is_beside else update @ weight)}
-        if "bias" in tensors:
-            bias = tensors["bias"]
-            result["bias"] = bias + (offset if is_beside else update @ bias + offset)
-        elif bool(offset.any()):
+        weight, bias = tensors["weight"], tensors.get("bias")
+        update, offset = self._affine_update(weight.dtype)
+        if bias is None and bool(offset.any()):
             raise MergeError(
                 "its module has no bias that the bottleneck's could be merged into: it has no exact merge"
             )
+        if is_beside:
+            result = {"weight": weight + update}
+            if bias is not None:
+                result["bias"] = bias + offset
+            return result
+        result = {"weight": weight + update @ weight}
+        if bias is not None:
+            result["bias"] = bias + (update @ bias + offset)
         return result
 
-    def _fits(self, weight: Tensor) -> bool:
-        """Whether a weight is that of a linear that gives states of the stream's size."""
+    def _affine_update(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """What it adds as a matrix, ``s U D``, ``(hidden, hidden)``, and a bias, ``s (U d + u)``,
+        ``(hidden,)``.
+
+        Args:
+            dtype: what to compute in.
+        """
+        down, down_bias = _affine(self.adapter_down[-1], dtype)
+        up, up_bias = _affine(self.adapter_up, dtype)
+        scale: Tensor | float = self.scaling
+        if isinstance(scale, Tensor):
+            scale = scale.to(dtype)[:, None]
+        update = scale * (up @ down)
+        offset = (scale * (up @ down_bias + up_bias)[:, None])[:, 0]
+        return update, offset
+
+    def _acts_linearly(self, is_beside: bool, weight: Tensor | None) -> bool:
+        """Whether it is linear in what its module computes, and that is one linear of the stream's size.
+
+        Args:
+            is_beside: it reads what the module reads, and adds to what that gives.
+            weight: the module's, or None where it has none.
+        """
+        if not is_linear_in_its_input(self.config) or weight is None:
+            return False
+        if self.config.is_parallel and not is_beside:
+            return False
         return weight.dim() == 2 and weight.shape[0] == self.width[0]
 
 
@@ -394,16 +465,26 @@ class ResidualPart(ModulePart):
         self._readers: list[Reference[BottleneckPart]] = []
 
     def add_reader(self, part: BottleneckPart) -> None:
-        """Tell one more bottleneck."""
+        """Tell one more bottleneck of the stream from now on.
+
+        Args:
+            part: a bottleneck of the same adapter, whose step adds to what this part sees.
+        """
         self._readers.append(Reference(part))
 
     def forward(self, x: Tensor) -> None:
-        """Pass on ``x``, ``(*batch, hidden)``."""
+        """Tell all bottlenecks that read here of the stream.
+
+        Args:
+            x: the stream, ``(*batch, hidden)``, as the module is given it.
+        """
         for reader in self._readers:
             reader.module.observe(x)
 
     def merged(self, tensors: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Nothing."""
+        """Nothing: it only observes, and whether the bottlenecks that it tells can be merged they say
+        themselves.
+        """
         return {}
 
 
@@ -420,24 +501,39 @@ class NormPart(ModulePart):
         self.replacement: Tensor | None = None
 
     def from_base(self, host: nn.Module, *, fresh: bool) -> None:
-        """Know the norm."""
+        """Keep a reference to the norm, to compute it for bottlenecks in front of it.
+
+        Args:
+            host: the norm.
+            fresh: it makes no difference.
+        """
         self._host = Reference(host)
 
     def normed(self, x: Tensor) -> Tensor:
-        """The norm of ``x``, past all hooks of adapters."""
+        """The norm of ``x``, past all hooks of adapters, which are for the layer's own call of it.
+
+        Args:
+            x: a sum of step and stream, ``(*batch, hidden)``.
+        """
         assert self._host is not None
         result: Tensor = self._host.module.forward(x)
         return result
 
     def forward(self, x: Tensor, y: Tensor, *base: nn.Module) -> Tensor:
-        """The norm's output, or what is to stand in its place."""
+        """The norm's output, or what a bottleneck has put in its place for this call.
+
+        Args:
+            x: the norm's input, ``(*batch, hidden)``.
+            y: its output, likewise.
+            base: not needed.
+        """
         replacement, self.replacement = self.replacement, None
         if replacement is None:
             return y
         return replacement
 
     def merged(self, tensors: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Nothing."""
+        """Nothing: where it does something the bottleneck that it serves has no exact merge."""
         return {}
 
 
@@ -481,6 +577,35 @@ def _linear(config: BnConfig, inputs: int, outputs: int) -> nn.Module:
     return HypercomplexLinear(config.hypercomplex(), inputs, outputs, has_rule, has_weight)
 
 
+def _start_down(weight: Tensor, way: str) -> None:
+    """Fill the weight of the linear down, as ``init_weights`` says."""
+    if way == "houlsby":
+        nn.init.trunc_normal_(weight, std=0.01, a=-0.02, b=0.02)
+    elif way == "mam_adapter":
+        nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
+    else:
+        nn.init.normal_(weight, std=0.02)
+
+
+def _start_up(weight: Tensor, way: str) -> None:
+    """Fill the weight of the linear up, as ``init_weights`` says."""
+    if way == "houlsby":
+        nn.init.trunc_normal_(weight, std=0.01, a=-0.02, b=0.02)
+    elif way == "mam_adapter":
+        nn.init.zeros_(weight)
+    else:
+        nn.init.normal_(weight, std=0.02)
+
+
+def _scaling(config: BnConfig, size: int) -> nn.Parameter | float:
+    """What the output of a bottleneck is multiplied with: a number, or a learned one, or one a channel."""
+    if config.scaling == "learned":
+        return nn.Parameter(torch.ones(1))
+    if config.scaling == "channel":
+        return nn.Parameter(torch.ones(size))
+    return float(config.scaling)
+
+
 def _is_first(place: Place) -> bool:
     """Whether a bottleneck is the first of its adapter, which keeps what all of them share."""
     for other in place.others:
@@ -506,12 +631,13 @@ def _shared(config: BnConfig, size: int, inner: int) -> nn.ParameterDict | None:
 
 
 def is_linear_in_its_input(config: BnConfig) -> bool:
-    """Whether it is linear in what its module gives, and so can be merged."""
+    """Whether it is linear in what its module gives, and so can be merged: no activation, norm or gate is in
+    between, and there is no invertible adapter.
+    """
     has_activation = config.non_linearity not in (None, "linear")
-    goes_through_norm = config.original_ln_before or not config.original_ln_after
-    has_norm = config.ln_before or config.ln_after
+    has_norm = config.ln_before or config.ln_after or config.uses_norm
     has_more = config.use_gating or config.inv_adapter is not None
-    return not (has_activation or goes_through_norm or has_norm or has_more)
+    return not (has_activation or has_norm or has_more)
 
 
 def check(config: BnConfig, places: Sequence[Place]) -> None:
@@ -534,27 +660,27 @@ def check(config: BnConfig, places: Sequence[Place]) -> None:
 
 
 def places(config: BnConfig, view: ModelView, candidates: Sequence[Place]) -> list[Place]:
-    """Every step that gets a bottleneck, what observes the stream before it, and the norm behind it."""
+    """Every step that gets a bottleneck, what observes the stream before it, and the norm behind it.
+
+    Args:
+        config: the adapter's.
+        view: the model, whose stream is known.
+        candidates: the places beside all layers, for what stands at the embeddings.
+
+    Raises:
+        ConfigError: an option names a layer that there is not.
+    """
     stream = view.stream
     assert stream is not None
     stream.require_layers(config.leave_out, "leave_out")
     if isinstance(config.reduction_factor, dict):
-        named = []
-        for name in config.reduction_factor:
-            if name != "default":
-                named.append(name)
+        named = [name for name in config.reduction_factor if name != "default"]
         stream.require_layers(named, "reduction_factor")
-    uses_norm = config.original_ln_before or not config.original_ln_after
     chosen: dict[str, Place] = {}
     for sublayer in stream.sublayers():
         if not config.takes(sublayer):
             continue
-        wanted = [(sublayer.out, ADDED)]
-        if config.needs_residual and sublayer.before is not None and sublayer.before != sublayer.out:
-            wanted.append((sublayer.before, RESIDUAL))
-        if uses_norm and sublayer.norm is not None:
-            wanted.append((sublayer.norm, NORMED))
-        for path, role in wanted:
+        for path, role in _around(config, sublayer):
             place = stream_place(view, path, role, sublayer.width, sublayer, sublayer.layer)
             chosen.setdefault(path, place)
     result = list(chosen.values())
@@ -563,6 +689,16 @@ def places(config: BnConfig, view: ModelView, candidates: Sequence[Place]) -> li
     if config.use_gating:
         result += observer_places(view, candidates)
     return result
+
+
+def _around(config: BnConfig, sublayer: Sublayer) -> list[tuple[str, str]]:
+    """The modules at which one step has a part, by path, with what each part is to do there."""
+    wanted = [(sublayer.out, ADDED)]
+    if config.needs_residual and sublayer.before is not None and sublayer.before != sublayer.out:
+        wanted.append((sublayer.before, RESIDUAL))
+    if config.uses_norm and sublayer.norm is not None:
+        wanted.append((sublayer.norm, NORMED))
+    return wanted
 
 
 @method(
@@ -584,7 +720,12 @@ def places(config: BnConfig, view: ModelView, candidates: Sequence[Place]) -> li
     check=check,
 )
 def bottleneck_part(config: BnConfig, place: Place) -> Part:
-    """The part for one place on the stream."""
+    """The part for one place on the stream: the bottleneck itself, or what serves it there.
+
+    Args:
+        config: the adapter's.
+        place: of the roles that `places` gives.
+    """
     if place.role == RESIDUAL:
         return ResidualPart()
     if place.role == NORMED:
@@ -595,6 +736,7 @@ def bottleneck_part(config: BnConfig, place: Place) -> Part:
     if place.role != ADDED:
         return WholeInput()
     assert place.sublayer is not None
+    # Each step of each layer starts from a seed of its own, which does not depend on which others there are.
     number = 3 * place.sublayer.layer + ("self", "cross", "ffn").index(place.sublayer.kind)
     with seeded(config.init_weights_seed, number):
         return BottleneckPart(config, place)

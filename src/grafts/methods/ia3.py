@@ -79,6 +79,7 @@ class IA3Part(ModulePart):
     def __init__(self, config: IA3Config, place: Place) -> None:
         super().__init__()
         self.layer: Layer = place.layer
+        # The shapes are those of `peft`'s files: a row for inputs, a column for outputs.
         shape: tuple[int, ...]
         if config.is_feedforward(place):
             self.when = "before"
@@ -90,10 +91,7 @@ class IA3Part(ModulePart):
             shape = (size, 1)
         if self.layer.kind == "convolution":
             shape = (1, size, *[1] * len(self.layer.kernel_size))
-        if config.init_ia3_weights:
-            start = torch.ones
-        else:
-            start = torch.randn
+        start = torch.ones if config.init_ia3_weights else torch.randn
         self.ia3_l = nn.Parameter(start(shape))
 
     def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
@@ -150,17 +148,17 @@ class IA3Files(MethodFiles[IA3Config]):
     def config_values(
         self, config: IA3Config, values: Mapping[str, Any], parts: Parts, layers: Mapping[str, Layer]
     ) -> Mapping[str, Any]:
-        """The feed-forward modules as some of the names of the targets, and the layout of the weights."""
+        """The feed-forward modules as some of the names of the targets, and the layout of the weights; the
+        arguments are those of `MethodFiles`.
+        """
         changed: dict[str, Any] = {"fan_in_fan_out": is_transposed(layers)}
         if values["feedforward_modules"] is not None or not parts:
             return changed
         feedforwards = [path for path, part in parts.items() if cast("IA3Part", part).when == "before"]
+        # By the short names of the targets, where these tell the two kinds apart; else by all paths.
         targets = values["target_modules"]
         if targets is not None and not isinstance(targets, str):
-            names = []
-            for name in targets:
-                if _names_only(name, feedforwards, parts):
-                    names.append(name)
+            names = [name for name in targets if _names_only(name, feedforwards, parts)]
             if all(matches(path, names) for path in feedforwards):
                 return changed | {"feedforward_modules": names}
         return changed | {"target_modules": list(parts), "feedforward_modules": feedforwards}
@@ -187,17 +185,18 @@ def combined(
     Raises:
         ConfigError: one of them scales the input of a module of which another scales the output.
     """
+    # By target, of those adapters that have it.
     vectors: dict[str, list[Tensor]] = {}
     weights: dict[str, list[float]] = {}
     when: dict[str, str] = {}
     for source in sources:
         for path, part in source.parts.items():
-            own = cast("IA3Part", part)
-            if when.setdefault(path, own.when) != own.when:
+            scaling = cast("IA3Part", part)
+            if when.setdefault(path, scaling.when) != scaling.when:
                 raise ConfigError(
                     f"{path!r} has its input scaled by one of the adapters and its output by another"
                 )
-            vectors.setdefault(path, []).append(own.ia3_l)
+            vectors.setdefault(path, []).append(scaling.ia3_l)
             weights.setdefault(path, []).append(source.weight)
     tensors = {}
     for path, of_path in vectors.items():
@@ -206,6 +205,7 @@ def combined(
         if merging.method == "linear":
             result = (stack * powers).sum(0)
         else:
+            # A negative number has no power of a fraction: signs are multiplied by themselves.
             result = stack.sign().prod(0) * stack.abs().pow(powers).prod(0)
         tensors[join(path, "ia3_l")] = result
     return sources[0].config, tensors

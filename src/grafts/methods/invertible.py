@@ -81,19 +81,31 @@ class Nice(nn.Module):
 
     def __init__(self, size: int, factor: float, non_linearity: str | None) -> None:
         super().__init__()
-        self.sizes = [size // 2, size - size // 2]
-        one, two = self.sizes
-        self.F = Network(two, one, max(int(two // factor), 1), non_linearity)
-        self.G = Network(one, two, max(int(one // factor), 1), non_linearity)
+        # Of an odd size the second half is the larger one.
+        self.sizes: list[int] = [size // 2, size - size // 2]
+        first, second = self.sizes
+        self.F = Network(second, first, max(int(second // factor), 1), non_linearity)
+        self.G = Network(first, second, max(int(first // factor), 1), non_linearity)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(*batch, size)`` -> ``(*batch, size)``."""
+        """The states through the coupling, half by half.
+
+        Args:
+            x: ``(*batch, size)``.
+
+        Returns:
+            ``(*batch, size)``.
+        """
         x1, x2 = torch.split(x, self.sizes, -1)
         y1 = x1 + self.F(x2)
         return torch.cat([y1, x2 + self.G(y1)], -1)
 
     def inverse(self, y: Tensor) -> Tensor:
-        """What `forward` was given."""
+        """What `forward` was given, up to rounding: the steps undone in the other order.
+
+        Args:
+            y: what it gave, ``(*batch, size)``.
+        """
         y1, y2 = torch.split(y, self.sizes, -1)
         x2 = y2 - self.G(y1)
         return torch.cat([y1 - self.F(x2), x2], -1)
@@ -108,16 +120,25 @@ class Glow(nn.Module):
 
     def __init__(self, size: int, factor: float, non_linearity: str | None) -> None:
         super().__init__()
-        self.sizes = [size // 2, size - size // 2]
-        one, two = self.sizes
-        self.s1 = Network(one, 2 * two, max(int(one // factor), 1), non_linearity)
-        self.s2 = Network(two, 2 * one, max(int(two // factor), 1), non_linearity)
+        # Each network gives a scale and a shift for the other half.
+        self.sizes: list[int] = [size // 2, size - size // 2]
+        first, second = self.sizes
+        self.s1 = Network(first, 2 * second, max(int(first // factor), 1), non_linearity)
+        self.s2 = Network(second, 2 * first, max(int(second // factor), 1), non_linearity)
 
     def _scale(self, s: Tensor) -> Tensor:
+        """A positive scale from any number, never far from 1."""
         return torch.exp(self.clamp * 2 / math.pi * torch.atan(s / self.clamp))
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(*batch, size)`` -> ``(*batch, size)``."""
+        """The states through the coupling, half by half.
+
+        Args:
+            x: ``(*batch, size)``.
+
+        Returns:
+            ``(*batch, size)``.
+        """
         x1, x2 = torch.split(x, self.sizes, -1)
         s, t = self.s2(x2).chunk(2, -1)
         y1 = self._scale(s) * x1 + t
@@ -125,7 +146,11 @@ class Glow(nn.Module):
         return torch.cat([y1, self._scale(s) * x2 + t], -1)
 
     def inverse(self, y: Tensor) -> Tensor:
-        """What `forward` was given."""
+        """What `forward` was given, up to rounding: the steps undone in the other order.
+
+        Args:
+            y: what it gave, ``(*batch, size)``.
+        """
         y1, y2 = torch.split(y, self.sizes, -1)
         s, t = self.s1(y1).chunk(2, -1)
         x2 = (y2 - t) / self._scale(s)
@@ -145,13 +170,19 @@ class CouplingPart(ModulePart):
         self.path = place.path
         self.when = "before" if place.role == END else "after"
         size = place.layer.out_features
+        # The tensors are those of the part at the embeddings; the others refer to its block.
         self.block: Nice | Glow | None = None
         if place.role == BEGIN:
-            self.block = (Nice if block == "nice" else Glow)(size, factor, non_linearity)
+            kind = Nice if block == "nice" else Glow
+            self.block = kind(size, factor, non_linearity)
         self._shared_block: Reference[Nice | Glow] | None = None
 
     def connect(self, parts: Mapping[str, Part]) -> None:
-        """Find the block: the head's part undoes that of the embeddings."""
+        """Find the block: the head's part undoes that of the embeddings.
+
+        Args:
+            parts: those of the adapter, by path.
+        """
         for part in parts.values():
             if isinstance(part, CouplingPart) and part.block is not None:
                 self._shared_block = Reference(part.block)

@@ -100,11 +100,15 @@ class LoraConfig(LowRankConfig):
         )
 
     def rank(self, path: str) -> int:
-        """The rank of the update beside the module at ``path``."""
+        """The rank of the update beside the module at ``path``: that of the first pattern in ``rank_pattern``
+        that matches, else ``r``.
+        """
         return pattern_value(path, self.rank_pattern, self.r)
 
     def scaling(self, path: str) -> float:
-        """The factor of the update beside the module at ``path``."""
+        """The factor of the update beside the module at ``path``: alpha over the rank, or over its square
+        root (Kalajdzievski 2023).
+        """
         alpha, rank = pattern_value(path, self.alpha_pattern, self.lora_alpha), self.rank(path)
         if self.use_rslora:
             return alpha / math.sqrt(rank)
@@ -156,6 +160,8 @@ class LoraPart(ModulePart, RankedPart):
         self.scaling = config.scaling(place.path)
         self.is_transposed = False
         self.start: Start | None = None
+        self._require_possible(place.layer)
+        # Token ids, which an embedding is given, cannot be dropped.
         drops = config.lora_dropout > 0 and place.layer.kind != "embedding"
         self.dropout = nn.Dropout(config.lora_dropout) if drops else None
         a_shape, b_shape = self.product.shapes(self.rank)
@@ -163,13 +169,20 @@ class LoraPart(ModulePart, RankedPart):
         self.lora_B = nn.Parameter(torch.empty(b_shape))
         self.lora_bias: nn.Parameter | None = None
         if config.lora_bias:
-            if place.layer.kind == "embedding":
-                raise ConfigError("an embedding has no bias, so lora_bias=True cannot be had beside it")
             self.lora_bias = nn.Parameter(torch.zeros(place.layer.out_features))
-        if self.init == "orthogonal" and self.rank % 2:
-            raise ConfigError(f"init_lora_weights='orthogonal' needs an even rank, not {self.rank}")
         if not self.lora_A.is_meta:
             self._reset()
+
+    def _require_possible(self, layer: Layer) -> None:
+        """Refuse options that this layer, or this rank, cannot have.
+
+        Raises:
+            ConfigError: naming the option.
+        """
+        if self.config.lora_bias and layer.kind == "embedding":
+            raise ConfigError("an embedding has no bias, so lora_bias=True cannot be had beside it")
+        if self.init == "orthogonal" and self.rank % 2:
+            raise ConfigError(f"init_lora_weights='orthogonal' needs an even rank, not {self.rank}")
 
     def _reset(self) -> None:
         """Start A and B as the option says, where that does not need the base's weight."""
@@ -188,7 +201,15 @@ class LoraPart(ModulePart, RankedPart):
                 self.lora_B.copy_((torch.randn(half, self.lora_B.shape[0]).T @ q[1::2]) / 10)
 
     def from_base(self, host: nn.Module, *, fresh: bool) -> None:
-        """Take the start of A and B from the base's weight where the option says so."""
+        """Take the start of A and B from the base's weight where the option says so (pissa, olora).
+
+        Args:
+            host: the layer.
+            fresh: A and B are to be set, and not only the start that the update is counted from.
+
+        Raises:
+            ConfigError: the rank is more than the weight has.
+        """
         if not isinstance(self.init, str) or not self.init.startswith(("pissa", "olora")):
             return
         matrix = self.product.matrix(read_weights(host)["weight"])
@@ -242,7 +263,13 @@ class LoraPart(ModulePart, RankedPart):
         )
 
     def forward_(self, x: Tensor, y: Tensor, *base: nn.Module) -> Tensor:
-        """`forward`, written into ``y``."""
+        """`forward`, written into ``y``.
+
+        Args:
+            x: input of the target.
+            y: its output, which nobody else holds.
+            base: not needed.
+        """
         a, b = self.factors()
         return self._with_bias(
             self.product.add_(y, self._input(x, y), a, b, self.scaling * self.product.output_scale)
@@ -259,18 +286,20 @@ class LoraPart(ModulePart, RankedPart):
         return dropped
 
     def _with_bias(self, y: Tensor) -> Tensor:
+        """An output with the adapter's bias, where it has one."""
         if self.lora_bias is None:
             return y
         return y + self.product.along(self._scaled_bias(self.lora_bias)).to(y.dtype)
 
     def _scaled_bias(self, bias: Tensor) -> Tensor:
+        """The bias times the factor, wherever that is kept."""
         if self.rate is None:
             return self.scaling * bias
         return self.rate * bias
 
     def file_tensors(self) -> Mapping[str, Tensor]:
         """The two matrices, under the names that they have in files beside this kind of layer, and the
-        bias.
+        bias where there is one.
         """
         a, b = self._matrices()
         if self.rate is not None:  # without what is reserved
@@ -283,11 +312,20 @@ class LoraPart(ModulePart, RankedPart):
 
     @property
     def has_one_size(self) -> bool:
-        """Whether A and B cannot be made larger than they need to be."""
+        """Whether A and B cannot be made larger than they need to be: where others refer to them, or the
+        update is counted from a start.
+        """
         return self.start is not None or self.is_transposed
 
     def check_reservable(self, rank: int) -> None:
-        """Refuse a rank that is below the present one, and an update that is counted from a start."""
+        """Refuse a rank that is below the present one, and an update that is counted from a start.
+
+        Args:
+            rank: what is asked for.
+
+        Raises:
+            ConfigError: saying which of them it is.
+        """
         if not _is_rank(rank) or rank < self.rank:
             raise ConfigError(
                 f"room for rank {rank!r} is asked for beside an adapter of rank {self.rank}: it must be that "
@@ -299,7 +337,11 @@ class LoraPart(ModulePart, RankedPart):
             )
 
     def reserve_rank(self, rank: int) -> None:
-        """Lay A and B into larger tensors with zeros around them, and the factor into a tensor."""
+        """Lay A and B into larger tensors with zeros around them, and the factor into a tensor.
+
+        Args:
+            rank: how many ranks they are to have room for; one for which `check_reservable` holds.
+        """
         if self.rate is None:
             self.register_buffer("rate", self.lora_A.new_tensor(self.scaling), persistent=False)
             self.scaling = 1.0
@@ -311,7 +353,14 @@ class LoraPart(ModulePart, RankedPart):
         self.lora_B = nn.Parameter(b, self.lora_B.requires_grad)
 
     def check_capacity(self, other: Part) -> None:
-        """Ranks may be as large as was reserved."""
+        """Refuse a `copy_from` that cannot be: ranks may be as large as was reserved.
+
+        Args:
+            other: the part whose values are to come here.
+
+        Raises:
+            ConfigError: its rank is larger, or its update is counted from a start.
+        """
         if not isinstance(other, LoraPart) or self.rate is None:
             super().check_capacity(other)
         elif other.rank > self.lora_A.shape[0]:
@@ -323,7 +372,11 @@ class LoraPart(ModulePart, RankedPart):
             )
 
     def copy_from(self, other: Part) -> None:
-        """Take over A, B and the factor; what is reserved beyond them is zero."""
+        """Take over A, B and the factor; what is reserved beyond them is zero.
+
+        Args:
+            other: a part for which `check_capacity` holds.
+        """
         assert isinstance(other, LoraPart)
         if self.rate is None:
             super().copy_from(other)
@@ -339,7 +392,11 @@ class LoraPart(ModulePart, RankedPart):
         self.dropout = other.dropout
 
     def merged(self, tensors: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """``W + scaling * B A``, and ``b + scaling * lora_bias``."""
+        """``W + scaling * B A``, and ``b + scaling * lora_bias``; the arguments are those of `Part.merged`.
+
+        Raises:
+            MergeError: there is no bias to take the adapter's.
+        """
         result = {"weight": self.product.plus(tensors["weight"], *self.factors(), self.scaling)}
         if self.lora_bias is not None:
             if "bias" not in tensors:
@@ -350,10 +407,19 @@ class LoraPart(ModulePart, RankedPart):
         return result
 
     def tied(self, host: nn.Module) -> LoraPart:
-        """The same update beside a head whose weight is this embedding's, or the other way round."""
+        """The same update beside a head whose weight is this embedding's, or the other way round: there A and
+        B change places.
+
+        Args:
+            host: the other module.
+
+        Raises:
+            ConfigError: it does not use the weight the other way round.
+        """
         layer = describe(host)
         if layer is None or layer.matrix != self.product.layer.matrix[::-1]:
             raise ConfigError("only an embedding and a head that share one weight can share one update")
+        # One has dropout in front of its tokens and one behind, so neither has any.
         # Built on the meta device, where it costs nothing, and then given the parameters that it shares.
         config = dataclasses.replace(self.config, lora_dropout=0.0, lora_bias=False, init_lora_weights=True)
         with torch.device("meta"):
@@ -410,16 +476,20 @@ class GatedLoraPart(LoraPart):
         return y + gate.to(y.dtype) * update
 
     def forward_(self, x: Tensor, y: Tensor, *base: nn.Module) -> Tensor:
-        """`forward`."""
+        """`forward`, in a new tensor: the gate needs all of the output before the update is added."""
         return self.forward(x, y, *base)
 
     @property
     def has_one_size(self) -> bool:
-        """The update is not scaled by the factor, for which a larger one would need a tensor."""
+        """Always: the update is not scaled by the factor, which as a tensor would make room for other
+        ranks.
+        """
         return True
 
     def file_tensors(self) -> Mapping[str, Tensor]:
-        """LoRA's, and the gate."""
+        """LoRA's, and the weight and bias of the gate, under the name that AdapterHub's library gives
+        them.
+        """
         return {**super().file_tensors(), "gate.weight": self.gate.weight, "gate.bias": self.gate.bias}
 
 
@@ -434,6 +504,7 @@ def _pissa(matrix: Tensor, rank: int, scaling: float, init: str) -> tuple[Tensor
             torch.manual_seed(0)
             u, s, v = torch.svd_lowrank(matrix, rank, niter=int(init.rpartition("_")[2]))
         vh = v.T
+    # The singular values go to both halves, and the factor is taken out of them, since it comes in again.
     root = (s[:rank] / scaling).sqrt()
     return root[:, None] * vh[:rank], u[:, :rank] * root
 
@@ -462,7 +533,12 @@ class DoraPart(LoraPart):
         self.register_buffer("base_norm", torch.ones(rows), persistent=False)
 
     def from_base(self, host: nn.Module, *, fresh: bool) -> None:
-        """Measure the base's rows; a fresh adapter starts with their lengths."""
+        """Measure the base's rows; a fresh adapter starts with their lengths, so that nothing changes.
+
+        Args:
+            host: the layer.
+            fresh: the adapter is new.
+        """
         super().from_base(host, fresh=fresh)
         matrix = self.product.matrix(read_weights(host)["weight"])
         self.base_norm = matrix.square().sum(1).to(self.magnitude.dtype)
@@ -499,19 +575,23 @@ class DoraPart(LoraPart):
         (host,) = base
         factor = self.magnitude / self.row_norms(host)
         result = scaled(y, self.product.along(factor))
+        # The bias is in the output already, and is not to be scaled.
         bias = getattr(host, "bias", None)
         if bias is not None:
             result = result - self.product.along((factor - 1) * bias).to(y.dtype)
+        # The factor of each row goes into B, so that the update is added in one product.
         a, b = self.factors()
         b = b * (factor * (self.scaling * self.product.output_scale)).view(-1, *[1] * (b.dim() - 1))
         return self.product.add_(result, self._input(x, y), a, b, 1.0)
 
     def forward_(self, x: Tensor, y: Tensor, *base: nn.Module) -> Tensor:
-        """`forward`."""
+        """`forward`, which writes into no output: it scales the base's before it adds the update."""
         return self.forward(x, y, *base)
 
     def file_tensors(self) -> Mapping[str, Tensor]:
-        """LoRA's, and the magnitude, along the output of a convolution."""
+        """LoRA's, and the magnitude; beside a convolution in the shape in which it lies along the output, as
+        `peft` saves it.
+        """
         magnitude = self.product.along(self.magnitude)
         if magnitude is not self.magnitude:
             magnitude = magnitude.unsqueeze(0)
@@ -521,6 +601,7 @@ class DoraPart(LoraPart):
         """``m / |W + s B A| * (W' + s B A)`` with W of the base and W' as it is here; the bias of the base is
         not scaled.
         """
+        # The lengths are those of the base with this update, whatever other adapters have merged before it.
         a, b = self.factors()
         updated_base = self.product.matrix(self.product.plus(base["weight"], a, b, self.scaling))
         norms = updated_base.norm(dim=1).detach()
@@ -532,7 +613,14 @@ class DoraPart(LoraPart):
         return result
 
     def tied(self, host: nn.Module) -> LoraPart:
-        """Not to be had: the rows of one are the columns of the other."""
+        """Not to be had: the rows of one are the columns of the other.
+
+        Args:
+            host: the other module.
+
+        Raises:
+            ConfigError: always.
+        """
         raise ConfigError(
             "use_dora cannot follow a tied weight, whose rows are columns there: leave ensure_weight_tying "
             "out"
@@ -550,7 +638,9 @@ class _Weighted(NamedTuple):
 
     @property
     def scale(self) -> float:
-        """What ``B A`` is multiplied with in the weighted sum of the updates."""
+        """What ``B A`` of this part is multiplied with in the weighted sum of the updates of all adapters at
+        its place.
+        """
         return self.weight * self.part.scaling
 
 
@@ -578,6 +668,7 @@ def combined(
     first = sources[0].config
     _require_alike("use_dora", [source.config.use_dora for source in sources])
     _require_alike("lora_bias", [source.config.lora_bias for source in sources])
+    # Not every adapter has a part everywhere; one that has none changes nothing there.
     groups: dict[str, list[tuple[Part, float]]] = {}
     for source in sources:
         for path, part in source.parts.items():
@@ -645,6 +736,7 @@ def _combined_part(
             assert part.lora_bias is not None
             bias = bias + weight * part._scaled_bias(part.lora_bias)
         tensors["lora_B.bias"] = bias
+    # Magnitudes are counted from the lengths of the base's rows, which are there once.
     if isinstance(first, DoraPart):
         base = first.base_norm.sqrt()
         summands = [base]
@@ -703,7 +795,13 @@ def _summed(path: str, parts: Sequence[_Weighted], merging: TensorMerging) -> tu
 
 
 def narrow(config: LoraConfig, places: Sequence[Place], candidates: Sequence[Place]) -> list[Place]:
-    """The places, and beside a gate those that say how much of the input there is."""
+    """The places, and beside a gate those that say how much of the input there is.
+
+    Args:
+        config: the adapter's.
+        places: those that were selected.
+        candidates: all that the model has.
+    """
     if not config.use_gating:
         return list(places)
     return [*places, *(place for place in candidates if place.layer.kind == "input")]

@@ -23,6 +23,7 @@ from grafts.methods.shared.virtual_tokens import (
     encoder_by_path,
     encoder_tensors,
     has_encoder,
+    has_encoder_tensors,
     split,
     without_prefix,
 )
@@ -127,6 +128,7 @@ class PrefixPart(AttendingPart):
 
     def __init__(self, config: PrefixTuningConfig, place: Place) -> None:
         super().__init__()
+        # Which columns are this layer's, of the numbers of all layers side by side.
         attending = [other for other in place.others if other.layer.kind == "attending"]
         index = [other.path for other in attending].index(place.path)
         sizes = [other.layer.keys_and_values for other in attending]
@@ -137,10 +139,7 @@ class PrefixPart(AttendingPart):
         self.prefix: nn.Parameter | None = None
         self.encoder: PrefixEncoder | None = None
         if not config.prefix_projection:
-            if config.init_weights == "zero":
-                start = torch.zeros
-            else:
-                start = torch.randn
+            start = torch.zeros if config.init_weights == "zero" else torch.randn
             self.prefix = nn.Parameter(start(config.num_virtual_tokens, place.layer.keys_and_values))
         elif index == 0:
             self.encoder = PrefixEncoder(config, self.width, sum(sizes))
@@ -151,14 +150,18 @@ class PrefixPart(AttendingPart):
         self._knows_distances: Reference[nn.Module] | None = None
 
     def connect(self, parts: Mapping[str, Part]) -> None:
-        """Find the part at the first layer."""
-        for part in parts.values():
-            if isinstance(part, PrefixPart):
-                self._first = Reference(part)
-                return
+        """Find the part at the first layer, which may have the network that makes all prefixes.
+
+        Args:
+            parts: those of the adapter, by path.
+        """
+        first = next(iter(_prefixes(parts).values()))
+        self._first = Reference(first)
 
     def numbers(self) -> Tensor:
-        """Keys and values, ``(length, keys and values)``."""
+        """Keys and values of this layer side by side, ``(length, keys and values)``: the trained ones, or
+        what the network makes.
+        """
         if self.prefix is not None:
             return self.prefix
         encoder = self._first.module.encoder
@@ -167,7 +170,11 @@ class PrefixPart(AttendingPart):
         return numbers
 
     def as_heads(self, heads: int) -> tuple[Tensor, Tensor]:
-        """Keys and values, ``(1, heads, length, head_dim)`` each."""
+        """Keys and values, ``(1, heads, length, head_dim)`` each.
+
+        Args:
+            heads: how many heads of keys the module has, which share the numbers of a position in order.
+        """
         numbers = self.numbers()
         length = numbers.shape[0]
         keys = numbers[:, : self.width].view(length, heads, -1).transpose(0, 1)[None]
@@ -175,7 +182,15 @@ class PrefixPart(AttendingPart):
         return keys, values
 
     def in_front(self, attention: Attention) -> tuple[Tensor, Tensor]:
-        """Keys and values in front of the module's own (Li & Liang 2021, section 4), times their gates."""
+        """Keys and values in front of the module's own (Li & Liang 2021, section 4), times their gates.
+
+        Args:
+            attention: the present call.
+
+        Raises:
+            StateError: the module attends with other heads than planned, or a gate sees only a part of the
+                input.
+        """
         head_dim = attention.query.shape[-1]
         if attention.key_heads * head_dim != self.width:
             raise StateError(
@@ -189,6 +204,7 @@ class PrefixPart(AttendingPart):
             raise StateError(
                 "a gated prefix needs the whole input of each layer at once: generate with use_cache=False"
             )
+        # One gate for the keys and one for the values of each row, the mean over its tokens.
         hidden = attention.hidden
         gates = F.linear(hidden, self.gate.weight.to(hidden.dtype), self.gate.bias.to(hidden.dtype))
         key_gate, value_gate = torch.sigmoid(gates).mean(1).unbind(-1)
@@ -197,22 +213,34 @@ class PrefixPart(AttendingPart):
     def position_bias(self, attention: Attention) -> Tensor | None:
         """For a counted prefix, the bias of T5's scores by their distance (Raffel et al. 2020, section
         2.1).
+
+        Args:
+            attention: the present call.
+
+        Returns:
+            ``(1, heads, queries, length)``; None where scores do not depend on distances.
         """
-        host, first = attention.host, self._first.module
-        # Of all layers only the first has the table of biases; the others get what it made.
-        known = first._knows_distances
-        if getattr(host, "has_relative_attention_bias", False) and (
-            known is None or known.module is not host
-        ):
-            first._knows_distances = Reference(host)
-        is_cross = hasattr(host, "is_cross_attention")
-        if not self.is_counted or first._knows_distances is None or is_cross:
+        self._look_for_distances(attention.host)
+        known = self._first.module._knows_distances
+        is_cross = hasattr(attention.host, "is_cross_attention")
+        if not self.is_counted or known is None or is_cross:
             return None
-        module: Any = first._knows_distances.module
+        module: Any = known.module
         # It makes the bias of all positions up to the last query, as if the prefix were its first tokens.
         length, queries = self.numbers().shape[0], attention.query.shape[2]
         bias: Tensor = module.compute_bias(length + attention.past() + queries, length)
         return bias[:, :, -queries:]
+
+    def _look_for_distances(self, host: nn.Module) -> None:
+        """Note the module that has the table of biases: of all layers only the first; the others get what it
+        made.
+        """
+        if not getattr(host, "has_relative_attention_bias", False):
+            return
+        first = self._first.module
+        known = first._knows_distances
+        if known is None or known.module is not host:
+            first._knows_distances = Reference(host)
 
 
 class PrefixEncoder(nn.Module):
@@ -233,7 +261,11 @@ class PrefixEncoder(nn.Module):
                 nn.init.zeros_(parameter)
 
     def forward(self, columns: tuple[int, int]) -> Tensor:
-        """Keys and values of one layer, ``(length, columns)``."""
+        """Keys and values of one layer, ``(length, columns)``; only the columns of that layer are computed.
+
+        Args:
+            columns: where they begin and end among those of all layers.
+        """
         hidden = self.transform[1](self.transform[0](self.embedding.weight))
         last = cast("nn.Linear", self.transform[2])
         return F.linear(hidden, last.weight[slice(*columns)], last.bias[slice(*columns)])
@@ -250,18 +282,18 @@ class CountedPrefix(InputPart):
 def narrow(config: PrefixTuningConfig, places: Sequence[Place], candidates: Sequence[Place]) -> list[Place]:
     """The attention modules that were selected, and what takes the positions if the prefix is counted.
 
+    Args:
+        config: the adapter's.
+        places: those that were selected.
+        candidates: all that the model has.
+
     Raises:
         ConfigError: the prefix is to be counted, and nothing takes positions.
     """
     attending = [place for place in places if place.layer.kind == "attending"]
     if config.count_positions is False:
         return attending
-    of_decoder = "self" in config.attention or "cross" in config.attention
-    roles = (INPUT, DECODER_INPUT if of_decoder else ENCODER_INPUT)
-    inputs = [place for place in candidates if place.layer.kind == "input" and place.role in roles]
-    taking = [place for place in inputs if place.takes(Kind.POSITIONS)]
-    if config.count_positions and not taking:
-        taking = [place for place in inputs if embeds_positions(place.host)]
+    taking = _taking_positions(config, candidates)
     counts_distances = any(getattr(place.host, "has_relative_attention_bias", False) for place in attending)
     if config.count_positions and not taking and not counts_distances:
         raise ConfigError(
@@ -269,6 +301,21 @@ def narrow(config: PrefixTuningConfig, places: Sequence[Place], candidates: Sequ
             "prefix"
         )
     return [*attending, *taking]
+
+
+def _taking_positions(config: PrefixTuningConfig, candidates: Sequence[Place]) -> list[Place]:
+    """The inputs whose tokens can be moved behind the prefix.
+
+    Where the config asks for that, also those that make positions themselves and can be told of others; by
+    default only those that are given positions.
+    """
+    of_decoder = "self" in config.attention or "cross" in config.attention
+    roles = (INPUT, DECODER_INPUT if of_decoder else ENCODER_INPUT)
+    inputs = [place for place in candidates if place.layer.kind == "input" and place.role in roles]
+    taking = [place for place in inputs if place.takes(Kind.POSITIONS)]
+    if config.count_positions and not taking:
+        return [place for place in inputs if embeds_positions(place.host)]
+    return taking
 
 
 class PrefixFiles(PackedFiles[PrefixTuningConfig]):
@@ -281,13 +328,15 @@ class PrefixFiles(PackedFiles[PrefixTuningConfig]):
         parts: Parts,
         layers: Mapping[str, Layer],
     ) -> Mapping[str, Any]:
-        """The sizes, as `peft` completes them from the model."""
-        own = _prefixes(parts)
-        if not own:
+        """The sizes, as `peft` completes them from the model, and whether positions are counted; the
+        arguments are those of `MethodFiles`.
+        """
+        prefixes = _prefixes(parts)
+        if not prefixes:
             return {}
-        first = next(iter(own.values()))
+        first = next(iter(prefixes.values()))
         changed: dict[str, Any] = {
-            "num_layers": len(own),
+            "num_layers": len(prefixes),
             "token_dim": first.width,
             "num_attention_heads": first.heads,
             "encoder_hidden_size": values["encoder_hidden_size"] or first.width,
@@ -301,6 +350,10 @@ class PrefixFiles(PackedFiles[PrefixTuningConfig]):
     def config_of(self, config: PrefixTuningConfig, tensors: Mapping[str, Tensor]) -> PrefixTuningConfig:
         """Without the MLP where the file holds only what it gave; for the attention that has a prefix of its
         own in the file.
+
+        Args:
+            config: as the file has it.
+            tensors: by their names in the file.
         """
         attention = tuple(name for name in LOCATIONS if f"{PROMPT}.{name}" in tensors)
         return replace(
@@ -310,11 +363,16 @@ class PrefixFiles(PackedFiles[PrefixTuningConfig]):
         )
 
     def pack(self, config: PrefixTuningConfig, parts: Parts) -> Mapping[str, Tensor]:
-        """Keys and values of all layers, the MLP that makes them, and the gates."""
-        own = _prefixes(parts)
+        """Keys and values of all layers, the MLP that makes them, and the gates, by their names in the file.
+
+        Args:
+            config: the adapter's.
+            parts: its parts, by path.
+        """
+        prefixes = _prefixes(parts)
         with torch.no_grad():
-            tensors = {PROMPT: torch.cat([part.numbers() for part in own.values()], 1)}
-        for path, part in own.items():
+            tensors = {PROMPT: torch.cat([part.numbers() for part in prefixes.values()], 1)}
+        for path, part in prefixes.items():
             if part.encoder is not None:
                 tensors |= encoder_tensors(part.encoder)
             if part.gate is not None:
@@ -328,31 +386,45 @@ class PrefixFiles(PackedFiles[PrefixTuningConfig]):
         tensors: Mapping[str, Tensor],
         targets: Sequence[FileTarget],
     ) -> Mapping[str, Tensor]:
-        """The MLP for the first layer, else the keys and values of each."""
+        """The MLP for the first layer, else the keys and values of each; the arguments are those of
+        `PackedFiles`.
+
+        Raises:
+            CheckpointError: something is missing or misshapen.
+        """
         by_path = without_prefix(tensors, self.prefix)
         if config.prefix_projection:
             for target in targets:
-                if any(name.startswith("encoder.") for name in target.tensors):
+                if has_encoder_tensors(target):
                     return by_path | encoder_by_path(tensors, target.path)
         prefixes = [target for target in targets if "prefix" in target.tensors]
+        # `peft` counts the two stacks of an encoder-decoder as two, and lays the numbers out for both.
         if config.num_transformer_submodules == 2 and PROMPT in tensors:
             return by_path | _from_peft(config, tensors[PROMPT], prefixes)
-
-        # One tensor for all attention, or one for each location of it.
-        groups = {PROMPT: prefixes}
-        if PROMPT not in tensors and any(name.startswith(f"{PROMPT}.") for name in tensors):
-            groups = {}
-            for location, role in LOCATIONS.items():
-                groups[f"{PROMPT}.{location}"] = [target for target in prefixes if target.role == role]
-        for name, group in groups.items():
+        for name, group in _by_location(tensors, prefixes).items():
             if not group:
                 continue
             widths = [target.tensors["prefix"][1] for target in group]
             shape = (config.num_virtual_tokens, sum(widths))
-            pieces = split(tensors, widths, 1, shape, name)
-            for target, piece in zip(group, pieces, strict=True):
-                by_path[join(target.path, "prefix")] = piece
+            prefix_of_each = split(tensors, widths, 1, shape, name)
+            for target, prefix in zip(group, prefix_of_each, strict=True):
+                by_path[join(target.path, "prefix")] = prefix
         return by_path
+
+
+def _by_location(
+    tensors: Mapping[str, Tensor], prefixes: Sequence[FileTarget]
+) -> dict[str, list[FileTarget]]:
+    """The targets whose keys and values lie in one tensor of a file, by its name there.
+
+    That is one tensor for all attention, or one for each location of it.
+    """
+    if PROMPT in tensors or not any(name.startswith(f"{PROMPT}.") for name in tensors):
+        return {PROMPT: list(prefixes)}
+    groups = {}
+    for location, role in LOCATIONS.items():
+        groups[f"{PROMPT}.{location}"] = [target for target in prefixes if target.role == role]
+    return groups
 
 
 def _prefixes(parts: Parts) -> dict[str, PrefixPart]:
@@ -382,10 +454,11 @@ def _from_peft(
         raise CheckpointError(
             f"{PROMPT!r} is {tuple(numbers.shape)} in the file and {wanted} for {layers} layers here"
         )
-    pieces = torch.split(numbers, shape[1], 1)
+    # Side by side, layer by layer.
+    of_layers = torch.split(numbers, shape[1], 1)
     by_path = {}
     for index, target in enumerate(targets):
-        by_path[join(target.path, "prefix")] = pieces[2 * index % layers]
+        by_path[join(target.path, "prefix")] = of_layers[2 * index % layers]
     return by_path
 
 
@@ -403,7 +476,12 @@ def _from_peft(
     files=PrefixFiles(),
 )
 def prefix_part(config: PrefixTuningConfig, place: Place) -> Part:
-    """The part for one attention module, or for what takes the input."""
+    """The part for one attention module, or for what takes the input.
+
+    Args:
+        config: the adapter's.
+        place: of those that `narrow` gives.
+    """
     if place.layer.kind == "attending":
         return PrefixPart(config, place)
     return CountedPrefix(config.num_virtual_tokens)

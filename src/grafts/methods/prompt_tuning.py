@@ -99,6 +99,7 @@ class PromptPart(VirtualPart):
         if self.config.prompt_tuning_init == "SAMPLE_VOCAB":
             tokens = torch.randint(embed.num_embeddings, (self.length,))
         else:
+            # The text over and over, going on where the inputs before this one have stopped.
             ids = _text_tokens(self.config)
             repeated = ids * math.ceil((self.offset + self.length) / len(ids))
             tokens = torch.tensor(repeated[self.offset : self.offset + self.length])
@@ -117,6 +118,11 @@ class PromptPart(VirtualPart):
 
 
 def _text_tokens(config: PromptTuningConfig) -> list[int]:
+    """The ids of the tokens that a prompt is to start with.
+
+    Raises:
+        ConfigError: there is no such tokenizer, or the text has no tokens.
+    """
     from transformers import AutoTokenizer  # noqa: PLC0415 - only for those who start with a text
 
     try:

@@ -70,14 +70,10 @@ def unmatched(paths: Iterable[str], patterns: str | Sequence[str]) -> list[str]:
     """The patterns that select none of ``paths``: the regular expression, or the names of the list."""
     paths = list(paths)
     if isinstance(patterns, str):
-        if any(matches(path, patterns) for path in paths):
-            return []
-        return [patterns]
-    result = []
-    for name in patterns:
-        if not any(matches(path, [name]) for path in paths):
-            result.append(name)
-    return result
+        is_matched = any(matches(path, patterns) for path in paths)
+        return [] if is_matched else [patterns]
+    # Each name of a list has to select something by itself.
+    return [name for name in patterns if not any(matches(path, [name]) for path in paths)]
 
 
 def pattern_value(path: str, by_pattern: Mapping[str, V], default: V) -> V:

@@ -49,8 +49,8 @@ def _base_tensors(module: nn.Module) -> list[Tensor]:
 def _execution_device(module: nn.Module) -> torch.device | None:
     """The device on which a module computes whose tensors `accelerate` keeps elsewhere; None for others."""
     hook = getattr(module, "_hf_hook", None)
-    for one in (hook, *getattr(hook, "hooks", ())):
-        device = getattr(one, "execution_device", None)
+    for candidate in (hook, *getattr(hook, "hooks", ())):
+        device = getattr(candidate, "execution_device", None)
         if device is not None:
             return torch.device(device)
     return None

@@ -91,7 +91,7 @@ def forget_view(cache: Any) -> None:
 
 
 # The name under which a static cache says for how many virtual tokens it was enlarged.
-_ENLARGED_BY = "grafts_room"
+_ENLARGED_BY = "grafts_enlarged_by"
 
 
 def enlarge_cache(cache: Any, count: int, window: int | None) -> None:
@@ -103,8 +103,8 @@ def enlarge_cache(cache: Any, count: int, window: int | None) -> None:
         window: of the model's attention, beyond which layers that slide need no more; None where it has none.
     """
     # Of an encoder-decoder the decoder's own.
-    own = getattr(cache, "self_attention_cache", cache)
-    layers = [layer for layer in getattr(own, "layers", ()) if hasattr(layer, "max_cache_len")]
+    own_cache = getattr(cache, "self_attention_cache", cache)
+    layers = [layer for layer in getattr(own_cache, "layers", ()) if hasattr(layer, "max_cache_len")]
     # A cache that is emptied and used again was enlarged already.
     more = count - getattr(cache, "__dict__", {}).get(_ENLARGED_BY, 0)
     if not layers or more <= 0:

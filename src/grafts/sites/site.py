@@ -111,6 +111,7 @@ class Part(nn.Module):
         Args:
             trainable: whether they are to get any.
         """
+        # Most parts have nothing frozen, and PyTorch's own way is the fastest.
         if not self.frozen:
             self.requires_grad_(trainable)
             return
@@ -128,6 +129,7 @@ class Part(nn.Module):
         if not self.own_dtypes:
             self.to(dtype=dtype)
             return
+        # In place, so that a tensor that stands under two names stays one.
         for name, tensor in (*self.named_parameters(), *self.named_buffers()):
             if tensor.is_floating_point() and name not in self.own_dtypes:
                 tensor.data = tensor.data.to(dtype)
@@ -283,6 +285,7 @@ class Site(nn.Module, abc.ABC):
             part: of this site's kind.
             host: the module that the site serves.
         """
+        # Not by `add_module`, which would refuse a key that is an attribute of modules.
         key = child_key(name)
         others = self.children_of.get(key, ())
         child = f"{key}+{len(others)}" if others else key

@@ -84,14 +84,14 @@ def _projections_of(path: str, projections: Mapping[str, dict[str, Layer]]) -> d
     """The layers at an attention module by role; where it has no keys, those of the only module below that
     has.
     """
-    own = dict(projections.get(path, {}))
+    found_in_module = dict(projections.get(path, {}))
     with_keys = []
     for owner in projections:
         if owner.startswith(f"{path}.") and "key" in projections[owner]:
             with_keys.append(owner)
-    if len(with_keys) == 1 and not any(role in own for role in _WITH_KEYS):
-        own.update(projections[with_keys[0]])
-    return own
+    if len(with_keys) == 1 and not any(role in found_in_module for role in _WITH_KEYS):
+        found_in_module.update(projections[with_keys[0]])
+    return found_in_module
 
 
 def _as_layer(module: nn.Module, projections: Mapping[str, Layer], names: Mapping[str, str]) -> Layer | None:
@@ -103,15 +103,11 @@ def _as_layer(module: nn.Module, projections: Mapping[str, Layer], names: Mappin
         names: their names in it by role.
     """
     latent = _latent_widths(module)
-    projection = None
-    for role in (*_WITH_KEYS, "query"):
-        if role in projections:
-            projection = projections[role]
-            break
-    if projection is None:
-        if latent is None:
-            return None
-        projection = next(iter(projections.values()))
+    # What reads the input: the projection with keys, where there is one.
+    known = [projections[role] for role in (*_WITH_KEYS, "query") if role in projections]
+    if not known and latent is None:
+        return None
+    projection = next(iter(known or projections.values()))
 
     heads = _number_at(module, _HEADS)
     if latent is not None:
@@ -253,15 +249,11 @@ def _input_candidates(model: nn.Module) -> list[tuple[str, Any]]:
     if getattr(config, "is_encoder_decoder", False) and _takes_embeddings(encoder):
         return [(ENCODER_INPUT, encoder), (DECODER_INPUT, decoder)]
 
-    if encoder is not None and encoder is not decoder and _takes_embeddings(base):
-        # The encoder is a tower for images or sound. Where the text has no config of its own, the base is the
-        # stack.
-        if hasattr(config, "get_text_config"):
-            text = config.get_text_config()
-        else:
-            text = config
-        if text is config:
-            decoder = None
+    # The encoder may be a tower for images or sound. Where the text has no config of its own, the base is the
+    # stack.
+    has_tower = encoder is not None and encoder is not decoder
+    if has_tower and _takes_embeddings(base) and not _has_text_config(config):
+        decoder = None
     # Where a model has a stack inside its base (OPT), its head may call that one and not the base.
     inside = set(base.modules())
     for module in (decoder, getattr(base, "decoder", None)):
@@ -270,7 +262,13 @@ def _input_candidates(model: nn.Module) -> list[tuple[str, Any]]:
     return [(INPUT, base)]
 
 
+def _has_text_config(config: Any) -> bool:
+    """Whether a model's config has another one in it for its text."""
+    return hasattr(config, "get_text_config") and config.get_text_config() is not config
+
+
 def _takes_embeddings(module: Any) -> bool:
+    """Whether something is a module that can be called with embeddings in place of token ids."""
     return isinstance(module, nn.Module) and CallSignature(type(module).forward).takes(Kind.EMBEDDINGS)
 
 
@@ -283,7 +281,11 @@ def _ask(model: nn.Module, getter: str) -> Any:
 
 
 def embedding_of(module: Any) -> nn.Embedding | None:
-    """A module's token embedding: the one that it names, else the first among its children."""
+    """A module's token embedding: the one that it names, else the first among its children.
+
+    Args:
+        module: anything; None for what is no module, or has no embedding.
+    """
     if not isinstance(module, nn.Module):
         return None
     if hasattr(module, "get_input_embeddings"):

@@ -5,7 +5,7 @@ layers.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,27 +19,38 @@ _TOKENS = 9
 
 
 def example_inputs(model: nn.Module) -> list[dict[str, Any]]:
-    """Tiny inputs that the model may take, as keyword arguments, the likeliest first."""
-    device = torch.device("cpu")
-    dtype = torch.float32
-    for weight in model.parameters():
-        device = weight.device
-        break
-    for weight in model.parameters():
-        if weight.is_floating_point():
-            dtype = weight.dtype
-            break
+    """Tiny inputs that the model may take, as keyword arguments, the likeliest first.
+
+    Args:
+        model: any model; it is not run.
+    """
+    weights = list(model.parameters())
+    device = weights[0].device if weights else torch.device("cpu")
+    dtype = _format_of(weights)
     parameters = inspect.signature(type(model).forward).parameters
     config = getattr(model, "config", None)
     with torch.device(device):
         if config is None:
-            required = []
-            for name, parameter in parameters.items():
-                by_position = parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
-                if name != "self" and parameter.default is parameter.empty and by_position:
-                    required.append(name)
-            return _for_plain_model(model, required)
+            return _for_plain_model(model, _required(parameters))
         return _for_configured_model(config, set(parameters), dtype)
+
+
+def _format_of(weights: Sequence[Tensor]) -> torch.dtype:
+    """The format of the first weight that is of floating point; float32 where none is."""
+    for weight in weights:
+        if weight.is_floating_point():
+            return weight.dtype
+    return torch.float32
+
+
+def _required(parameters: Mapping[str, inspect.Parameter]) -> list[str]:
+    """The arguments of a ``forward`` that can be given by position and have no default."""
+    required = []
+    for name, parameter in parameters.items():
+        by_position = parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+        if name != "self" and parameter.default is parameter.empty and by_position:
+            required.append(name)
+    return required
 
 
 def _for_configured_model(config: Any, names: set[str], dtype: torch.dtype) -> list[dict[str, Any]]:
@@ -51,11 +62,9 @@ def _for_configured_model(config: Any, names: set[str], dtype: torch.dtype) -> l
         dtype: of images and sounds.
     """
     tokens = _tokens(config)
-    common: dict[str, Any]
+    common: dict[str, Any] = {}
     if "use_cache" in names:
-        common = {"use_cache": False}
-    else:
-        common = {}
+        common["use_cache"] = False
     if "decoder_input_ids" in names:
         common["decoder_input_ids"] = tokens
     attempts = []
@@ -74,22 +83,31 @@ def _for_configured_model(config: Any, names: set[str], dtype: torch.dtype) -> l
 
 def _tokens(config: Any) -> Tensor:
     """Two rows of plain tokens, ``(2, tokens)``: no padding, no marks of images."""
+    text = config
     if hasattr(config, "get_text_config"):
         text = config.get_text_config()
-    else:
-        text = config
-    size = getattr(text, "vocab_size", None) or getattr(config, "vocab_size", None) or 8
-    if not isinstance(size, int):
+    size = getattr(text, "vocab_size", None) or getattr(config, "vocab_size", None)
+    if not isinstance(size, int) or size == 0:
         size = 8
-    special: list[Any] = []
-    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
-        special.append(getattr(text, name, None))
+    special = _special_tokens(config, text)
+    plain = [token for token in range(size) if token not in special][:12] or [0]
+    # Two rows that differ, and in which no two neighbours are the same.
+    repeated = plain * 12
+    return torch.tensor([repeated[:_TOKENS], repeated[3 : 3 + _TOKENS]])
+
+
+def _special_tokens(config: Any, text: Any) -> list[Any]:
+    """The ids of tokens that stand for something else than text, and what else a config has under such names.
+
+    Args:
+        config: the model's.
+        text: the one of its text model, which may be the same.
+    """
+    special = [getattr(text, name, None) for name in ("pad_token_id", "bos_token_id", "eos_token_id")]
     for name, value in vars(config).items():
         if name.endswith(("token_id", "token_index")):
             special.append(value)
-    plain = [token for token in range(size) if token not in special][:12] or [0]
-    repeated = plain * 12
-    return torch.tensor([repeated[:_TOKENS], repeated[3 : 3 + _TOKENS]])
+    return special
 
 
 def _signals(config: Any, dtype: torch.dtype) -> list[tuple[str, Tensor]]:
@@ -97,12 +115,12 @@ def _signals(config: Any, dtype: torch.dtype) -> list[tuple[str, Tensor]]:
     vision = getattr(config, "vision_config", None) or config
     audio = getattr(config, "audio_config", None) or config
     height, width = _image_size(vision)
-    channels = int(getattr(vision, "num_channels", None) or getattr(vision, "in_channels", None) or 3)
-    bins = int(getattr(audio, "num_mel_bins", None) or getattr(audio, "feature_size", None) or 16)
-    spectrogram_frames = 2 * int(getattr(audio, "max_source_positions", None) or 32)
-    video_frames = int(getattr(config, "num_frames", 4))
-    patch_frames = int(getattr(config, "max_length", 64))
-    hidden_size = int(getattr(config, "hidden_size", 16))
+    channels = _size(vision, 3, "num_channels", "in_channels")
+    bins = _size(audio, 16, "num_mel_bins", "feature_size")
+    spectrogram_frames = 2 * _size(audio, 32, "max_source_positions")
+    video_frames = _size(config, 4, "num_frames")
+    patch_frames = _size(config, 64, "max_length")
+    hidden_size = _size(config, 16, "hidden_size")
     shapes = [
         ("pixel_values", (2, channels, height, width)),
         ("pixel_values", (2, video_frames, channels, height, width)),
@@ -113,6 +131,15 @@ def _signals(config: Any, dtype: torch.dtype) -> list[tuple[str, Tensor]]:
         ("inputs_embeds", (2, _TOKENS, hidden_size)),
     ]
     return [(name, torch.rand(*shape, dtype=dtype)) for name, shape in shapes]
+
+
+def _size(config: Any, default: int, *names: str) -> int:
+    """What a config says under the first of several names that it has, or a default."""
+    for name in names:
+        value = getattr(config, name, None)
+        if value:
+            return int(value)
+    return default
 
 
 def _image_size(config: Any) -> tuple[int, int]:
@@ -137,20 +164,25 @@ def _for_plain_model(model: nn.Module, required: Sequence[str]) -> list[dict[str
         return []
     attempts = []
     for _, module in base_modules(model):
-        layer = describe(module)
-        dtype = torch.float32
-        for parameter in module.parameters():
-            dtype = parameter.dtype
-            break
-        if isinstance(module, nn.Embedding):
-            tensor = torch.arange(10).view(2, 5) % module.num_embeddings
-        elif layer is not None and layer.is_linear:
-            tensor = torch.rand(2, 5, layer.in_features, dtype=dtype)
-        elif layer is not None and layer.kind == "convolution":
-            tensor = torch.rand(2, layer.in_features, *[16] * len(layer.kernel_size), dtype=dtype)
-        else:
-            continue
-        attempts.append({required[0]: tensor})
+        tensor = _input_of(module)
+        if tensor is not None:
+            attempts.append({required[0]: tensor})
         if len(attempts) == 3:
             break
     return attempts
+
+
+def _input_of(module: nn.Module) -> Tensor | None:
+    """What an embedding, a linear or a convolution could be called with; None for other modules."""
+    if isinstance(module, nn.Embedding):
+        return torch.arange(10).view(2, 5) % module.num_embeddings
+    layer = describe(module)
+    if layer is None:
+        return None
+    weights = list(module.parameters())
+    dtype = weights[0].dtype if weights else torch.float32
+    if layer.is_linear:
+        return torch.rand(2, 5, layer.in_features, dtype=dtype)
+    if layer.kind == "convolution":
+        return torch.rand(2, layer.in_features, *[16] * len(layer.kernel_size), dtype=dtype)
+    return None

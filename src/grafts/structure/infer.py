@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from grafts.structure.interface import (
 )
 from grafts.structure.layer_trace import LayerTrace, StreamUpdate, layer_trace, relative
 from grafts.structure.residual_stream import ResidualStream
-from grafts.structure.trace import traced
+from grafts.structure.trace import Call, traced
 from grafts.structure.trace_reader import TraceReader
 from grafts.structure.view import ModelView, look_at
 
@@ -47,7 +48,16 @@ def infer_interface(model: nn.Module, *, inputs: Mapping[str, Any] | None = None
 
 
 def inferred(view: ModelView, inputs: Mapping[str, Any] | None = None) -> AdapterModelInterface:
-    """`infer_interface` of a model that was looked at already."""
+    """`infer_interface` of a model that was looked at already; what was worked out for a model is kept as
+    long as it fits.
+
+    Args:
+        view: the model.
+        inputs: keyword arguments of its ``forward``, where none can be made from its config.
+
+    Raises:
+        InterfaceError: the model cannot be run, or has no layers that add to a stream.
+    """
     if inputs is None:
         known = _inferred.get(view.model)
         if known is not None and fits(known, view):
@@ -58,7 +68,11 @@ def inferred(view: ModelView, inputs: Mapping[str, Any] | None = None) -> Adapte
 
 
 def inferred_or_none(view: ModelView) -> AdapterModelInterface | None:
-    """`inferred`, or None where nothing can be worked out."""
+    """`inferred`, or None where nothing can be worked out, for those who can do without.
+
+    Args:
+        view: the model.
+    """
     try:
         return inferred(view)
     except InterfaceError:
@@ -66,7 +80,12 @@ def inferred_or_none(view: ModelView) -> AdapterModelInterface | None:
 
 
 def fits(interface: AdapterModelInterface, view: ModelView) -> bool:
-    """Whether every accessor of an interface leads somewhere in a model."""
+    """Whether every accessor of an interface leads somewhere in a model.
+
+    Args:
+        interface: written by hand, worked out, or of a file.
+        view: the model as it is built now.
+    """
     try:
         interface.resolve(view)
     except InterfaceError:
@@ -82,25 +101,13 @@ def _layer_lists(view: ModelView, reader: TraceReader) -> dict[str, list[LayerTr
     nested ones the list is taken whose members are whole layers, that is, add to the stream at least twice
     (attention and feed-forward).
     """
-    # The first call of each module; one that did not end was left by an exception that the model caught.
-    calls = {}
-    for call in reversed(reader.trace.calls):
-        if call.end >= 0:
-            calls[call.path] = call
     adding: dict[str, list[LayerTrace]] = {}
     of_whole_layers: set[str] = set()
-    for path, module in view.modules.items():
-        if not isinstance(module, (nn.ModuleList, nn.Sequential, nn.ModuleDict)):
-            continue
-        traces = []
-        for name, _ in module.named_children():
-            member = join(path, name)
-            if member in calls and member in view.modules:
-                traces.append(layer_trace(reader, calls[member]))
+    for path, traces in _container_traces(view, reader).items():
         if _at_least_half(len(trace.updates) >= 1 for trace in traces):
             adding[path] = traces
-            if _at_least_half(len(trace.updates) >= 2 for trace in traces):
-                of_whole_layers.add(path)
+        if _at_least_half(len(trace.updates) >= 2 for trace in traces):
+            of_whole_layers.add(path)
 
     chosen: dict[str, list[LayerTrace]] = {}
     for path, traces in adding.items():
@@ -109,10 +116,25 @@ def _layer_lists(view: ModelView, reader: TraceReader) -> dict[str, list[LayerTr
             continue
         # An inner list that holds no whole layers is part of a layer (experts, branches).
         is_nested = any(path.startswith(f"{outer}.") for outer in adding)
-        if is_nested and path not in of_whole_layers:
-            continue
-        chosen[path] = traces
+        if not is_nested or path in of_whole_layers:
+            chosen[path] = traces
     return chosen
+
+
+def _container_traces(view: ModelView, reader: TraceReader) -> dict[str, list[LayerTrace]]:
+    """What was seen of the members of every container, by its path; members that did not run are left out."""
+    # The first call of each module; one that did not end was left by an exception that the model caught.
+    calls = {}
+    for call in reversed(reader.trace.calls):
+        if call.end >= 0:
+            calls[call.path] = call
+    traces = {}
+    for path, module in view.modules.items():
+        if isinstance(module, (nn.ModuleList, nn.Sequential, nn.ModuleDict)):
+            members = [join(path, name) for name, _ in module.named_children()]
+            ran = [member for member in members if member in calls and member in view.modules]
+            traces[path] = [layer_trace(reader, calls[member]) for member in ran]
+    return traces
 
 
 def _at_least_half(answers: Iterable[bool]) -> bool:
@@ -132,12 +154,14 @@ def _interface(view: ModelView, reader: TraceReader) -> AdapterModelInterface:
         raise InterfaceError(
             f"no list of layers of this {view.name} was seen to add to a stream: write the interface by hand"
         )
-    layers = [trace for traces in lists.values() for trace in traces]
+    layers = list(itertools.chain.from_iterable(lists.values()))
     embeddings = _embeddings(view, reader, [layer.path for layer in layers])
 
     # Paths count from the base model; where something stands outside of it, from the model itself.
     root, base_model = view.base, None
-    named = [*lists, *([embeddings] if embeddings is not None else [])]
+    named = set(lists)
+    if embeddings is not None:
+        named.add(embeddings)
     if root != "" and not all(within(path, [root]) for path in named):
         root, base_model = "", ""
     list_paths = tuple(relative(path, root) for path in lists)
@@ -257,22 +281,23 @@ class _Accessor:
         if self.is_in_attention:
             assert update.attention is not None
             owner = update.attention
+        path = self._meant(update)
+        # An accessor goes downwards only: what stands elsewhere it cannot lead to.
+        if path is None or not (owner == "" or within(path, [owner])):
+            return _Use(owner, None, update)
+        return _Use(owner, relative(path, owner), update)
+
+    def _meant(self, update: StreamUpdate) -> str | None:
+        """The path of what the accessor speaks of in one step, or None where the step has none."""
         if self.name in ("layer_self_attn", "layer_cross_attn"):
-            path = update.attention
-        elif self.name == "layer_output_proj":
-            path = update.out
-        elif self.name.startswith("layer_pre_"):
-            path = update.before
-        elif self.name.startswith("layer_ln_"):
-            path = update.norm
-        else:
-            path = update.found.get(self.name)
-        is_reachable = path is not None and (owner == "" or within(path, [owner]))
-        if path is not None and is_reachable:
-            value = relative(path, owner)
-        else:
-            value = None
-        return _Use(owner, value, update)
+            return update.attention
+        if self.name == "layer_output_proj":
+            return update.out
+        if self.name.startswith("layer_pre_"):
+            return update.before
+        if self.name.startswith("layer_ln_"):
+            return update.norm
+        return update.found.get(self.name)
 
     def _all_uses(self) -> Iterator[_Use]:
         for uses in self.uses:
@@ -356,16 +381,21 @@ class _Accessor:
         Args:
             count: in how many steps it leads somewhere.
         """
-        updates = [update for layer in self.layers for update in layer.updates]
+        updates: list[StreamUpdate] = []
+        for layer in self.layers:
+            updates += layer.updates
+        # Projections are told by their names, unless what the kernel multiplied could be followed back.
         is_projection = self.is_in_attention and self.name != "attn_o_proj"
         by_flow = is_projection and any(update.by_flow for update in updates)
+        by_name = is_projection and not by_flow
         why = f"in {count} of {len(self.layers)} layers"
         if self.is_in_attention:
             why = f"in {count} attention modules"
         if by_flow:
             why += ", by what the kernel's operands come from"
-        by_name = (is_projection and not by_flow) or any(update.by_name for update in updates)
-        return "name" if by_name else "seen", why
+        if by_name or any(update.by_name for update in updates):
+            return "name", why
+        return "seen", why
 
 
 def _embeddings(view: ModelView, reader: TraceReader, layers: Sequence[str]) -> str | None:
@@ -386,17 +416,22 @@ def _embeddings(view: ModelView, reader: TraceReader, layers: Sequence[str]) -> 
             if not within(call.path, layers):
                 return call.path
             break
+    for call in reader.trace.calls:
+        if call.path in layers:
+            return _maker_of_input(reader, call)
+    return None
 
-    for first in reader.trace.calls:
-        if first.path not in layers:
-            continue
-        if first.input is None:
-            return None
-        chain = reader.origins(first.input)
-        for call in reader.trace.calls:
-            if call.output in chain and not within(first.path, [call.path]):
-                return call.path
+
+def _maker_of_input(reader: TraceReader, layer: Call) -> str | None:
+    """The path of the module that gave a layer its input, of several the one that was called first; not one
+    that the layer stands in.
+    """
+    if layer.input is None:
         return None
+    chain = reader.origins(layer.input)
+    for call in reader.trace.calls:
+        if call.output in chain and not within(layer.path, [call.path]):
+            return call.path
     return None
 
 

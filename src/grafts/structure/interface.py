@@ -141,18 +141,26 @@ class AdapterModelInterface:
                 raise InterfaceError(f"adapter_methods names {method!r}; {did_you_mean(method, METHODS)}")
         if not self.model_layers:
             raise InterfaceError("model_layers names no list of layers")
+        self._require_projections()
 
+    def _require_projections(self) -> None:
+        """Refuse projections of attention that do not go together.
+
+        Raises:
+            InterfaceError: naming those that are given.
+        """
         if None not in _alternatives(self.attn_qkv_proj) and None not in _alternatives(self.attn_q_proj):
             raise InterfaceError(
                 "attn_qkv_proj is given beside attn_q_proj: every attention has one or the other"
             )
-        given = []
+        projections = []
         for name in ("attn_q_proj", "attn_k_proj", "attn_v_proj"):
             if getattr(self, name) is not None:
-                given.append(name)
-        if 0 < len(given) < 3:
+                projections.append(name)
+        if 0 < len(projections) < 3:
             raise InterfaceError(
-                f"of the projections only {given} are given; give queries, keys and values, or attn_qkv_proj"
+                f"of the projections only {projections} are given; give queries, keys and values, or "
+                f"attn_qkv_proj"
             )
 
     def offers(self, method: str) -> bool:
@@ -162,7 +170,9 @@ class AdapterModelInterface:
         return method not in METHODS or method in self.adapter_methods
 
     def to_dict(self) -> dict[str, Any]:
-        """The interface as plain data; accessors that are not given beyond the older ones are left out."""
+        """The interface as plain data, tuples as lists; accessors that AdapterHub's does not have are left
+        out where they are not given.
+        """
         data = {}
         for name in ("adapter_methods", *accessor_names()):
             value = getattr(self, name)
@@ -173,7 +183,10 @@ class AdapterModelInterface:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """An interface from plain data.
+        """An interface from plain data, as `to_dict` gives it.
+
+        Args:
+            data: accessors by name; those without which nothing can be found have to be there.
 
         Raises:
             InterfaceError: a name is unknown or a value cannot be.
@@ -211,19 +224,13 @@ class AdapterModelInterface:
         embeddings = None
         if self.model_embeddings is not None:
             embeddings = reader.follow(root, self.model_embeddings, "model_embeddings", "the base model")
-        layers: list[StreamLayer] = []
         lists = self.model_layers
         if isinstance(lists, str):
             lists = (lists,)
+        layers: list[StreamLayer] = []
         for name in lists:
-            path = reader.follow(root, name, "model_layers", "the base model")
-            members = [join(path, child) for child, _ in view.modules[path].named_children()]
-            members = [member for member in members if member in view.modules]  # no sites of adapters
-            if not members:
-                raise InterfaceError(
-                    f"model_layers={name!r}: {path!r} is a {reader.class_of(path)} and holds no layers"
-                )
-            for member in members:
+            # Layers are counted over the whole model, through all lists.
+            for member in reader.members(root, name):
                 layers.append(reader.layer(member, len(layers), embeddings))
         reader.require_used()
         return ResidualStream(embeddings, tuple(layers), reader.roles)
@@ -251,7 +258,9 @@ _POSITIONAL = ("adapter_methods", "model_embeddings", "model_layers", "layer_sel
 
 
 def accessor_names() -> list[str]:
-    """The names of all accessors, in order."""
+    """The names of all accessors, in the order of the class: ``model_embeddings``, ``model_layers``,
+    ``layer_self_attn`` and so on.
+    """
     names = []
     for accessor in dataclasses.fields(AdapterModelInterface):
         if accessor.name not in ("adapter_methods", "report"):
@@ -265,21 +274,31 @@ def _checked(name: str, value: Any) -> Accessor:
     Raises:
         InterfaceError: it cannot be one.
     """
+    paths = [value]
     if isinstance(value, Mapping):
-        by_layer = {str(number): path for number, path in value.items()}
-        if not all(number == "default" or number.isdigit() for number in by_layer):
-            raise InterfaceError(
-                f"{name} is {by_layer!r}; a mapping is layer number, or 'default' -> dotted path or None"
-            )
-        alternatives, value = tuple(by_layer.values()), by_layer
+        value = _checked_numbers(name, value)
+        paths = list(value.values())
     elif isinstance(value, (list, tuple)):
-        alternatives = value = tuple(value)
-    else:
-        alternatives = (value,)
-    if not all(step is None or isinstance(step, str) for step in alternatives):
+        value = tuple(value)
+        paths = list(value)
+    if not all(path is None or isinstance(path, str) for path in paths):
         raise InterfaceError(f"{name} is {value!r}; it must be a dotted path, several in a tuple, or None")
     accessor: Accessor = value
     return accessor
+
+
+def _checked_numbers(name: str, value: Mapping[Any, Any]) -> dict[str, Any]:
+    """An accessor that is given layer by layer, the numbers as text.
+
+    Raises:
+        InterfaceError: it is given for something that is no number of a layer.
+    """
+    by_layer = {str(number): path for number, path in value.items()}
+    if not all(number == "default" or number.isdigit() for number in by_layer):
+        raise InterfaceError(
+            f"{name} is {by_layer!r}; a mapping is layer number, or 'default' -> dotted path or None"
+        )
+    return by_layer
 
 
 def _alternatives(value: Accessor, layer: int | None = None) -> tuple[str | None, ...]:
@@ -335,7 +354,11 @@ class _LayerReader:
         self._used: set[str] = set()  # the accessors that led somewhere
 
     def class_of(self, path: str) -> str:
-        """The class of a module, for messages."""
+        """The class of a module, for messages.
+
+        Args:
+            path: the module's; it has to be there.
+        """
         return type(self.view.modules[path]).__name__
 
     def follow(self, owner: str, accessor: str, name: str, where: str) -> str:
@@ -359,44 +382,76 @@ class _LayerReader:
         """The message for an accessor that leads nowhere: where it ends, what is there, and the nearest
         names.
         """
+        # As far as it leads.
         path, missing = owner, accessor
         for step in accessor.split("."):
             if join(path, step) not in self.view.modules:
                 missing = step
                 break
             path = join(path, step)
+        # There may be something of that name which is no module: a function, a parameter.
         module = self.view.modules[path]
         other = getattr(module, missing, None)
         stands = f"it has no {missing!r}"
         if other is not None:
             stands = f"{missing!r} there is a {type(other).__name__}"
-        children = []
-        for child, _ in module.named_children():
-            if not child.startswith("grafts"):
-                children.append(repr(child))
-
-        below = []
-        for other_path in self.view.modules:
-            if path == "" or within(other_path, [path]):
-                below.append(other_path[len(path) + 1 :] if path else other_path)
-        last_names = {candidate.rpartition(".")[2]: candidate for candidate in below if candidate}
-        close = []
-        for near in nearest(accessor.rpartition(".")[2], last_names):
-            close += [candidate for candidate in below if candidate.rpartition(".")[2] == near]
+        names = [name for name, _ in module.named_children()]
+        children = [repr(child) for child in names if not child.startswith("grafts")]
         message = (
             f"{name}={accessor!r} leads nowhere in {where}: {path or 'the model'} is a "
             f"{type(module).__name__} and {stands}; it holds {', '.join(children) or 'nothing'}"
         )
+        close = self._nearest_below(path, accessor)
         if close:
             message += f"; nearest: {close[:3]}"
         return message
 
+    def _nearest_below(self, path: str, accessor: str) -> list[str]:
+        """The modules below another one whose last name is like that of an accessor, as paths from there."""
+        below = []
+        for other in self.view.modules:
+            if path == "" or within(other, [path]):
+                below.append(other[len(path) :].lstrip("."))
+        by_last_name: dict[str, list[str]] = {}
+        for other in below:
+            if other:
+                by_last_name.setdefault(other.rpartition(".")[2], []).append(other)
+        close = []
+        for name in nearest(accessor.rpartition(".")[2], by_last_name):
+            close += by_last_name[name]
+        return close
+
+    def members(self, root: str, name: str) -> list[str]:
+        """The paths of the layers in one list.
+
+        Args:
+            root: the path of the base model.
+            name: the list's, from there.
+
+        Raises:
+            InterfaceError: it leads nowhere, or to something that holds no layers.
+        """
+        path = self.follow(root, name, "model_layers", "the base model")
+        children = [join(path, child) for child, _ in self.view.modules[path].named_children()]
+        members = [child for child in children if child in self.view.modules]  # no sites of adapters
+        if not members:
+            raise InterfaceError(
+                f"model_layers={name!r}: {path!r} is a {self.class_of(path)} and holds no layers"
+            )
+        return members
+
     def find(self, owner: str, name: str, where: str) -> str | None:
         """The path of what one of an accessor's alternatives leads to; None where a module may be without.
+
+        Args:
+            owner: the path of the module that it starts at.
+            name: the accessor's name.
+            where: what the owner is, for messages.
 
         Raises:
             InterfaceError: none of them leads anywhere.
         """
+        # The first that leads somewhere is meant.
         alternatives = _alternatives(getattr(self.interface, name), self._layer)
         for accessor in alternatives:
             if accessor is not None and join(owner, accessor) in self.view.modules:
@@ -432,6 +487,7 @@ class _LayerReader:
         """
         self._layer = number
         where = f"layer {number} ({path!r}, a {self.class_of(path)})"
+        # In the order in which layers have them: self-attention, cross-attention, feed-forward.
         sublayers = []
         for names in _SUBLAYERS:
             if names.attention:
@@ -444,6 +500,7 @@ class _LayerReader:
             norm = self.find(path, names.norm, where)
             width = self._width(out, before, norm, embeddings)
             sublayers.append(Sublayer(number, names.kind, out, before, norm, width))
+        # Behind the layer the stream is as wide as behind its last step.
         if sublayers:
             width = sublayers[-1].width
         else:
@@ -471,6 +528,7 @@ class _LayerReader:
             return None
         out = self.find(owner, "attn_o_proj", where)
         projections = {role: self.find(owner, name, where) for role, name in _PROJECTIONS.items()}
+        # One linear for keys and values is named twice.
         if projections[KEY] is not None and projections[KEY] == projections[VALUE]:
             projections[KEY_VALUE] = projections.pop(KEY)
             del projections[VALUE]
@@ -480,18 +538,27 @@ class _LayerReader:
         if out is not None and out != owner:
             self.roles[out] = ATTENTION_OUT
 
+        self._note_attending(owner, names.kind)
+        if out is None:
+            return owner
+        return out
+
+    def _note_attending(self, owner: str, kind: SublayerKind) -> None:
+        """Note what the modules attend to whose attention can be reached, in one step's attention module.
+
+        Args:
+            owner: the path of that module.
+            kind: of the step.
+        """
         for path, described in self.view.layers.items():
             if described.kind != "attending" or not within(path, [owner]):
                 continue
-            if names.kind == "cross":
+            if kind == "cross":
                 self.roles[path] = CROSS_ATTENTION
             elif self.view.roles[path] == ENCODER_ATTENTION:
                 self.roles[path] = ENCODER_ATTENTION
             else:
                 self.roles[path] = SELF_ATTENTION
-        if out is None:
-            return owner
-        return out
 
     def _width(self, out: str, before: str | None, norm: str | None, embeddings: str | None) -> int:
         """The size of the stream: that of a linear's output, of a norm, or of what is embedded.
@@ -503,30 +570,39 @@ class _LayerReader:
         if layer is not None and layer.is_linear:
             return layer.out_features
         for path in (norm, before):
-            if path is None:
-                weight = None
-            else:
-                weight = self.view.modules[path]._parameters.get("weight")
-            if weight is not None and weight.dim() == 1:
-                return weight.shape[0]
-
+            size = self._size_of_norm(path)
+            if size is not None:
+                return size
         # What adds to the stream is made of linears (experts): one of their sizes is the stream's.
-        sizes = []
-        for path, linear in self.view.layers.items():
-            if linear.is_linear and within(path, [out]):
-                sizes += [linear.in_features, linear.out_features]
+        sizes = self._sizes_in(out)
         hidden_size = self._hidden_size()
         if hidden_size is not None and (hidden_size in sizes or not sizes):
             return hidden_size
         if sizes:
             return Counter(sizes).most_common(1)[0][0]
-        if embeddings is None:
-            embedding = None
-        else:
+        embedding = None
+        if embeddings is not None:
             embedding = describe(self.view.modules[embeddings])
         if embedding is None:
             raise InterfaceError(f"the size of the stream at {out!r} cannot be told")
         return embedding.out_features
+
+    def _size_of_norm(self, path: str | None) -> int | None:
+        """The size of what a norm is given, as its weight says; None for other modules, and for none."""
+        if path is None:
+            return None
+        weight = self.view.modules[path]._parameters.get("weight")
+        if weight is None or weight.dim() != 1:
+            return None
+        return weight.shape[0]
+
+    def _sizes_in(self, owner: str) -> list[int]:
+        """The sizes of what the linears in a module are given and give."""
+        sizes = []
+        for path, linear in self.view.layers.items():
+            if linear.is_linear and within(path, [owner]):
+                sizes += [linear.in_features, linear.out_features]
+        return sizes
 
     def _hidden_size(self) -> int | None:
         """The size of the stream as the model's config says it."""

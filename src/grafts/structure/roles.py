@@ -7,7 +7,6 @@ they have, and what a `transformers` model says about its own head. There is no 
 from __future__ import annotations
 
 import re
-from collections import defaultdict
 from collections.abc import Mapping
 
 from torch import nn
@@ -103,19 +102,22 @@ def head_paths(
         named = output_embeddings()
         if named is not None:
             return tuple(path for path, module in modules.items() if module is named)
-
     base = getattr(model, "base_model", model)
     if isinstance(base, nn.Module) and base is not model:
         return _children_with_parameters(modules, apart_from=base)
+    return _linears_undoing_embeddings(layers)
 
+
+def _linears_undoing_embeddings(layers: Mapping[str, Layer]) -> tuple[str, ...]:
+    """Paths of the linears outside the repeated layers that have the shape of an embedding of the model."""
     vocabularies = set()
     for layer in layers.values():
         if layer.kind == "embedding":
             vocabularies.add((layer.in_features, layer.out_features))
     heads = []
     for path, layer in layers.items():
-        in_repeated_layer = re.search(r"(^|\.)\d+\.", path) is not None
         undoes_embedding = layer.is_linear and (layer.out_features, layer.in_features) in vocabularies
+        in_repeated_layer = re.search(r"(^|\.)\d+\.", path) is not None
         if undoes_embedding and not in_repeated_layer:
             heads.append(path)
     return tuple(heads)
@@ -169,18 +171,11 @@ def _projection_named(name: str) -> str | None:
 
 def _attention_roles(layers: Mapping[str, Layer]) -> dict[str, str]:
     """The roles of linears in attention: siblings that project queries and values, or one fused linear."""
-    siblings: dict[str, dict[str, str]] = defaultdict(dict)
-    for path, layer in layers.items():
-        if layer.is_linear:
-            owner, name = owner_and_name(path)
-            siblings[owner][name] = path
-
+    siblings = _linears_by_owner(layers)
     roles = {}
-    for owner, paths in list(siblings.items()):
+    for owner, paths in siblings.items():
         projections = _projections_among(owner, paths, layers)
-        named = set(projections.values())
-        has_queries_and_values = QUERY in named and (VALUE in named or KEY_VALUE in named)
-        if not has_queries_and_values and FUSED not in named:
+        if not _make_attention(set(projections.values())):
             continue
         for name, role in projections.items():
             roles[paths[name]] = role
@@ -191,6 +186,25 @@ def _attention_roles(layers: Mapping[str, Layer]) -> dict[str, str]:
         for path in _ways_out(candidates, paths, projections, layers):
             roles[path] = ATTENTION_OUT
     return roles
+
+
+def _linears_by_owner(layers: Mapping[str, Layer]) -> dict[str, dict[str, str]]:
+    """The linears that are children of each module: its path -> their names -> their paths."""
+    siblings: dict[str, dict[str, str]] = {}
+    for path, layer in layers.items():
+        if layer.is_linear:
+            owner, name = owner_and_name(path)
+            siblings.setdefault(owner, {})[name] = path
+    return siblings
+
+
+def _make_attention(projections: set[str]) -> bool:
+    """Whether siblings with these roles are the projections of attention: queries and values, or one for
+    all.
+    """
+    if FUSED in projections:
+        return True
+    return QUERY in projections and (VALUE in projections or KEY_VALUE in projections)
 
 
 def _projections_among(owner: str, paths: Mapping[str, str], layers: Mapping[str, Layer]) -> dict[str, str]:
@@ -206,16 +220,21 @@ def _projections_among(owner: str, paths: Mapping[str, str], layers: Mapping[str
         role = _projection_named(name)
         if role is None:
             continue
-        if role == FUSED:
-            # ``in_proj`` and the like are names of other things too: a fused projection makes more of its
-            # input, and stands in what is called attention unless its name says q, k and v.
-            in_attention = "att" in owner.lower()
-            says_so = bool(_words(name) & (_PROJECTION_WORDS[FUSED] | _PROJECTION_WORDS[QUERY]))
-            widens = layers[path].out_features > layers[path].in_features
-            if not widens or not (in_attention or says_so):
-                continue
-        projections[name] = role
+        if role != FUSED or _is_fused_projection(owner, name, layers[path]):
+            projections[name] = role
     return projections
+
+
+def _is_fused_projection(owner: str, name: str, layer: Layer) -> bool:
+    """Whether a linear that is called like a fused projection of attention is one.
+
+    ``in_proj`` and the like are names of other things too: a fused projection makes more of its input, and
+    stands in what is called attention unless its name says q, k and v.
+    """
+    in_attention = "att" in owner.lower()
+    says_so = bool(_words(name) & (_PROJECTION_WORDS[FUSED] | _PROJECTION_WORDS[QUERY]))
+    widens = layer.out_features > layer.in_features
+    return widens and (in_attention or says_so)
 
 
 def _ways_out(
@@ -235,11 +254,8 @@ def _ways_out(
         projections: which of those are projections.
         layers: all layers by path.
     """
-    undone = set()
-    for name, role in projections.items():
-        if role == QUERY:
-            query = layers[paths[name]]
-            undone.add((query.out_features, query.in_features))
+    queries = [layers[paths[name]] for name, role in projections.items() if role == QUERY]
+    undone = {(query.out_features, query.in_features) for query in queries}
     rest = [path for name, path in candidates.items() if name not in projections]
     undoing = [path for path in rest if (layers[path].in_features, layers[path].out_features) in undone]
     return undoing or rest
@@ -253,13 +269,19 @@ def _role_outside_attention(path: str, layer: Layer, modules: Mapping[str, nn.Mo
         return CONVOLUTION
     if not layer.is_linear:
         return ATTENTION
-    owner, _, name = path.rpartition(".")
-    if "router" in path.split(".") or (name in _ROUTER_NAMES and _has_experts(modules[owner])):
+    if _is_router(path, modules):
         return ROUTER
     in_repeated_layer = re.search(r"(^|\.)\d+(\.|$)", path) is not None
     if not in_repeated_layer:
         return LINEAR
-    if "gate" in _words(name):
+    return _feed_forward_role(path, layer)
+
+
+def _feed_forward_role(path: str, layer: Layer) -> str:
+    """What a linear of a repeated layer is there for: told by its name, else by whether it widens or
+    narrows.
+    """
+    if "gate" in _words(path.rpartition(".")[2]):
         return FFN_GATE
     if layer.out_features > layer.in_features:
         return FFN_IN
@@ -268,5 +290,16 @@ def _role_outside_attention(path: str, layer: Layer, modules: Mapping[str, nn.Mo
     return LINEAR
 
 
+def _is_router(path: str, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether a linear chooses among experts: it says so, or stands beside them under one of the usual
+    names.
+    """
+    if "router" in path.split("."):
+        return True
+    owner, _, name = path.rpartition(".")
+    return name in _ROUTER_NAMES and _has_experts(modules[owner])
+
+
 def _has_experts(module: nn.Module) -> bool:
+    """Whether a child of a module is called after experts."""
     return any("expert" in name.lower() for name, _ in module.named_children())

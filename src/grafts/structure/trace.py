@@ -66,14 +66,18 @@ class Call:
 
     @property
     def output(self) -> int | None:
-        """The number of the first tensor that it gave, or None."""
+        """The number of the first tensor that it gave, which of most modules is the only one; None where it
+        gave none.
+        """
         if self.outputs:
             return self.outputs[0]
         return None
 
     @property
     def input(self) -> int | None:
-        """The number of the first tensor that it was given, or None."""
+        """The number of the first tensor that it was given, which of most modules is what they work on; None
+        where there is none.
+        """
         if self.inputs:
             return self.inputs[0]
         return None
@@ -112,7 +116,11 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._running: list[Call] = []
 
     def number(self, tensor: Tensor) -> int:
-        """The number of a tensor as it is now."""
+        """The number of a tensor as it is now.
+
+        Args:
+            tensor: any tensor; one that was not met before is numbered.
+        """
         known = self._numbers.get(id(tensor))
         if known is None:
             return self._new_number(tensor)
@@ -140,17 +148,26 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return [other for other in others if other is not tensor]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Every operation."""
+        """Every operation: it runs, and is written down."""
         kwargs = kwargs or {}
         inputs = tuple(self.number(tensor) for tensor in tensors_in((args, kwargs)))
         if func is torch.ops.aten._local_scalar_dense.default and args[0].device.type == "meta":
             return _unknown_number(args[0])
         result = func(*args, **kwargs)
+        self._note(func.overloadpacket.__name__, inputs, tensors_in(result))
+        return result
 
-        name = func.overloadpacket.__name__
-        results = tensors_in(result)
-        is_in_place = name.endswith("_")
-        rewritten = [tensor for tensor in results if is_in_place and id(tensor) in self._numbers]
+    def _note(self, name: str, inputs: tuple[int, ...], results: Sequence[Tensor]) -> None:
+        """Write down an operation that has run.
+
+        Args:
+            name: of the operation; one that writes into its input ends with an underscore.
+            inputs: the numbers of what it read.
+            results: what it gave.
+        """
+        rewritten: list[Tensor] = []
+        if name.endswith("_"):
+            rewritten = [tensor for tensor in results if id(tensor) in self._numbers]
         outputs = [self._new_number(tensor) for tensor in results]
         carried = []
         for tensor in rewritten:
@@ -166,17 +183,26 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.maker[number] = index
         for number in dict.fromkeys((*inputs, *carried)):
             self.readers.setdefault(number, []).append(index)
-        return result
 
     def enter(self, path: str, args: Any, kwargs: Any) -> None:
-        """A module begins."""
+        """A module begins; until it ends, what runs is its.
+
+        Args:
+            path: the module's.
+            args: what it is called with by position.
+            kwargs: and by name.
+        """
         inputs = tuple(self.number(tensor) for tensor in tensors_in((args, kwargs)))
         call = Call(path, len(self.nodes), len(self._running), inputs)
         self._running.append(call)
         self.calls.append(call)
 
     def leave(self, output: Any) -> None:
-        """The innermost module ends."""
+        """The innermost module that was running ends; the one around it goes on.
+
+        Args:
+            output: what it gives.
+        """
         call = self._running.pop()
         call.end = len(self.nodes)
         call.outputs = tuple(self.number(tensor) for tensor in tensors_in(output))
@@ -192,7 +218,11 @@ def _unknown_number(tensor: Tensor) -> bool | float | int:
 
 
 def tensors_in(value: Any) -> list[Tensor]:
-    """The tensors in nested tuples, lists and mappings, in order."""
+    """The tensors in nested tuples, lists and mappings, in order; other objects are not looked into.
+
+    Args:
+        value: anything.
+    """
     if isinstance(value, Tensor):
         return [value]
     tensors: list[Tensor] = []
@@ -286,26 +316,41 @@ def _as_it_was(model: nn.Module) -> Iterator[None]:
     """In evaluation mode and without adapters; random numbers and buffers are afterwards as they were
     before.
     """
-    setups: dict[int, Setup] = {}
-    for _, site in sites_in(model):
-        setups[id(site.setup)] = site.setup
-    running = [(setup, setup.running) for setup in setups.values()]
-    for setup, _ in running:
-        setup.running = ()
     training = [module for module in model.modules() if module.training]
-    model.eval()
+    try:
+        model.eval()
+        with _without_adapters(model), _buffers_kept(model), torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextlib.contextmanager
+def _without_adapters(model: nn.Module) -> Iterator[None]:
+    """No adapter acts on a model, or on a part of it, for the length of a ``with`` block."""
+    running: dict[Setup, tuple[str, ...]] = {}
+    for _, site in sites_in(model):
+        running[site.setup] = site.setup.running
+    try:
+        for setup in running:
+            setup.running = ()
+        yield
+    finally:
+        for setup, keys in running.items():
+            setup.running = keys
+
+
+@contextlib.contextmanager
+def _buffers_kept(model: nn.Module) -> Iterator[None]:
+    """The buffers of a model (running means, caches of positions) are afterwards what they were before."""
     buffers = []
     for buffer in model.buffers():
         if buffer.device.type != "meta":
             buffers.append((buffer, buffer.clone()))
     try:
-        with torch.random.fork_rng(devices=[]):
-            yield
+        yield
     finally:
-        for setup, keys in running:
-            setup.running = keys
-        for module in training:
-            module.training = True
         with torch.no_grad():
             for buffer, value in buffers:
                 if buffer.shape == value.shape:

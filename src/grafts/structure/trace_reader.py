@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 
 from torch import nn
@@ -57,7 +57,9 @@ class TraceReader:
 
     @cached_property
     def linears(self) -> dict[int, str]:
-        """The paths of linears, by the numbers of the tensors that they gave."""
+        """The paths of linears, by the numbers of the tensors that they gave; only of those that ran in the
+        trace.
+        """
         paths = {}
         for call in self.trace.calls:
             if call.output is not None and self.is_linear(call.path):
@@ -65,56 +67,88 @@ class TraceReader:
         return paths
 
     def is_linear(self, path: str) -> bool:
-        """Whether a module is a linear layer."""
+        """Whether a module is a linear layer, of any class that adapters can stand beside.
+
+        Args:
+            path: the module's.
+        """
         layer = self.view.layers.get(path)
         return layer is not None and layer.is_linear
 
     def is_norm(self, path: str) -> bool:
-        """Whether a module is a norm: it is called one, and holds no layers."""
+        """Whether a module is a norm: its class is called one, and it holds no layers.
+
+        Args:
+            path: the module's.
+        """
         if "norm" not in type(self.view.modules[path]).__name__.lower():
             return False
         return not any(other != path and other.startswith(f"{path}.") for other in self.view.layers)
 
     def is_attention(self, module: nn.Module) -> bool:
-        """Whether the attention kernel of a module can be reached."""
+        """Whether the attention kernel of a module can be reached, so that adapters can stand inside its
+        attention.
+
+        Args:
+            module: of any class.
+        """
         return route_of(type(module)) is not None
 
     def size(self, number: int) -> int:
-        """How many numbers a tensor holds."""
+        """How many elements a tensor has.
+
+        Args:
+            number: the tensor's, of those in the trace.
+        """
         return math.prod(self.trace.shapes[number])
 
     def operands(self, node: Node, size: int) -> list[int]:
-        """The tensors of floating-point numbers, of that size, that an operation read."""
-        result = []
-        for n in node.inputs:
-            if n in self.trace.floats and self.size(n) == size:
-                result.append(n)
-        return result
+        """The tensors of floating-point numbers, of that size, that an operation read.
+
+        Args:
+            node: the operation.
+            size: how many elements they have.
+        """
+        return [n for n in node.inputs if n in self.trace.floats and self.size(n) == size]
 
     def same_as(self, number: int) -> int | None:
-        """What a tensor is the same as, but for its form, a factor or a bias; None if it is something new."""
+        """What a tensor is the same as, but for its form, a factor or a bias; None if it is something new.
+
+        Args:
+            number: the tensor's.
+        """
         index = self.trace.maker.get(number)
         if index is None:
             return None
         node = self.trace.nodes[index]
         size = self.size(number)
+        # Copied, cast, or looked at in another shape.
         if node.op in _SAME_NUMBERS and node.inputs and self.size(node.inputs[0]) == size:
             if node.inputs[0] != number:
                 return node.inputs[0]
             return None
-
+        # Multiplied with, or added to, what does not depend on the input.
         alike = self.operands(node, size)
-        others = [n for n in node.inputs if n not in alike]
-        # A number, a parameter or an input of the model, and nothing that was computed.
-        are_constant = all(self.size(n) == 1 or n not in self.trace.maker for n in others)
+        others = set(node.inputs) - set(alike)
         is_scaled = node.op in _SCALES
         is_shifted = node.op in ADDITIONS and len(others) > 0
-        if (is_scaled or is_shifted) and len(alike) == 1 and are_constant:
+        if (is_scaled or is_shifted) and len(alike) == 1 and self._are_constant(others):
             return alike[0]
         return None
 
+    def _are_constant(self, numbers: Iterable[int]) -> bool:
+        """Whether tensors are single numbers, parameters or inputs of the model, and nothing that was
+        computed.
+        """
+        return all(self.size(number) == 1 or number not in self.trace.maker for number in numbers)
+
     def origins(self, number: int) -> list[int]:
-        """A tensor and what it is the same as, nearest first."""
+        """A tensor and what it is the same as, nearest first; the chain ends where something new was
+        computed.
+
+        Args:
+            number: the tensor's.
+        """
         chain = [number]
         while True:
             earlier = self.same_as(chain[-1])
@@ -158,24 +192,25 @@ class TraceReader:
             chain: the tensor and what it is the same as, nearest first.
             calls: the calls that may have given it.
         """
-        for must_learn in (True, False):
+        learning = [call for call in calls if self._has_parameters(call.path)]
+        for considered in (learning, calls):
             for number in chain:
-                makers = [call for call in calls if call.output == number]
-                if must_learn:
-                    makers = [call for call in makers if self._has_parameters(call.path)]
+                makers = [call for call in considered if call.output == number]
                 if makers:
                     return self._among(makers, calls)
         return None
 
     def _among(self, makers: Sequence[Call], calls: Sequence[Call]) -> str:
-        """The module that stands for those that gave one tensor."""
+        """The module that stands for those that gave one tensor.
+
+        Args:
+            makers: the calls that gave it.
+            calls: all calls that may be looked at, for what a norm was given.
+        """
         first = min(makers, key=lambda call: (call.end, -call.depth))
         if self.is_norm(first.path) and first.input is not None:
             before = [call for call in calls if call.begin < first.begin]
-            inner = self.producer(self.origins(first.input), before)
-            if inner is None:
-                return first.path
-            return inner
+            return self.producer(self.origins(first.input), before) or first.path
         for call in makers:
             if self.is_linear(call.path):
                 return call.path
@@ -212,54 +247,48 @@ class TraceReader:
 
     def _product_before(self, number: int) -> Node | None:
         """The nearest product of matrices that a tensor came from."""
-        left, seen = deque([number]), {number}
-        while left:
-            index = self.trace.maker.get(left.popleft())
-            if index is None:
-                continue
-            node = self.trace.nodes[index]
-            if node.op in _MATRIX_PRODUCTS:
-                return node
-            for read in node.inputs:
-                if read not in seen:
-                    seen.add(read)
-                    left.append(read)
+        for earlier in _nearest_first(number, self._sources):
+            index = self.trace.maker.get(earlier)
+            if index is not None and self.trace.nodes[index].op in _MATRIX_PRODUCTS:
+                return self.trace.nodes[index]
         return None
 
     def _product_behind(self, number: int) -> Node | None:
         """The nearest product of matrices that a tensor went into."""
-        left, seen = deque([number]), {number}
-        while left:
-            for index in self.trace.readers.get(left.popleft(), ()):
-                node = self.trace.nodes[index]
-                if node.op in _MATRIX_PRODUCTS:
-                    return node
-                for given in node.outputs:
-                    if given not in seen:
-                        seen.add(given)
-                        left.append(given)
+        for later in _nearest_first(number, self._results):
+            for index in self.trace.readers.get(later, ()):
+                if self.trace.nodes[index].op in _MATRIX_PRODUCTS:
+                    return self.trace.nodes[index]
         return None
 
     def _nearest_linear(self, number: int, used: set[str]) -> str | None:
         """The nearest linear, of those in use, that a tensor came from."""
-        left, seen = deque([number]), {number}
-        while left:
-            number = left.popleft()
-            path = self.linears.get(number)
+        for earlier in _nearest_first(number, self._sources):
+            path = self.linears.get(earlier)
             if path is not None and path in used:
                 return path
-            index = self.trace.maker.get(number)
-            if index is None:
-                continue
-            for read in self.trace.nodes[index].inputs:
-                if read not in seen:
-                    seen.add(read)
-                    left.append(read)
         return None
+
+    def _sources(self, number: int) -> Sequence[int]:
+        """What the operation read that gave a tensor; nothing for parameters and inputs."""
+        index = self.trace.maker.get(number)
+        if index is None:
+            return ()
+        return self.trace.nodes[index].inputs
+
+    def _results(self, number: int) -> Sequence[int]:
+        """What the operations gave that read a tensor."""
+        results: list[int] = []
+        for index in self.trace.readers.get(number, ()):
+            results += self.trace.nodes[index].outputs
+        return results
 
     def goes_into_product(self, path: str) -> bool:
         """Whether what a linear gives is multiplied with something else without having gone through
         anything.
+
+        Args:
+            path: the linear's.
         """
         for number, linear in self.linears.items():
             if linear != path:
@@ -269,3 +298,20 @@ class TraceReader:
                 if node.op == "mul" and len(set(node.inputs)) > 1:
                     return True
         return False
+
+
+def _nearest_first(number: int, neighbours: Callable[[int], Sequence[int]]) -> Iterator[int]:
+    """A tensor, its neighbours, theirs and so on, each once (breadth first).
+
+    Args:
+        number: the tensor's.
+        neighbours: gives the numbers of those beside a tensor.
+    """
+    left, seen = deque([number]), {number}
+    while left:
+        nearest = left.popleft()
+        yield nearest
+        for other in neighbours(nearest):
+            if other not in seen:
+                seen.add(other)
+                left.append(other)

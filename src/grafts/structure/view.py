@@ -46,12 +46,14 @@ class ModelView:
 
     @property
     def model(self) -> nn.Module:
-        """The model itself."""
+        """The model that was looked at: the same object, to be read or changed by those who may."""
         return self.modules[""]
 
     @cached_property
     def base(self) -> str:
-        """The path of the base model, as `transformers` says; ``""`` where the model is its own."""
+        """The path of the base model, that is a `transformers` model without its head; ``""`` where the model
+        is its own base.
+        """
         base = getattr(self.model, "base_model", self.model)
         for path, module in self.modules.items():
             if module is base:
@@ -60,16 +62,24 @@ class ModelView:
 
     @cached_property
     def order(self) -> Mapping[str, int]:
-        """The place of each module in the model's order, by path."""
+        """The place of each module in the model's order, by path: 0 for the model itself, its children behind
+        it.
+        """
         return {path: index for index, path in enumerate(self.modules)}
 
     @cached_property
     def parameter_count(self) -> int:
-        """How many parameters the base holds, each counted once."""
+        """How many parameters the base holds, without those of adapters; one that stands under several names
+        is counted once.
+        """
         return sum(parameter.numel() for parameter in set(base_parameters(self.model).values()))
 
     def candidates(self, kinds: Collection[str]) -> str:
-        """The layers of these kinds as a list for messages, repeated ones once."""
+        """The layers of these kinds as a list for messages, those of repeated layers once with their count.
+
+        Args:
+            kinds: of layers that a method can stand beside.
+        """
         counts = Counter(collapsed(path) for path, layer in self.layers.items() if layer.kind in kinds)
         return ", ".join(f"{path!r} ({count})" for path, count in counts.items()) or "none"
 
@@ -142,8 +152,8 @@ def _layers(modules: Mapping[str, nn.Module]) -> dict[str, Layer]:
             layers[path] = layer
     # A linear of which its owner reads the weight and which it never calls: beside it nothing would act.
     for path, module in modules.items():
-        children = [join(path, name) for name in module._modules]
-        if any(child in layers for child in children):
+        children = {join(path, name) for name in module._modules}
+        if not children.isdisjoint(layers):
             for name in only_read(type(module)):
                 layers.pop(join(path, name), None)
     return layers

@@ -184,6 +184,7 @@ def _leaves_nothing_behind(check: _Check) -> None:
     tensors = dict(model.named_parameters())
     expected = check.output(model)
     add(model, check.config, name="one")
+    # A fresh adapter may change nothing, and so show nothing.
     randomise(model, "one")
     deactivate(model)
     _require_same(check.output(model), expected, "outputs while no adapter is active")
@@ -268,6 +269,7 @@ def _serves_rows(check: _Check) -> None:
     model = check.adapted()
     add(model, check.config, name="two", activate=False)
     randomise(model, "two", seed=6)
+    # One row with each adapter, and one with none between them.
     mixed = check.output(model, adapter_names=["one", None, "two"])
     for row, names in enumerate(("one", (), "two")):
         with active(model, names):
@@ -279,6 +281,7 @@ def _merges(check: _Check) -> None:
     model = check.adapted()
     expected = check.output(model)
     weights = {name: value.clone() for name, value in check.build().state_dict().items()}
+    # Twice, so that what the first time leaves behind shows in the second.
     for _ in range(2):
         merge(model)
         _require_close(check.output(model), expected, "outputs merged and unmerged")

@@ -72,14 +72,14 @@ def skeleton(source: str, task: Task | None) -> nn.Module:
 
 def _loaded(cls: Any, source: str, **options: Any) -> Any:
     """``cls.from_pretrained(source)``, its errors in one sentence."""
-    here = Path(source).expanduser()
-    if here.is_dir() and not (here / "config.json").is_file():
+    folder = Path(source).expanduser()
+    if folder.is_dir() and not (folder / "config.json").is_file():
         raise RunError(f"{source!r} is a folder without a config.json, so it is no model of transformers")
     try:
-        return cls.from_pretrained(str(here) if here.is_dir() else source, **options)
+        return cls.from_pretrained(str(folder) if folder.is_dir() else source, **options)
     except (OSError, ValueError, ImportError) as error:
         what = cls.__name__.removeprefix("AutoModelFor").removeprefix("Auto")
-        if not here.exists() and isinstance(error, OSError):
+        if not folder.exists() and isinstance(error, OSError):
             raise RunError(
                 f"there is no model {source!r}: no such folder, and the hub does not give it "
                 f"({_first_line(error)})"

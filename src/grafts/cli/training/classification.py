@@ -47,10 +47,10 @@ class SequenceClassification:
         """The labels that occur; at least two."""
         column = settings.label_column or "label"
         require_column(rows, column, file, "label_column")
-        found = sorted({str(value) for value in rows[column]})
-        if len(found) < 2:
-            raise RunError(f"{file!r} has the label {found[0]!r} in every row: nothing to learn")
-        return found
+        labels = sorted({str(value) for value in rows[column]})
+        if len(labels) < 2:
+            raise RunError(f"{file!r} has the label {labels[0]!r} in every row: nothing to learn")
+        return labels
 
     def encode(
         self, rows: datasets.Dataset, file: str, tokenizer: Any, settings: RunSettings
@@ -58,9 +58,11 @@ class SequenceClassification:
         """``input_ids``, ``attention_mask`` and ``labels`` (a number a row)."""
         text, pair = settings.text_column or "text", settings.text_pair_column
         label = settings.label_column or "label"
-        for column in filter(None, (text, pair)):
-            require_text(rows, column, file, "text_column" if column == text else "text_pair_column")
+        require_text(rows, text, file, "text_column")
+        if pair:
+            require_text(rows, pair, file, "text_pair_column")
         require_column(rows, label, file, "label_column")
+        # One by one, so that the message can name the row.
         numbers = []
         for row, value in enumerate(rows[label]):
             numbers.append(_indices(settings.labels or [], [value], file, f"row {row + 1}")[0])
@@ -133,21 +135,28 @@ class TokenClassification:
         for row, values in enumerate(tags):
             numbers = _indices(settings.labels or [], values, file, f"row {row + 1}")
             ids = encoded.word_ids(row)
-            first = [word is not None and (i == 0 or ids[i - 1] != word) for i, word in enumerate(ids)]
-            labels.append(
-                [numbers[word] if begins else IGNORED for word, begins in zip(ids, first, strict=True)]
-            )
+            # The loss passes over what is ignored: special tokens, and all of a word but its beginning.
+            of_tokens = [IGNORED] * len(ids)
+            for place in _first_tokens(ids):
+                of_tokens[place] = numbers[ids[place]]
+            labels.append(of_tokens)
         return datasets.Dataset.from_dict({**encoded, "labels": labels})
 
     def _require_lists(
         self, rows: datasets.Dataset, file: str, settings: RunSettings
     ) -> tuple[list[list[str]], list[list[Any]]]:
+        """The words and their labels, row by row.
+
+        Raises:
+            RunError: a column is missing, or a row does not have as many labels as words.
+        """
         text, label = settings.text_column or "tokens", settings.label_column or "tags"
         require_column(rows, text, file, "text_column")
         require_column(rows, label, file, "label_column")
         words, tags = list(rows[text]), list(rows[label])
-        for row, (some, their) in enumerate(zip(words, tags, strict=True)):
-            if not isinstance(some, list) or not isinstance(their, list) or len(some) != len(their):
+        for row, (words_of_row, tags_of_row) in enumerate(zip(words, tags, strict=True)):
+            are_lists = isinstance(words_of_row, list) and isinstance(tags_of_row, list)
+            if not are_lists or len(words_of_row) != len(tags_of_row):
                 raise RunError(
                     f"{file!r}: row {row + 1} needs lists of equal length in {text!r} and {label!r}"
                 )
@@ -178,10 +187,25 @@ class TokenClassification:
             return_tensors="pt",
         )
         choices = model(**batch.to(model.device)).logits.argmax(-1).tolist()
-        for row, some in enumerate(words):
-            ids = batch.word_ids(row)
-            first = {word: place for place, word in reversed(list(enumerate(ids))) if word is not None}
-            tags = [
-                settings["labels"][choices[row][first[word]]] for word in range(len(some)) if word in first
-            ]
-            yield {"tokens": some, "tags": tags}
+        for row, words_of_row in enumerate(words):
+            # Words that were cut off have no token, and get no label.
+            tags = [settings["labels"][choices[row][place]] for place in _first_tokens(batch.word_ids(row))]
+            yield {"tokens": words_of_row, "tags": tags}
+
+
+def _first_tokens(word_ids: Sequence[int | None]) -> list[int]:
+    """Where the first token of each word stands in a row.
+
+    Args:
+        word_ids: the word that each token belongs to; None for tokens that stand for no text.
+
+    >>> _first_tokens([None, 0, 0, 1, None])
+    [1, 3]
+    """
+    places = []
+    before: int | None = None
+    for place, word in enumerate(word_ids):
+        if word is not None and word != before:
+            places.append(place)
+        before = word
+    return places

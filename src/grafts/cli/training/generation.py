@@ -40,23 +40,26 @@ class _Generation:
         """The text that the model makes of each row's."""
         column = settings.get("text_column") or "text"
         texts = [row[column] for row in rows]
-        encodes = bool(model.config.is_encoder_decoder)  # type: ignore[union-attr]
-        side, tokenizer.padding_side = tokenizer.padding_side, "right" if encodes else "left"
+        is_encoder_decoder = bool(model.config.is_encoder_decoder)  # type: ignore[union-attr]
+        # A decoder goes on where a row ends, so padding stands in front; an encoder reads from the beginning.
+        side = tokenizer.padding_side
+        tokenizer.padding_side = "right" if is_encoder_decoder else "left"
         batch = tokenizer(
             texts, truncation=True, max_length=settings["max_length"], padding=True, return_tensors="pt"
         )
         tokenizer.padding_side = side
+        # Some tokenizers give them to every model, and `generate` refuses what a model does not take.
         batch.pop("token_type_ids", None)
-        made = model.generate(  # type: ignore[operator]
+        generated = model.generate(  # type: ignore[operator]
             **batch.to(model.device),
             max_new_tokens=settings["max_new_tokens"],
             do_sample=False,
             pad_token_id=tokenizer.pad_token_id,
         )
-        start = 0 if encodes else batch["input_ids"].shape[1]
-        for text, answer in zip(
-            texts, tokenizer.batch_decode(made[:, start:], skip_special_tokens=True), strict=True
-        ):
+        # A decoder gives the text back in front of what it has made of it.
+        start = 0 if is_encoder_decoder else batch["input_ids"].shape[1]
+        answers = tokenizer.batch_decode(generated[:, start:], skip_special_tokens=True)
+        for text, answer in zip(texts, answers, strict=True):
             yield {"text": text, "output": answer}
 
 
@@ -76,19 +79,16 @@ class CausalLM(_Generation):
         """
         column = settings.text_column or "text"
         require_text(rows, column, file, "text_column")
-        if tokenizer.eos_token_id is not None:
-            end = [tokenizer.eos_token_id]
-        else:
-            end = []
-        texts = [
-            ids + end for ids in tokenizer(list(rows[column]), add_special_tokens=True)["input_ids"] if ids
-        ]
+        end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        encoded = tokenizer(list(rows[column]), add_special_tokens=True)["input_ids"]
+        texts = [ids + end for ids in encoded if ids]
         size = settings.max_length
         if settings.pack:
             joined = list(chain.from_iterable(texts))
             blocks = [joined[start : start + size] for start in range(0, len(joined), size)]
         else:
             blocks = [ids[:size] for ids in texts]
+        # Of a single token there is nothing to predict.
         blocks = [ids for ids in blocks if len(ids) > 1]
         if not blocks:
             raise RunError(f"{file!r} holds no text of two tokens or more")

@@ -36,13 +36,20 @@ td code { font-size: .88em; overflow-wrap: anywhere; } figure { margin: 0; backg
 
 
 def loss_picture(losses: Losses, validation: Validation, format: str = "png") -> bytes:
-    """The training loss over steps, with the validation loss where there is one, as a picture file."""
+    """The training loss over steps, with the validation loss where there is one, as a picture file.
+
+    Args:
+        losses: (step, training loss).
+        validation: figures with ``step`` and ``eval_loss``; may be empty.
+        format: as `matplotlib` calls it; an ``"svg"`` is the same for the same figures.
+    """
     with matplotlib.rc_context({"svg.hashsalt": "grafts", "font.size": 10}):
         figure = Figure(figsize=(8, 3.4), layout="constrained")
         axes = figure.add_subplot()
+        steps, values = zip(*losses, strict=True) if losses else ((), ())
         axes.plot(
-            [step for step, _ in losses],
-            [loss for _, loss in losses],
+            steps,
+            values,
             color="#2f7d5b",
             linewidth=1.4,
             label="training",
@@ -69,8 +76,17 @@ def loss_picture(losses: Losses, validation: Validation, format: str = "png") ->
 def report_page(
     settings: RunSettings, plan: Plan, metrics: Mapping[str, Any], losses: Losses, validation: Validation
 ) -> str:
-    """One HTML page on a run, with nothing to fetch: figures, loss curve, classes, adapter, settings."""
+    """One HTML page on a run, with nothing to fetch: figures, loss curve, classes, adapter, settings.
+
+    Args:
+        settings: of the run.
+        plan: of its adapter.
+        metrics: as in ``metrics.json``.
+        losses: (step, training loss).
+        validation: figures after each epoch; may be empty.
+    """
     curve = loss_picture(losses, validation, "svg").decode()
+    used = [(name, value) for name, value in dataclasses.asdict(settings).items() if value is not None]
     title = f"{plan.method.title} on {'/'.join(Path(settings.model).parts[-2:])}"
     parts = [
         f"<h1>{_text(title)}</h1>",
@@ -82,9 +98,7 @@ def report_page(
         f"<p class='soft'>{_text(plan.summary())}</p>",
         _table(("module", "role", "shape", "part", "count", "parameters"), plan.rows(), numbers=2),
         "<h2>Settings</h2>",
-        _table(
-            ("setting", "value"), [(k, v) for k, v in dataclasses.asdict(settings).items() if v is not None]
-        ),
+        _table(("setting", "value"), used),
         "<h2>Versions</h2>",
         _table(("package", "version"), metrics["versions"].items()),
     ]
@@ -96,60 +110,67 @@ def report_page(
 
 
 def _cards(plan: Plan, metrics: Mapping[str, Any]) -> str:
+    """The figures that matter most, large."""
     cards = []
     for split in ("test", "validation"):
         for name in ("accuracy", "macro_f1", "perplexity", "loss"):
             if name in metrics.get(split, {}):
                 cards.append((f"{metrics[split][name]:.4g}", f"{split} {name.replace('_', ' ')}"))
-    cards.append(
-        (f"{plan.parameters:,}", f"trainable parameters ({plan.parameters / plan.base_parameters:.2%})")
-    )
+    share = plan.parameters / plan.base_parameters
+    cards.append((f"{plan.parameters:,}", f"trainable parameters ({share:.2%})"))
     cards.append((f"{metrics['seconds']:.0f} s", "training time"))
-    return (
-        '<div class="cards">'
-        + "".join(f'<div class="card"><b>{a}</b><span>{_text(b)}</span></div>' for a, b in cards)
-        + "</div>"
-    )
+    lines = ['<div class="cards">']
+    for figure, caption in cards:
+        lines.append(f'<div class="card"><b>{figure}</b><span>{_text(caption)}</span></div>')
+    lines.append("</div>")
+    return "".join(lines)
 
 
 def _class_tables(metrics: Mapping[str, Any]) -> Iterable[str]:
-    """How each class did on the last split that was measured, worst recall first."""
+    """How each class did on the last split that was measured, lowest F1 first."""
     for split in ("test", "validation"):
-        if classes := metrics.get(split, {}).get("classes"):
-            yield f"<h2>Classes, {split}</h2>"
-            yield '<table><tr><th>class</th><th class="n">rows</th><th class="n">precision</th><th class="n">recall</th><th>F1</th><th></th></tr>'
-            for label, figures in sorted(classes.items(), key=lambda item: float(item[1]["f1"])):
-                yield (
-                    f'<tr><td>{_text(label)}</td><td class="n">{figures["rows"]}</td><td class="n">{figures["precision"]:.3f}</td>'
-                    f'<td class="n">{figures["recall"]:.3f}</td><td>{figures["f1"]:.3f}</td>'
-                    f'<td><div class="meter"><i style="width:{figures["f1"]:.0%}"></i></div></td></tr>'
-                )
-            yield "</table>"
-            return
+        classes = metrics.get(split, {}).get("classes")
+        if not classes:
+            continue
+        yield f"<h2>Classes, {split}</h2>"
+        yield '<table><tr><th>class</th><th class="n">rows</th><th class="n">precision</th><th class="n">recall</th><th>F1</th><th></th></tr>'
+        for label, figures in sorted(classes.items(), key=lambda item: float(item[1]["f1"])):
+            yield (
+                f'<tr><td>{_text(label)}</td><td class="n">{figures["rows"]}</td><td class="n">{figures["precision"]:.3f}</td>'
+                f'<td class="n">{figures["recall"]:.3f}</td><td>{figures["f1"]:.3f}</td>'
+                f'<td><div class="meter"><i style="width:{figures["f1"]:.0%}"></i></div></td></tr>'
+            )
+        yield "</table>"
+        return
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[Any]], numbers: int = 0) -> str:
     """A table whose last ``numbers`` columns are numbers."""
-    kinds = [' class="n"' if index >= len(head) - numbers else "" for index in range(len(head))]
-    lines = [
-        "<tr>"
-        + "".join(f"<th{kind}>{_text(cell)}</th>" for kind, cell in zip(kinds, head, strict=True))
-        + "</tr>"
-    ]
+    first_number = len(head) - numbers
+    headings = []
+    for column, cell in enumerate(head):
+        kind = ' class="n"' if column >= first_number else ""
+        headings.append(f"<th{kind}>{_text(cell)}</th>")
+    lines = [f"<tr>{''.join(headings)}</tr>"]
     for row in rows:
-        cells = (
-            f"{cell:,}" if isinstance(cell, int) and not isinstance(cell, bool) else str(cell) for cell in row
-        )
-        lines.append(
-            "<tr>"
-            + "".join(
-                f"<td{kind}>{_text(c) if kind else f'<code>{_text(c)}</code>'}</td>"
-                for kind, c in zip(kinds, cells, strict=True)
-            )
-            + "</tr>"
-        )
+        cells = []
+        for column, cell in enumerate(row):
+            shown = _text(_shown(cell))
+            if column >= first_number:
+                cells.append(f'<td class="n">{shown}</td>')
+            else:
+                cells.append(f"<td><code>{shown}</code></td>")
+        lines.append(f"<tr>{''.join(cells)}</tr>")
     return f"<table>{''.join(lines)}</table>"
 
 
+def _shown(cell: object) -> str:
+    """A cell as text, large numbers with commas."""
+    if isinstance(cell, int) and not isinstance(cell, bool):
+        return f"{cell:,}"
+    return str(cell)
+
+
 def _text(value: object) -> str:
+    """A value as text in which nothing is markup."""
     return html.escape(str(value))

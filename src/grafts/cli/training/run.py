@@ -79,6 +79,7 @@ def run(settings: RunSettings, console: Console) -> Metrics:
     Raises:
         RunError, GraftsError: one sentence on what is wrong; nothing was written.
     """
+    # What can be refused without the model.
     task = task_named(settings.task)
     config = settings.adapter_config(task.task_type)
     output = Path(settings.output_dir)
@@ -89,16 +90,19 @@ def run(settings: RunSettings, console: Console) -> Metrics:
         settings = dataclasses.replace(
             settings, labels=task.labels(rows["train"], settings.train_file, settings)
         )
+
+    # The model, with its adapter, and the data as it takes them.
     set_seed(settings.seed)
     model = load_base(settings.model, task, settings.labels, settings.dtype)
     tokenizer = load_tokenizer(settings.model, model)
-    encoded = {
-        split: task.encode(some, str(files[split]), tokenizer, settings) for split, some in rows.items()
-    }
+    encoded = {}
+    for split, rows_of_split in rows.items():
+        encoded[split] = task.encode(rows_of_split, str(files[split]), tokenizer, settings)
     grafts.add(model, config)
     plan = registry_of(model).require("default")
     if _is_first():
         console.print(plan.summary(), highlight=False)
+
     fitted = fit(model, task, encoded, tokenizer, settings, ProgressBar(console, "training"))
     metrics: Metrics = {
         "train": {"loss": fitted.last_loss(), "rows": len(encoded["train"])},
@@ -110,11 +114,10 @@ def run(settings: RunSettings, console: Console) -> Metrics:
             "transformers": transformers.__version__,
         },
     }
-    metrics |= {
-        split: evaluate(fitted.trainer, task, encoded[split], settings)
-        for split in SPLITS[1:]
-        if split in encoded
-    }
+    for split in SPLITS[1:]:
+        if split in encoded:
+            metrics[split] = evaluate(fitted.trainer, task, encoded[split], settings)
+    # Of several processes one writes, and all of it at once.
     if _is_first():
         files_left = checkpoint_files(model, "default") | run_files(plan, settings, metrics, fitted)
         write_all(output, files_left)
@@ -137,6 +140,7 @@ def fit(
     """
     if not any(p.requires_grad for p in model.parameters()):
         raise RunError("nothing in the model is trainable: grafts.train_only(model, name) chooses an adapter")
+    # A Trainer wants a folder, though nothing is to be left in it.
     scratch = tempfile.mkdtemp(prefix="grafts-")
     trainer = Trainer(
         model=model,
@@ -148,6 +152,7 @@ def fit(
         preprocess_logits_for_metrics=_choices if task.predicts else None,
         callbacks=[bar],
     )
+    # The bar shows what these would print.
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
     started = time.monotonic()
@@ -156,17 +161,22 @@ def fit(
     finally:
         bar.close()
         shutil.rmtree(scratch, ignore_errors=True)
-    validation = []
-    for entry in trainer.state.log_history:
-        if "eval_loss" in entry:
-            validation.append(entry)
+    validation = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
     return Fitted(bar.losses, validation, time.monotonic() - started, trainer)
 
 
 def evaluate(trainer: Trainer, task: Task, rows: datasets.Dataset, settings: RunSettings) -> Metrics:
-    """The figures of a task on encoded rows: the loss, and accuracy and F1 or perplexity."""
+    """The figures of a task on encoded rows: the loss, and accuracy and F1 or perplexity.
+
+    Args:
+        trainer: the one that has trained the model.
+        task: the task.
+        rows: as the task has encoded them.
+        settings: of the run; its labels name the classes.
+    """
     if not task.predicts:
         loss = float(trainer.evaluate(rows)["eval_loss"])
+        # Beyond 700 the exponential is no number any more.
         return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "rows": len(rows)}
     result = trainer.predict(rows)
     figures = task.metrics(_array(result.predictions), np.asarray(result.label_ids), settings.labels or [])
@@ -174,6 +184,14 @@ def evaluate(trainer: Trainer, task: Task, rows: datasets.Dataset, settings: Run
 
 
 def _arguments(settings: RunSettings, scratch: str, *, evaluates: bool, predicts: bool) -> TrainingArguments:
+    """The settings in the words of `transformers`.
+
+    Args:
+        settings: of the run.
+        scratch: a folder in which nothing is left.
+        evaluates: there is data for figures after each epoch.
+        predicts: these figures are made of what the model has chosen, and not of the loss alone.
+    """
     return TrainingArguments(
         output_dir=scratch,
         num_train_epochs=settings.epochs,
@@ -209,19 +227,25 @@ def _choices(logits: Any, labels: Any) -> torch.Tensor:
 
 
 def _scalar_metrics(task: Task, labels: Sequence[str]) -> Any:
+    """What a Trainer calls for figures: those of a task that are single numbers."""
+
     def compute(prediction: transformers.EvalPrediction) -> dict[str, float]:
         figures = task.metrics(_array(prediction.predictions), np.asarray(prediction.label_ids), labels)
-        result = {}
-        for name, value in figures.items():
-            if isinstance(value, float):
-                result[name] = value
-        return result
+        return _scalars(figures)
 
     return compute
 
 
+def _scalars(figures: Metrics) -> dict[str, float]:
+    """The figures that are single numbers; others are of each class."""
+    return {name: value for name, value in figures.items() if isinstance(value, float)}
+
+
 def _array(predictions: Any) -> np.ndarray:
-    return np.asarray(predictions[0] if isinstance(predictions, tuple) else predictions)
+    """What a Trainer gives as predictions, of several tensors the first, as an array."""
+    if isinstance(predictions, tuple):
+        return np.asarray(predictions[0])
+    return np.asarray(predictions)
 
 
 def _is_first() -> bool:
@@ -237,6 +261,7 @@ def _require_free(output: Path, overwrite: bool) -> None:
         raise RunError(f"{str(output)!r} is a file; output_dir must be a folder")
     if output.is_dir() and (output / "adapter_config.json").exists() and not overwrite:
         raise RunError(f"{str(output)!r} holds a run already: --overwrite replaces it")
+    # Written to and not only looked at: rights do not tell whether there is space.
     parent = next(folder for folder in (output, *output.absolute().parents) if folder.is_dir())
     try:
         with tempfile.NamedTemporaryFile(dir=parent) as probe:
@@ -262,14 +287,10 @@ def _show(console: Console, metrics: Metrics, output: Path) -> None:
     """A line of figures for each split, and where things are."""
     for split in SPLITS[1:]:
         if split in metrics:
-            figures = {}
-            for name, value in metrics[split].items():
-                if isinstance(value, float):
-                    figures[name] = value
-            console.print(
-                f"{split}: " + ", ".join(f"{k.replace('_', ' ')} {v:.4f}" for k, v in figures.items()),
-                highlight=False,
-            )
+            figures = []
+            for name, value in _scalars(metrics[split]).items():
+                figures.append(f"{name.replace('_', ' ')} {value:.4f}")
+            console.print(f"{split}: {', '.join(figures)}", highlight=False)
     console.print(
         f"trained in {metrics['seconds']:.0f} s; adapter and report are in {output}",
         highlight=False,

@@ -90,29 +90,19 @@ class RunSettings:
         Raises:
             RunError: naming the setting, its value and what it may be.
         """
-        for name in ("model", "task", "train_file", "output_dir"):
+        for name in _REQUIRED:
             if not getattr(self, name):
                 raise RunError(
                     f"{name} is not given: use --{name.replace('_', '-')} or {name}: in the YAML file"
                 )
-        may_be = {
-            "dtype": ("float32", "bfloat16", "float16"),
-            "precision": ("float32", "bf16", "fp16"),
-            "device": ("auto", "cpu"),
-        }
-        for name, values in may_be.items():
+        for name, values in _MAY_BE.items():
             if getattr(self, name) not in values:
                 raise RunError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(values)}")
-        for name in (
-            "max_length",
-            "max_target_length",
-            "batch_size",
-            "eval_batch_size",
-            "gradient_accumulation_steps",
-        ):
+        for name in _AT_LEAST_ONE:
             if getattr(self, name) < 1:
                 raise RunError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("epochs", "learning_rate"):
+        for name in _ABOVE_ZERO:
+            # Asked this way round, so that what is no number at all is refused too.
             if not getattr(self, name) > 0:
                 raise RunError(f"{name} is {getattr(self, name)}; it must be above 0")
 
@@ -172,24 +162,49 @@ class RunSettings:
                 )
         if not isinstance(values.get("adapter"), (dict, type(None))):
             raise RunError(f"{str(file)!r}: adapter is {values['adapter']!r}; it must be options by name")
-        values |= {key: value for key, value in flags.items() if value is not None}
-        values["adapter"] = (values.get("adapter") or {}) | {
-            k: v for k, v in adapter_flags.items() if v is not None
-        }
+        # Flags that were not given are None, and leave what the file says.
+        values |= _without_none(flags)
+        values["adapter"] = (values.get("adapter") or {}) | _without_none(adapter_flags)
         hints = typing.get_type_hints(cls)
         return cls(**{key: as_type(key, value, hints[key]) for key, value in values.items()})
 
     def to_yaml(self) -> str:
-        """The settings as a file for ``--config``; those that are not used are left out."""
-        values = {}
-        for k, v in dataclasses.asdict(self).items():
-            if v is not None:
-                values[k] = v
+        """The settings as a file for ``--config``, in the order in which the help shows them; those that are
+        not used are left out.
+        """
+        values = _without_none(dataclasses.asdict(self))
         return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
+# The settings without which there is no run.
+_REQUIRED = ("model", "task", "train_file", "output_dir")
+# Settings of which there are only some values.
+_MAY_BE = {
+    "dtype": ("float32", "bfloat16", "float16"),
+    "precision": ("float32", "bf16", "fp16"),
+    "device": ("auto", "cpu"),
+}
+# Settings that count something.
+_AT_LEAST_ONE = (
+    "max_length",
+    "max_target_length",
+    "batch_size",
+    "eval_batch_size",
+    "gradient_accumulation_steps",
+)
+_ABOVE_ZERO = ("epochs", "learning_rate")
+
+
+def _without_none(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values that are something."""
+    return {key: value for key, value in values.items() if value is not None}
+
+
 def read_yaml(file: Path) -> Mapping[str, Any]:
-    """A YAML file that holds one mapping.
+    """A YAML file that holds one mapping; an empty file holds an empty one.
+
+    Args:
+        file: the file.
 
     Raises:
         RunError: it is not there, or holds something else.
@@ -214,22 +229,37 @@ def as_type(name: str, value: Any, hint: Any) -> Any:
     Raises:
         RunError: it does not fit.
     """
-    if isinstance(hint, types.UnionType):
-        options = typing.get_args(hint)
-    else:
-        options = (hint,)
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if value is None and types.NoneType in options:
         return None
+    # Of ``list[str] | None`` the list.
     kind = typing.get_origin(options[0]) or options[0]
-    if kind is float and isinstance(value, (int, str)) and not isinstance(value, bool):
-        try:
-            return float(value)
-        except ValueError:
-            pass
-    if kind is list and isinstance(value, list) and all(isinstance(item, (str, int)) for item in value):
-        return [str(item) for item in value]
-    if kind is list and isinstance(value, str):
-        return [item.strip() for item in value.split(",")]
-    if isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
-        return value
+    result = value
+    if kind is float:
+        result = _as_fraction(value)
+    elif kind is list:
+        result = _as_texts(value)
+    # A yes or no is a whole number to Python, and none to people.
+    is_confused = kind is int and isinstance(result, bool)
+    if isinstance(result, kind) and not is_confused:
+        return result
     raise RunError(f"{name} is {value!r}; it must be of type {kind.__name__}")
+
+
+def _as_fraction(value: Any) -> Any:
+    """A whole number, or a text that is a number, as a fraction; other values as they are."""
+    if isinstance(value, bool) or not isinstance(value, (int, str)):
+        return value
+    try:
+        return float(value)
+    except ValueError:
+        return value
+
+
+def _as_texts(value: Any) -> Any:
+    """A text with commas, or a list of texts and numbers, as a list of texts; other values as they are."""
+    if isinstance(value, str):
+        return [item.strip() for item in value.split(",")]
+    if isinstance(value, list) and all(isinstance(item, (str, int)) for item in value):
+        return [str(item) for item in value]
+    return value

@@ -96,7 +96,7 @@ def classification_metrics(choices: np.ndarray, truth: np.ndarray, labels: Seque
         truth: right class of each item, ``(items,)``.
         labels: the classes' names.
     """
-    each = {}
+    by_class = {}
     for index, label in enumerate(labels):
         chosen, right = choices == index, truth == index
         hits = int((chosen & right).sum())
@@ -104,9 +104,9 @@ def classification_metrics(choices: np.ndarray, truth: np.ndarray, labels: Seque
         recall = hits / max(int(right.sum()), 1)
         f1 = 2 * precision * recall / max(precision + recall, 1e-12)
         if right.any() or chosen.any():
-            each[label] = ClassFigures(precision, recall, f1, int(right.sum()))
+            by_class[label] = ClassFigures(precision, recall, f1, int(right.sum()))
     return {
         "accuracy": float((choices == truth).mean()),
-        "macro_f1": float(np.mean([figures.f1 for figures in each.values()])),
-        "classes": {label: vars(figures) for label, figures in each.items()},
+        "macro_f1": float(np.mean([figures.f1 for figures in by_class.values()])),
+        "classes": {label: vars(figures) for label, figures in by_class.items()},
     }

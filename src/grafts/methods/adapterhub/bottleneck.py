@@ -60,12 +60,12 @@ class BottleneckLayout(Layout[BnConfig]):
             tensors[f"{OURS}{_module_beside(match[1], model)}.{name}"] = tensor
         take(left, r".*\.adapters\.[^.]+\.adapter_norm_before\..+")  # once more what adapter_down holds
         # What all share belongs to the first of them.
-        own = []
+        sublayers = []
         for sublayer in model.stream.sublayers():
             if config.takes(sublayer):
-                own.append(sublayer)
+                sublayers.append(sublayer)
         for match, tensor in take(left, r"(?:.*\.)?shared_parameters\.[^.]+\.(.+)"):
-            tensors[f"{OURS}{own[0].out}.shared.{match[1]}"] = tensor
+            tensors[f"{OURS}{sublayers[0].out}.shared.{match[1]}"] = tensor
         for match, tensor in take(left, r"(?:.*\.)?invertible_adapters\.[^.]+\.(\w+)\.(\d)\.(weight|bias)"):
             if match[2] == _STEPS["first"]:
                 linear = "first"

@@ -59,15 +59,15 @@ class IA3Layout(Layout[IA3Config]):
 
     def write(self, config: IA3Config, parts: Parts, model: HubModel, name: str) -> tuple[Values, Tensors]:
         """The vector of each module."""
-        own = {path: part for path, part in parts.items() if isinstance(part, IA3Part)}
-        roles = {model.view.roles[path] for path in own}
-        scales_inputs = any(part.when == "before" for part in own.values())
+        scalings = {path: part for path, part in parts.items() if isinstance(part, IA3Part)}
+        roles = {model.view.roles[path] for path in scalings}
+        scales_inputs = any(part.when == "before" for part in scalings.values())
         if scales_inputs or roles - {*ATTENTION_MATRICES, FFN_IN, FFN_OUT}:
             raise ConfigError(
                 "AdapterHub's (IA)3 scales outputs, of queries, keys, values and the feed-forward's linears "
                 "only"
             )
-        tensors: Tensors = {f"{path}.loras.{name}.lora_B": part.ia3_l for path, part in own.items()}
+        tensors: Tensors = {f"{path}.loras.{name}.lora_B": part.ia3_l for path, part in scalings.items()}
         values = lora_values(
             roles,
             r=1,

@@ -97,15 +97,15 @@ class LoraLayout(Layout[LoraConfig]):
 
     def write(self, config: LoraConfig, parts: Parts, model: HubModel, name: str) -> tuple[Values, Tensors]:
         """The factors of each module, and the gates."""
-        own = {path: part for path, part in parts.items() if isinstance(part, LoraPart)}
-        _require_plain(config, list(own.values()))
-        roles = {model.view.roles[path] for path in own}
+        updates = {path: part for path, part in parts.items() if isinstance(part, LoraPart)}
+        _require_plain(config, list(updates.values()))
+        roles = {model.view.roles[path] for path in updates}
         strange = roles - {*ATTENTION_MATRICES, FFN_IN, FFN_OUT}
         if strange:
             of_ours = " of ours" if FUSED in strange else ""
             raise ConfigError(f"AdapterHub has no LoRA at {', '.join(sorted(strange))}{of_ours}")
         tensors: Tensors = {}
-        for path, part in own.items():
+        for path, part in updates.items():
             a, b = part.factors()
             tensors[f"{path}.loras.{name}.lora_A"] = a
             tensors[f"{path}.loras.{name}.lora_B"] = b

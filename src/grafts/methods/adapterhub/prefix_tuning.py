@@ -74,15 +74,15 @@ class PrefixLayout(Layout[PrefixTuningConfig]):
     ) -> tuple[Values, Tensors]:
         """The keys and values of each location, and the gates."""
         refuse_relative(model.model)
-        own = {path: part for path, part in parts.items() if isinstance(part, PrefixPart)}
-        if len(own) < len(parts):
+        prefixes = {path: part for path, part in parts.items() if isinstance(part, PrefixPart)}
+        if len(prefixes) < len(parts):
             raise ConfigError(
                 "it counts positions or has parts of its own elsewhere, which AdapterHub does not"
             )
         locations = {role: location for location, role in LOCATIONS.items()}
         numbers: dict[str, list[Tensor]] = defaultdict(list)
         tensors: Tensors = {}
-        for path, part in own.items():
+        for path, part in prefixes.items():
             numbers[locations[model.view.roles[path]]].append(part.numbers())
             if part.gate is not None:
                 for kind, gate in part.gate.named_parameters():

@@ -109,8 +109,8 @@ def _units(part: ReftPart, config: ReftConfig) -> list[Intervention]:
     units = cast("dict[str, Intervention]", dict(part.units.items()))
     if config.tied_weights:
         return [units["both"]]
-    some = next(iter(units.values()))
-    return [units.get("prefix", some), units.get("suffix", some)]
+    single = next(iter(units.values()))
+    return [units.get("prefix", single), units.get("suffix", single)]
 
 
 def _has_orthonormal_rows(rotation: Tensor) -> bool:

@@ -83,8 +83,8 @@ class MultiheadPart(ModulePart):
 
 def _of_projection(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """The weight and the bias of one projection, among the tensors of `nn.MultiheadAttention`."""
-    own = {}
+    of_projection = {}
     for name in ("weight", "bias"):
         if prefix + name in tensors:
-            own[name] = tensors[prefix + name]
-    return own
+            of_projection[name] = tensors[prefix + name]
+    return of_projection

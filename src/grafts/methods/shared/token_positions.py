@@ -46,7 +46,9 @@ class TokenCounter(TokenObserver):
         self.past = 0
 
     def observe(self, number: Tensor, left: Tensor, past: int) -> None:
-        """Remember."""
+        """Remember what the present call is made of, until the next one; the arguments are those of
+        `TokenObserver`.
+        """
         self.number = number
         self.left = left
         self.past = past
@@ -71,6 +73,7 @@ def observer_places(view: ModelView, candidates: Sequence[Place]) -> list[Place]
 
 def counter_around(path: str, parts: Mapping[str, Part]) -> TokenCounter | None:
     """The counter of the innermost stack around a module; None where there is none."""
+    # Stacks may lie in each other (a base model and its decoder), and the innermost one was told last.
     innermost, counter = "", None
     for owner, part in parts.items():
         if isinstance(part, TokenCounter) and is_inside(path, owner) and len(owner) >= len(innermost):

@@ -196,11 +196,11 @@ class VirtualTokenFiles(PackedFiles[C]):
         self, config: C, values: Mapping[str, Any], parts: Parts, layers: Mapping[str, Layer]
     ) -> Mapping[str, Any]:
         """The sizes, as `peft` completes them from the model."""
-        own = [part for part in parts.values() if isinstance(part, VirtualPart)]
-        if not own:
+        virtual_parts = [part for part in parts.values() if isinstance(part, VirtualPart)]
+        if not virtual_parts:
             return {}
-        changed = dict(own[0].sizes)
-        changed["num_transformer_submodules"] = sum(part.length > 0 for part in own)
+        changed = dict(virtual_parts[0].sizes)
+        changed["num_transformer_submodules"] = sum(part.length > 0 for part in virtual_parts)
         if "encoder_hidden_size" in values:
             changed["encoder_hidden_size"] = values["encoder_hidden_size"] or changed["token_dim"]
         return changed
@@ -209,11 +209,11 @@ class VirtualTokenFiles(PackedFiles[C]):
         """The tokens of all inputs in one tensor, ``(tokens, embedding size)``, and the network that makes
         them.
         """
-        own = [part for part in parts.values() if isinstance(part, VirtualPart) and part.length > 0]
-        own.sort(key=lambda part: part.offset)
+        filled = [part for part in parts.values() if isinstance(part, VirtualPart) and part.length > 0]
+        filled.sort(key=lambda part: part.offset)
         with torch.no_grad():
-            tensors = {PROMPT: torch.cat([part.virtual_tokens() for part in own])}
-        for part in own:
+            tensors = {PROMPT: torch.cat([part.virtual_tokens() for part in filled])}
+        for part in filled:
             encoder = part.encoder_module()
             if encoder is not None:
                 return tensors | encoder_tensors(encoder)
@@ -225,23 +225,22 @@ class VirtualTokenFiles(PackedFiles[C]):
         """The network for the part that has it, else the tokens of each input."""
         by_path = without_prefix(tensors, self.prefix)
         for target in targets:
-            if any(name.startswith("encoder.") for name in target.tensors):
+            if has_encoder_tensors(target):
                 return by_path | encoder_by_path(tensors, target.path)
 
-        prompts: list[tuple[str, Size]] = []
-        for target in targets:
-            if "prompt" in target.tensors:
-                prompts.append((target.path, target.tensors["prompt"]))
-        prompts.sort(key=lambda prompt: "decoder" in prompt[0])
+        # The encoder's input first, as `peft` has it.
+        filled = [target for target in targets if "prompt" in target.tensors]
+        filled.sort(key=lambda target: "decoder" in target.path)
+        prompts: list[tuple[str, Size]] = [(target.path, target.tensors["prompt"]) for target in filled]
         lengths = [shape[0] for _, shape in prompts]
         if config.num_transformer_submodules == 2 and len(prompts) == 1 and PROMPT in tensors:
             # `peft` writes tokens for the decoder too, and puts only the first half, in front of the encoder.
             half = tensors[PROMPT].shape[0] // 2
             tensors = {**tensors, PROMPT: tensors[PROMPT][:half]}
         embedding_size = prompts[0][1][1]
-        pieces = split(tensors, lengths, 0, (sum(lengths), embedding_size))
-        for (path, _), piece in zip(prompts, pieces, strict=True):
-            by_path[join(path, "prompt")] = piece
+        prompt_of_each = split(tensors, lengths, 0, (sum(lengths), embedding_size))
+        for (path, _), prompt in zip(prompts, prompt_of_each, strict=True):
+            by_path[join(path, "prompt")] = prompt
         return by_path
 
 
@@ -252,6 +251,13 @@ def without_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tens
         if name.startswith(prefix):
             result[name.removeprefix(prefix)] = tensor
     return result
+
+
+def has_encoder_tensors(target: FileTarget) -> bool:
+    """Whether the part of a target has the network that makes the virtual tokens, and so takes its tensors
+    from a file.
+    """
+    return any(name.startswith("encoder.") for name in target.tensors)
 
 
 def encoder_by_path(tensors: Mapping[str, Tensor], path: str) -> dict[str, Tensor]:
