@@ -23,12 +23,8 @@ def capabilities(method: Method) -> str:
         "stands beside": ", ".join(sorted(method.layers)) or "what its parts stand beside",
         "targets if none are named": stream if method.places is not None else targets or "those of its parts",
         "a fresh adapter leaves the output bitwise": "yes" if method.inert else "no",
-        "merge and unmerge": "no"
-        if not method.mergeable
-        else "yes"
-        if method.merges is None
-        else "where it is linear",
-        "rows of a batch can choose": "yes" if method.routable else "no",
+        "merge and unmerge": merging(method),
+        "rows of a batch can choose": rows_choosing(method),
         "can be combined by": ", ".join(f"`{way}`" for way in method.combinations) or "nothing",
         "file type": f"`{method.peft_type}`"
         + (f", interchangeable with {' and '.join(shared)}" if shared else ""),
@@ -37,6 +33,26 @@ def capabilities(method: Method) -> str:
     }
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     return f"\n## What it can do\n\n| | |\n|---|---|\n{table}\n"
+
+
+def merging(method: Method) -> str:
+    """Whether adapters of a method can be merged, in words."""
+    if method.members is not None:
+        return "where all of its members can"
+    if not method.mergeable:
+        return "no"
+    if method.merges is not None:
+        return "where it is linear"
+    return "yes"
+
+
+def rows_choosing(method: Method) -> str:
+    """Whether rows of a batch can choose among adapters of a method, in words."""
+    if method.members is not None:
+        return "where they can choose all of its members"
+    if method.routable:
+        return "yes"
+    return "no"
 
 
 def peft_has(method: Method) -> bool:

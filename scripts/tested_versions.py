@@ -196,8 +196,8 @@ def main() -> None:
     running.add_argument("--workers", default=os.environ.get("WORKERS", "2"))
     verbs.add_parser("table", help="write the table of the pages again")
     verbs.add_parser("check", help="fail where the table is not what was recorded")
-    given = parser.parse_args()
-    if given.verb == "check":
+    arguments = parser.parse_args()
+    if arguments.verb == "check":
         failed = [name for name, row in json.loads(RECORD.read_text("utf-8")).items() if row["failed"]]
         if failed:
             sys.exit(
@@ -208,11 +208,11 @@ def main() -> None:
         sys.exit(
             f"make the tables anew (scripts/tested_versions.py table): {', '.join(stale)}" if stale else 0
         )
-    if given.verb == "table":
+    if arguments.verb == "table":
         write_pages()
         return
-    names = list(ENVIRONMENTS) if "all" in given.names else given.names
-    sys.exit(max(run(name, given.workers, given.short) for name in names))
+    names = list(ENVIRONMENTS) if "all" in arguments.names else arguments.names
+    sys.exit(max(run(name, arguments.workers, arguments.short) for name in names))
 
 
 if __name__ == "__main__":

@@ -72,6 +72,7 @@ def nearest(word: str, known: Iterable[str], limit: int = 3) -> list[str]:
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """A clause to append to a message about an unknown word: the nearest known words, or all of them."""
     known = list(known)
-    if near := nearest(word, known):
+    near = nearest(word, known)
+    if near:
         return "did you mean " + " or ".join(repr(name) for name in near) + "?"
     return "known: " + (", ".join(repr(name) for name in sorted(known)) or "none")

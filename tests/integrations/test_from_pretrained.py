@@ -57,6 +57,21 @@ def test_base_and_adapter_in_one_call(saved: tuple[Path, Tensor]) -> None:
     assert logits(trainable).dtype == torch.float64
 
 
+def test_an_interface_goes_to_the_adapter(tmp_path: Path) -> None:
+    BY_NAME["llama"].model().save_pretrained(tmp_path / "base")
+    from transformers import LlamaForCausalLM
+
+    model = grafts.init(LlamaForCausalLM.from_pretrained(tmp_path / "base"))
+    model.add_adapter("seq_bn[reduction_factor=4]")
+    model.save_pretrained(tmp_path / "adapter")
+    fitting = grafts.infer_interface(model)
+    wrong = dataclasses.replace(fitting, layer_output_proj="mlp.no_such_linear")
+    loaded: Any = grafts.from_pretrained(tmp_path / "adapter", interface=fitting)
+    assert loaded.active_adapters() == ["default"]
+    with pytest.raises(grafts.InterfaceError, match="no_such_linear"):
+        grafts.from_pretrained(tmp_path / "adapter", interface=wrong)
+
+
 def test_transformers_opens_an_adapter_while_the_integration_is_on(saved: tuple[Path, Tensor]) -> None:
     from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 

@@ -20,7 +20,7 @@ from grafts.methods import AdapterConfig, ModulePart, Part, Place, Reference, _r
 from grafts.sites.attention import AttentionSite
 from grafts.sites.input import InputSite
 from grafts.sites.module import ModuleSite
-from grafts.sites.setup import SITE_ATTRIBUTES, child_key
+from grafts.sites.setup import SITE_ATTRIBUTES, Rows, child_key
 from grafts.sites.site import Site, sites_in
 from helpers.attending import ARCHITECTURES
 from helpers.bases import BY_NAME
@@ -95,7 +95,8 @@ def test_a_shared_tensor_is_counted_trained_and_saved_once(tmp_path) -> None:
     model = with_codebook()
     tables = [name for name, _ in model.named_parameters() if name.endswith("table")]
     assert len(tables) == 1
-    assert grafts.plan(LLAMA.model(), CodebookConfig()).parameters == 2 * 64 + 2 * 2
+    planned = grafts.plan(LLAMA.model(), CodebookConfig())
+    assert planned.parameters == 2 * 64 + 2  # what is frozen is not trained
     LLAMA.output(model).square().mean().backward()
     gradient = part_of(model).table.grad
     assert gradient[0].any()
@@ -193,3 +194,57 @@ def test_an_adapter_may_be_called_like_an_attribute_of_a_site(name: str) -> None
         assert changed.shape == LLAMA.output(LLAMA.model()).shape
         grafts.delete(model, name)
     assert torch.equal(LLAMA.output(model), LLAMA.output(LLAMA.model()))
+
+
+class Table(ModulePart):
+    """Stands in place of a module, and gives a tensor that it keeps."""
+
+    when = "instead"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("kept", torch.ones(2, 3, 16), persistent=False)
+
+    def forward(self, *args: Tensor) -> Tensor:
+        return self.kept
+
+
+class ThroughWeights(ModulePart):
+    """Doubles a module's weight for each call."""
+
+    when = "weights"
+
+    def merged(self, tensors: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        return {"weight": 2 * tensors["weight"]}
+
+
+def at_head(part: Part) -> nn.Linear:
+    """A linear with this part of an active adapter "en", and with LoRA of a second one behind it."""
+    model = nn.Sequential(nn.Linear(16, 16)).eval()
+    grafts.add(model, "lora[target_modules='all-linear']", name="de")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    [(host, site)] = sites_in(model)
+    site.append("en", part, host)
+    site.setup.set(active=("en", "de"))
+    return model
+
+
+def test_what_stands_in_place_of_a_module_is_not_written_into() -> None:
+    part = Table()
+    model = at_head(part)
+    with torch.no_grad():
+        output = model(torch.randn(2, 3, 16))
+    assert not torch.equal(output, part.kept)
+    assert torch.equal(part.kept, torch.ones(2, 3, 16))
+
+
+def test_a_part_that_acts_through_weights_cannot_act_on_some_rows() -> None:
+    model = at_head(ThroughWeights())
+    x = torch.randn(2, 3, 16)
+    site = next(site for _, site in sites_in(model))
+    site.setup.rows = Rows(["en", None])
+    with pytest.raises(grafts.StateError, match="acts through the weights of its module"):
+        model(x)

@@ -142,7 +142,7 @@ def load(
 
     Args:
         model: the base model that the adapter was trained for.
-        path: a directory that `save` or `peft` wrote.
+        path: a directory that `save`, `peft` or AdapterHub's library wrote.
         name: what to call it here; a list of names loads the adapters in the folders of these names, all or
             none.
         activate: make it the active adapter, several in the order of their names; False leaves the setup as
@@ -231,6 +231,12 @@ def prepare(
     fill: bool = False,
 ) -> PreparedAdapter:
     """An adapter of a checkpoint, checked and made, without touching the model.
+
+    Either a new one, or (`grafts.hotswap`) one whose values are to take the place of those of an adapter that
+    is
+    there: for that its config is the old one's where it says where the adapter stands (``instead``), and it
+        has
+    a part at every place of the old one (``fill``).
 
     Args:
         model: the base model.
@@ -343,7 +349,8 @@ class _FileMember:
 
     Attributes:
         config: its config, as the tensors show it.
-        tensors: by their names in the file.
+        tensors: by their names in the file; for methods whose tensors lie by module without what a file puts
+            in front.
         replaced: paths of modules whose base weights the file brings along.
         same: names of tensors that are the base's own.
     """

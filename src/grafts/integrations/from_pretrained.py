@@ -119,7 +119,11 @@ def from_pretrained(
         ) from error
     load: Any = init(model)
     load.load_adapter(
-        folder, adapter_name, is_trainable=is_trainable, adapter_kwargs={"allow_pickle": allow_pickle}
+        folder,
+        adapter_name,
+        is_trainable=is_trainable,
+        adapter_kwargs={"allow_pickle": allow_pickle},
+        interface=interface,
     )
     return load  # type: ignore[no-any-return]
 

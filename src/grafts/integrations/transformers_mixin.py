@@ -31,6 +31,7 @@ from grafts.lifecycle import activate, attach, registry
 from grafts.lifecycle import merge as merging
 from grafts.lifecycle.registry import find_registry
 from grafts.lifecycle.sharding import gathered
+from grafts.structure.interface import AdapterModelInterface
 
 
 @dataclass
@@ -119,6 +120,7 @@ class PeftAdapterMixin:
         hotswap: bool | Literal["auto"] = "auto",
         local_files_only: bool = False,
         load_config: Any = None,
+        interface: AdapterModelInterface | None = None,
     ) -> LoadReport:
         """Put an adapter from a folder, from the hub, or from memory on the model, and make it the active
         one.
@@ -146,6 +148,7 @@ class PeftAdapterMixin:
                 `enable_peft_hotswap`.
             local_files_only: look only at what was downloaded before.
             load_config: how `from_pretrained` was called, where it calls this.
+            interface: what the model's modules are; by default what the folder says, else what is worked out.
 
         Returns:
             What was loaded; nothing in it is missing or unexpected, since that is an error.
@@ -173,16 +176,16 @@ class PeftAdapterMixin:
                     "an adapter that is hotswapped takes the place of another, where the model is: leave "
                     "device_map out"
                 )
-            return swap(model, checkpoint, name=name)
+            return swap(model, checkpoint, name=name, interface=interface)
 
         # Made once to see that it fits, and again where the model has moved: the parts have to lie where it
         # lies then.
         state = self._mixin_state
-        adapter = prepare(registry.unwrapped(model), name, checkpoint, None)
+        adapter = prepare(registry.unwrapped(model), name, checkpoint, interface)
         check_reservable(adapter.parts, state.reserved_rank)
         if moves:
             dispatch(model, device_map, max_memory, offload_folder, offload_index)
-            adapter = prepare(registry.unwrapped(model), name, checkpoint, None)
+            adapter = prepare(registry.unwrapped(model), name, checkpoint, interface)
         reserve_rank(adapter.parts, state.reserved_rank)
         # While adapters are disabled, it becomes what comes back.
         adapter.attach(activate=state.disabled is None, train=is_trainable)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Size, nn
 
@@ -20,7 +20,6 @@ from grafts.structure.interface import AdapterModelInterface
 Key = tuple[str, str, int]
 # The kinds of targets that are no method's: a copy of a module, trained biases, trained rows of an embedding.
 AUXILIARY_KINDS = ("copy", "bias", "tokens")
-AuxiliaryKind = Literal["copy", "bias", "tokens"]
 
 
 @dataclass(frozen=True)
@@ -32,8 +31,9 @@ class Target:
         kind: what is put there: the method's name, ``"copy"`` (`modules_to_save`), ``"bias"`` or
             ``"tokens"``.
         role: what the module is there for in the model.
-        shape: the module's sizes, for people.
+        shape: the module's sizes, as a text for people.
         tensors: name in the checkpoint (after the module's path) -> shape of each tensor that the part holds.
+        frozen: the names of those that are never trained.
         build: makes the part for the module, on the default device.
         tied_to: the path of the module whose part of the same kind this one shares, or None.
         site: the kind of site that the part stands at.
@@ -49,6 +49,7 @@ class Target:
     tied_to: str | None = None
     site: type[Site] = field(default=ModuleSite, repr=False)
     member: int = 0
+    frozen: frozenset[str] = frozenset()
 
     @property
     def key(self) -> Key:
@@ -66,12 +67,12 @@ class Target:
 
     @property
     def parameters(self) -> int:
-        """How many parameters of its own the part holds; 0 for one that follows another target, with whose
+        """How many parameters of its own the part trains; 0 for one that follows another target, with whose
         tensors it computes.
         """
         if self.tied_to is not None:
             return 0
-        return sum(math.prod(shape) for shape in self.tensors.values())
+        return sum(math.prod(shape) for name, shape in self.tensors.items() if name not in self.frozen)
 
 
 class PlanRow(NamedTuple):
@@ -125,8 +126,8 @@ class Plan:
 
     @property
     def parameters(self) -> int:
-        """How many parameters the adapter would hold, frozen ones too, each counted once however many targets
-        use it.
+        """How many parameters the adapter would train, each counted once however many targets use it; without
+        those that a method keeps frozen.
         """
         return sum(target.parameters for target in self.targets)
 

@@ -27,7 +27,7 @@ class Merge:
 
     Attributes:
         undo: one step per changed tensor; each takes the model.
-        active: the setup before the merge.
+        active: the names of the adapters that were active before the merge.
     """
 
     undo: list[Undo]

@@ -65,7 +65,10 @@ class Draft:
 
 
 def resolve(view: ModelView, config: AdapterConfig, file: FileFacts | None = None) -> Draft:
-    """`plan`, over a view of the model.
+    """What `plan` gives, and the parts that were planned, over a view of the model.
+
+    Pure but for one thing: where the method needs an interface and none is known, one forward of the model is
+    watched to work it out, which leaves the model as it was.
 
     Args:
         view: the model, looked at once.

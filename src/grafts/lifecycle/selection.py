@@ -1,5 +1,5 @@
-"""Which modules of a model a config selects: by names, by roles, by layers; pure functions over a view of the
-model.
+"""Which modules of a model a config selects: by names, by roles, by layers. Reads a view of the model and
+changes nothing.
 """
 
 from __future__ import annotations
@@ -96,7 +96,8 @@ class Selection:
         paths = self._named()
         excluded = set(self._matched("exclude_modules", config.exclude_modules or ()))
         paths = self._in_chosen_layers([path for path in paths if path not in excluded])
-        # A name may be that of attention, and of what stands around it.
+        # A name may be that of attention, and of what stands around it: in BERT ``attention`` holds both
+        # ``attention.self`` and its output, and only the former can be reached.
         if self.method.layers <= {"attending", "input"}:
             fitting = [path for path in paths if self._is_supported(path)]
             paths = fitting or paths

@@ -38,6 +38,7 @@ def method_targets(selection: Selection, places: Sequence[Place], member: int) -
         member: the number of the config in a union.
     """
     view, method, config = selection.view, selection.method, selection.config
+    # A plan may outlive the model, and holds on to no module of it: the host comes back when a part is built.
     without_hosts = tuple(replace(place, host=_NO_HOST) for place in places)
     targets = []
     for place in without_hosts:
@@ -53,6 +54,7 @@ def method_targets(selection: Selection, places: Sequence[Place], member: int) -
             build=build,
             site=part.site,
             member=member,
+            frozen=part.frozen,
         )
         targets.append((target, part))
     return targets

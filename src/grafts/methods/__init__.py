@@ -6,7 +6,7 @@ attention (`AttendingPart`), or in front of a stack's input (`InputPart`). CONTR
 from beginning to end.
 """
 
-from grafts.config import AdapterConfig, Auxiliary, LayerSelection, config, option
+from grafts.config import AdapterConfig, Auxiliary, LayerSelection, Names, config, option
 from grafts.methods._files import FileTarget, MethodFiles, PackedFiles, Parts
 from grafts.methods._registry import (
     Method,
@@ -20,12 +20,16 @@ from grafts.methods._registry import (
     stream_place,
 )
 from grafts.methods._tensor_merging import TensorMerging
+from grafts.methods.shared.rescale import scaled
+from grafts.modules.layers import Layer
 from grafts.sites.arguments import Kind
 from grafts.sites.attention import AttendingPart, Attention
 from grafts.sites.input import InputPart, TokenObserver
 from grafts.sites.module import ModulePart
 from grafts.sites.site import Part, RankedPart, Reference
-from grafts.structure import roles
+from grafts.structure import residual_stream, roles
+from grafts.structure.residual_stream import ResidualStream, Sublayer
+from grafts.structure.view import ModelView
 
 __all__ = [
     "AdapterConfig",
@@ -35,17 +39,22 @@ __all__ = [
     "FileTarget",
     "InputPart",
     "Kind",
+    "Layer",
     "LayerSelection",
     "Method",
     "MethodFiles",
+    "ModelView",
     "ModulePart",
+    "Names",
     "PackedFiles",
     "Part",
     "Parts",
     "Place",
     "RankedPart",
     "Reference",
+    "ResidualStream",
     "Source",
+    "Sublayer",
     "TensorMerging",
     "TokenObserver",
     "config",
@@ -55,6 +64,8 @@ __all__ = [
     "method_of",
     "methods",
     "option",
+    "residual_stream",
     "roles",
+    "scaled",
     "stream_place",
 ]

@@ -40,10 +40,11 @@ class Place:
         layer: what the module is.
         role: what it is there for, one of the words in `grafts.structure.roles`; on the residual stream what
             the part is to do there.
-        host: the module.
+        host: the module; in `others` nothing that says anything.
         sublayer: the step of a layer that the part belongs to, on the stream.
         number: of its layer, on the stream.
-        others: every place where the adapter has a part of the method, this one among them, in order.
+        others: every place where the adapter has a part of the method, this one among them, in order; empty
+            for the projections inside of `nn.MultiheadAttention`.
     """
 
     path: str
@@ -118,8 +119,8 @@ class Method(Generic[C]):
         example: ``example(**changes)`` gives a config with which it can be tried on a small model of any
             kind.
         check: ``check(config, places)`` refuses a config whose targets do not go together.
-        narrow: ``narrow(config, places, candidates)`` gives the places that really get a part, in order, from
-            those that were selected and all that the model has.
+        narrow: ``narrow(config, places, candidates)`` gives the places that really get a part, in order: some
+            of those that were selected, and what serves them, from all that the model has.
         places: of a method on the residual stream: ``places(config, view, candidates)`` gives the places of
             its parts, in order, from the view of the model and the places that all layers would be.
         members: ``members(config)`` gives the configs that an adapter of this method is made of; it has no
@@ -225,7 +226,7 @@ def method(
         example: makes a config to try it with; by default one for every linear layer, where it stands beside
             those.
         check: refuses targets that do not go together.
-        narrow: chooses among the selected places.
+        narrow: chooses among the selected places, and adds what serves them.
         places: chooses the places on the residual stream.
         members: gives the configs that an adapter is made of.
         merges: says of a config whether its adapters can be merged.

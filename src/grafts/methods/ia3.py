@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any, ClassVar, cast
 
 import torch
@@ -222,7 +221,6 @@ def combined(
     source="Liu et al. 2022, https://arxiv.org/abs/2205.05638",
     combinations=("linear", "geometric"),
     combine=combined,
-    example=partial(IA3Config, target_modules="all-linear"),
     check=feedforwards_among_targets,
     files=IA3Files(replaceable=frozenset({"init_ia3_weights"})),
 )

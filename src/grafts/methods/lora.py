@@ -8,7 +8,6 @@ import dataclasses
 import math
 import re
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
@@ -833,7 +832,6 @@ class LoraFiles(MethodFiles[LoraConfig]):
     source="Hu et al. 2021, https://arxiv.org/abs/2106.09685",
     combinations=COMBINATIONS,
     combine=combined,
-    example=partial(LoraConfig, target_modules="all-linear"),
     merges=can_be_merged,
     narrow=narrow,
     files=LoraFiles(

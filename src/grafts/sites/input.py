@@ -116,8 +116,7 @@ class InputSite(Site):
             return output
         layout = call.layout
         self._see_cache(host, call, output)
-        keeps_all = isinstance(call.tokens_at, int) and call.tokens_at == 0
-        if layout is None or keeps_all:
+        if layout is None or call.tokens_at is None:
             return output
         require_positions(host, output, layout.count + layout.tokens)
         return tokens_only(output, call.tokens_at, layout.count + layout.tokens)

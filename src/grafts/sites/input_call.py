@@ -90,9 +90,9 @@ class InputCall:
             ``(batch, 1)``.
         waiting: virtual tokens that come in behind the embeddings, ``(batch, count, size)``; else None.
         tokens_at: where the tokens are in the output, ``(batch, tokens)``, or how many positions come before
-            them.
-        counted: how many positions the cache has to hold after this call, which begins a sequence; None where
-            nobody counts.
+            them; None where all positions stay in it.
+        counted: how many positions the cache has to hold after this call, where that is to be checked: once a
+            sequence, when it begins, and only where the call does not say itself how many tokens came before.
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class InputCall:
         self.first: Tensor | None = None
         self.shift: int | Tensor = 0
         self.waiting: Tensor | None = None
-        self.tokens_at: Tensor | int = 0
+        self.tokens_at: Tensor | int | None = None
         self.counted: int | None = None
 
         self._parts_of_rows = parts_of_rows
@@ -172,9 +172,9 @@ class InputCall:
         """
         arguments = self.arguments
         if self._puts_tokens:
-            _require_padded(arguments, _PLACED)
+            _refuse_packed_by_argument(arguments, _PLACED)
         elif self._has_observers:
-            _require_padded(arguments, _COUNTED)
+            _refuse_packed_by_argument(arguments, _COUNTED)
         arguments.refuse_unknown_cache(self.host)
         past = self._asked_past()
         # A cache that was emptied since holds virtual tokens no more, whatever its view says.
@@ -262,7 +262,7 @@ class InputCall:
         """Put virtual tokens among the embeddings, where a part has some."""
         parts = [part for part in self._parts if part.length > 0]
         arguments = self.arguments
-        _require_rows(arguments, _PLACED)
+        _refuse_packed_by_positions(arguments, _PLACED)
         _require_together(parts)
         embeddings = arguments.get(Kind.EMBEDDINGS)
         if embeddings is None:
@@ -295,8 +295,9 @@ class InputCall:
         enlarge_cache(arguments.get(Kind.CACHE), layout.count, window)
 
     @staticmethod
-    def _tokens_in_output(parts: list[InputPart], layout: PromptLayout, first: Tensor) -> Tensor | int:
-        """Where the tokens are in the output, or how many positions come before them.
+    def _tokens_in_output(parts: list[InputPart], layout: PromptLayout, first: Tensor) -> Tensor | int | None:
+        """Where the tokens are in the output, or how many positions come before them; None where the
+        positions of the virtual tokens stay.
 
         Args:
             parts: those that put virtual tokens in.
@@ -305,7 +306,7 @@ class InputCall:
         """
         for part in parts:
             if part.kept:
-                return 0
+                return None
         if layout.is_even:
             return layout.count
         return layout.token_positions(first)
@@ -397,7 +398,7 @@ class InputCall:
         tokens.
         """
         arguments, layout = self.arguments, self.layout
-        _require_rows(arguments, _COUNTED)
+        _refuse_packed_by_positions(arguments, _COUNTED)
         before = self._past
         if layout is not None and self._past > 0:
             before = self._past - layout.count
@@ -444,7 +445,7 @@ class InputCall:
         """Let the mask follow the virtual tokens."""
         arguments = self.arguments
         mask = arguments.get(Kind.MASK)
-        _require_plain(mask, _PLACED)
+        _require_mask_of_tokens(mask, _PLACED)
         first = self.first
         if first is None:  # of a later call, whose mask begins with that of the first
             first = layout.first(mask, self._batch, self._device)
@@ -623,18 +624,18 @@ def require_counted(host: nn.Module, cache: Any, counted: int) -> None:
         )
 
 
-def _require_padded(arguments: CallArguments, who: str) -> None:
+def _refuse_packed_by_argument(arguments: CallArguments, who: str) -> None:
     """Refuse what says at first sight that sequences lie packed in one row.
 
     Raises:
         StateError: saying so.
     """
-    _require_plain(arguments.get(Kind.MASK), who)
+    _require_mask_of_tokens(arguments.get(Kind.MASK), who)
     if arguments.get(Kind.PACKED) is not None:
         raise _packed(who)
 
 
-def _require_rows(arguments: CallArguments, who: str) -> None:
+def _refuse_packed_by_positions(arguments: CallArguments, who: str) -> None:
     """Refuse sequences that lie packed in one row, as positions that begin again show, of a call without a
     mask.
 
@@ -672,7 +673,7 @@ def _packed(who: str) -> StateError:
     return StateError(f"{who} one sequence a row, and these lie packed in one row: pad them instead")
 
 
-def _require_plain(mask: Any, who: str) -> None:
+def _require_mask_of_tokens(mask: Any, who: str) -> None:
     """Refuse a mask that does not say of each token whether it is there.
 
     Raises:

@@ -33,7 +33,8 @@ class ModulePart(Part):
       that uses several weights inside, where nothing can stand beside one of them.
 
     Attributes:
-        reads_base: ``forward`` takes the base module as one argument more, to read its weights.
+        reads_base: ``forward`` takes the base module as one argument more, to read its weights; for parts
+            that act after the module.
     """
 
     when: Literal["sees", "before", "after", "instead", "weights"] = "after"
@@ -91,6 +92,11 @@ class ModuleSite(Site):
         through_weights: list[Part] = []
         for part, chosen in self._acting():
             if part.when == "weights":
+                if chosen is not None:
+                    raise StateError(
+                        f"adapter_names: a {type(part).__name__} acts through the weights of its module, "
+                        "which all rows of a batch have in common"
+                    )
                 through_weights.append(part)
             elif part.when == "sees":
                 x = _first_input(args, kwargs)
@@ -111,7 +117,9 @@ class ModuleSite(Site):
         return None
 
     def _after(self, host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        # Whether a part may write into the output: only where it is one for all rows, and nobody else's.
+        # Whether a part may write into the output, which saves a copy: where nobody else holds it. Asked
+        # once, since what a part of all rows gives is ours too; never where rows choose, as their results are
+        # put into a copy anyway.
         is_ours: bool | None = None
         for part, chosen in self._acting():
             if part.when == "after":
@@ -132,6 +140,7 @@ class ModuleSite(Site):
                     else:
                         output = part(x, output, *base)
             elif part.when == "instead":
+                is_ours = False  # who holds what stands in the place of the output is not known
                 if chosen is None:
                     output = part(*args, **kwargs)
                 else:

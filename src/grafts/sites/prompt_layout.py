@@ -32,8 +32,8 @@ class PromptLayout:
             (windows, relative positions); elsewhere before the padding, which comes to the same.
         pads_after: a row's empty positions come after its tokens (for a pooler that reads the first one), and
             not before.
-        embedded: they come among what the embeddings have become, with positions and norms, and not among
-            those of words.
+        embedded: they come among what the embeddings have become, behind the positions and norms that these
+            get, which virtual tokens then have none of; else among the embeddings of words.
     """
 
     count: int

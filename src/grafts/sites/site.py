@@ -99,7 +99,8 @@ class Part(nn.Module):
     def connect(self, parts: Mapping[str, Part]) -> None:
         """Find the other parts that this one works with; called once, when all are in their places.
 
-        What several parts share belongs to one of them, and the others refer to it (`Reference`).
+        What several parts share belongs to one of them, and the others refer to it (`Reference`). It must not
+        fail: what cannot be has to be refused when parts are made, or by the method's ``check``.
 
         Args:
             parts: those of the same adapter that its method has made, by path, in order; this one among them.

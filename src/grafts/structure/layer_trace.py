@@ -29,7 +29,8 @@ class StreamUpdate:
 
     Attributes:
         out: the module whose output is added.
-        before: a module that was given the stream as it was before; None where none was.
+        before: a module that was given the stream as it was before (the norm in front; the layer itself,
+            where it was given that stream); None where none was.
         norm: the norm that the sum went through, and nothing else read; None where there is none.
         kind: of the step.
         attention: the attention module, of a step of attention.
@@ -173,6 +174,9 @@ class _LayerReader:
     def _updates_in(self, added: int, before: int, index: int) -> list[StreamUpdate]:
         """The updates that were summed into what is added to the stream, the first of each kind.
 
+        Layers with attention and feed-forward side by side (GPT-J, Falcon) add both at once; what else they
+        sum there (the output of experts beside that of shared ones) belongs to the same step.
+
         Args:
             added: the number of what is added.
             before: the number of the stream that it is added to.
@@ -206,7 +210,8 @@ class _LayerReader:
         return [number]
 
     def _update(self, number: int, before: int, index: int) -> StreamUpdate | None:
-        """The module whose output is added; None where nothing of the layer computed it from the stream.
+        """A step of the layer, by what it added; None where nothing of the layer computed that from the
+        stream.
 
         Args:
             number: of the tensor that is added.
@@ -214,7 +219,8 @@ class _LayerReader:
             index: of the operation that adds.
         """
         out = self.reader.producer(self.reader.origins(number), self.calls)
-        # Followed back to the stream and no further.
+        # Followed back to the stream and no further. A tensor that is the stream in another form (flattened
+        # for experts, say) counts as the stream that it was made from, which is what modules were given.
         nodes, numbers = self.reader.upstream(number, self.stream)
         for tensor in numbers & self.stream:
             numbers = numbers | set(self.reader.origins(tensor))
@@ -252,7 +258,8 @@ class _LayerReader:
         if self.layer.inputs[0] in aliases:
             return self.layer.path
 
-        # A branch beside another one, added after it: it was computed from the stream before both.
+        # A branch beside another one, added after it (GPT-NeoX: the sum with the feed-forward, then
+        # attention): it was computed from the stream before both.
         beside = []
         for call in self._readers_of(self.stream, index):
             if self._feeds(call, nodes, numbers) and not self._is_normed(call):
@@ -438,7 +445,7 @@ class _LayerReader:
         """What a layer adds in a way that is not a plain sum (several streams mixed): told by names and
         sizes.
 
-        None where the layer does not give what it was given in shape, or less than two steps can be told.
+        Nothing where the layer does not give what it was given in shape, or less than two steps can be told.
         """
         if not self._keeps_shape():
             return []

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from grafts.errors import InterfaceError
 from grafts.modules.tree import base_modules
+from grafts.sites.arguments import tensors_in
 from grafts.sites.setup import Setup
 from grafts.sites.site import sites_in
 from grafts.structure.example_inputs import example_inputs
@@ -154,7 +155,7 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func is torch.ops.aten._local_scalar_dense.default and args[0].device.type == "meta":
             return _unknown_number(args[0])
         result = func(*args, **kwargs)
-        self._note(func.overloadpacket.__name__, inputs, tensors_in(result))
+        self._note(func.overloadpacket.__name__, inputs, list(tensors_in(result)))
         return result
 
     def _note(self, name: str, inputs: tuple[int, ...], results: Sequence[Tensor]) -> None:
@@ -215,23 +216,6 @@ def _unknown_number(tensor: Tensor) -> bool | float | int:
     if tensor.is_floating_point():
         return 1.0
     return 1
-
-
-def tensors_in(value: Any) -> list[Tensor]:
-    """The tensors in nested tuples, lists and mappings, in order; other objects are not looked into.
-
-    Args:
-        value: anything.
-    """
-    if isinstance(value, Tensor):
-        return [value]
-    tensors: list[Tensor] = []
-    if isinstance(value, Mapping):
-        value = tuple(value.values())
-    if isinstance(value, (tuple, list)):
-        for item in value:
-            tensors += tensors_in(item)
-    return tensors
 
 
 def traced(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> Trace:

@@ -28,12 +28,15 @@ class MultiheadPart(ModulePart):
         self.in_proj = in_proj
         self.out_proj = out_proj
         for part in (in_proj, out_proj):
-            has_dropout = any(isinstance(module, nn.Dropout) for module in part.modules())
-            acts_after = isinstance(part, ModulePart) and part.when == "after"
-            if not acts_after or has_dropout:
+            if any(isinstance(module, nn.Dropout) for module in part.modules()):
                 raise ConfigError(
                     "nn.MultiheadAttention is adapted through its weights, where there is no place for "
                     "dropout"
+                )
+            if not isinstance(part, ModulePart) or part.when != "after":
+                raise ConfigError(
+                    "nn.MultiheadAttention is adapted through its weights, where only what acts behind a "
+                    "projection has a place"
                 )
 
     @staticmethod
